@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvideox.atomic import replacing_file
+from runtime.files import atomic_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,8 +22,11 @@ DEFAULT_COUNT = 12
 # The sheet is as wide as its frames at twice their size, within these bounds: small enough for a
 # laptop screen, wide enough for a readable caption.
 _MIN_WIDTH, _MAX_WIDTH = 960, 1600
-_SHEET_ASPECT = 1.6  # the shape a grid of frames should come near, width over height
+_GRID_ASPECT = 2.2  # width over height that the grid should come near; labels and caption add
 _MARGIN, _GAP = 24, 8
+# Tried, where they are installed, for captions with characters that Pillow's own font lacks.
+_MORE_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf")
+_NO_CHARACTER = "\uffff"  # no font has it, so it is drawn as the font's sign for a missing one
 _LABEL_SIZE, _TITLE_SIZE, _TEXT_SIZE = 15, 22, 17
 _BACKGROUND, _TITLE_COLOR, _TEXT_COLOR = (20, 21, 24), (240, 240, 240), (168, 172, 180)
 
@@ -77,7 +81,7 @@ def write_contact_sheet(
         indices: the frame number of each; its label is this number and index / fps seconds.
         fps: frames a second.
         caption: any text, wrapped to the sheet. The first line, meant for the prompt, is drawn
-            larger. Characters that Pillow's own font lacks come out as boxes.
+            larger. Characters that no font found has come out as boxes (`_caption_font`).
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype.name != "uint8":
         raise ValueError(f"frames must be uint8 [n, height, width, 3], got {frames.shape}")
@@ -85,9 +89,7 @@ def write_contact_sheet(
         raise ValueError(f"{len(frames)} frames and {len(indices)} frame numbers")
     labels = [f"frame {index}   {index / fps:.2f} s" for index in indices]
     sheet = _draw_sheet(frames, labels, caption)
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_file(path) as temporary:
+    with atomic_path(path.resolve()) as temporary:
         sheet.save(temporary, format="PNG")
 
 
@@ -105,10 +107,10 @@ def _draw_sheet(frames: np.ndarray, labels: list[str], caption: str) -> Image.Im
     label_height = _line_height(_LABEL_SIZE)
     cell_height = thumb_height + label_height + _GAP
 
-    lines = _caption_lines(caption, sheet_width - 2 * _MARGIN)
-    grid_bottom = _MARGIN + rows * cell_height
-    text_height = sum(_line_height(font.size) for _, font, _ in lines)
-    sheet_height = grid_bottom + text_height + _MARGIN
+    caption_top = _MARGIN + rows * cell_height + _GAP
+    caption_lines = _caption_lines(caption, sheet_width - 2 * _MARGIN)
+    caption_height = sum(line.height for line in caption_lines)
+    sheet_height = caption_top + caption_height + _MARGIN
     sheet = Image.new("RGB", (sheet_width, sheet_height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for number, (frame, label) in enumerate(zip(frames, labels, strict=True)):
@@ -118,10 +120,10 @@ def _draw_sheet(frames: np.ndarray, labels: list[str], caption: str) -> Image.Im
         thumb = Image.fromarray(frame).resize((thumb_width, thumb_height), Image.Resampling.LANCZOS)
         sheet.paste(thumb, (left, top))
         draw.text((left, top + thumb_height + 3), label, _TEXT_COLOR, label_font)
-    top = grid_bottom
-    for line, font, color in lines:
-        draw.text((_MARGIN, top), line, color, font)
-        top += _line_height(font.size)
+    top = caption_top
+    for line in caption_lines:
+        draw.text((_MARGIN, top), line.text, line.color, line.font)
+        top += line.height
     return sheet
 
 
@@ -131,26 +133,57 @@ def _grid_columns(count: int, frame_aspect: float) -> int:
     def cost(columns: int) -> float:
         rows = math.ceil(count / columns)
         empty = (columns * rows - count) / columns
-        return abs(math.log(columns * frame_aspect / rows / _SHEET_ASPECT)) + empty
+        return abs(math.log(columns * frame_aspect / rows / _GRID_ASPECT)) + empty
 
     return min(range(1, count + 1), key=cost)
 
 
-def _caption_lines(
-    caption: str, width: int
-) -> list[tuple[str, ImageFont.FreeTypeFont, tuple[int, int, int]]]:
-    """Wrapped lines with font and colour: the first line of the caption larger, the rest small."""
-    from PIL import ImageFont
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    text: str
+    font: ImageFont.FreeTypeFont
+    color: tuple[int, int, int]
+    height: int
 
-    title_font = ImageFont.load_default(_TITLE_SIZE)
-    text_font = ImageFont.load_default(_TEXT_SIZE)
+
+def _caption_lines(caption: str, width: int) -> list[_Line]:
+    """The caption wrapped: its first line larger, a small space, the rest small."""
     # Half a character pair cannot be drawn; it can come from a command line that is not UTF-8.
     paragraphs = caption.encode(errors="replace").decode().splitlines()
+    font = _caption_font("".join(paragraphs))
     lines = []
     for number, paragraph in enumerate(paragraphs):
-        font, color = (title_font, _TITLE_COLOR) if number == 0 else (text_font, _TEXT_COLOR)
-        lines += [(line, font, color) for line in _wrap(paragraph, font, width)]
+        size, color = (_TITLE_SIZE, _TITLE_COLOR) if number == 0 else (_TEXT_SIZE, _TEXT_COLOR)
+        sized = font.font_variant(size=size)
+        lines += [
+            _Line(text, sized, color, _line_height(size)) for text in _wrap(paragraph, sized, width)
+        ]
+        if number == 0:
+            lines[-1] = dataclasses.replace(lines[-1], height=lines[-1].height + _GAP)
     return lines
+
+
+def _caption_font(text: str) -> ImageFont.FreeTypeFont:
+    """The font that lacks the fewest characters of the text, Pillow's own if it is as good.
+
+    Pillow's font ships with it but has little beyond ASCII, not even umlauts; others are used
+    where the machine has them.
+    """
+    from PIL import ImageFont
+
+    fonts = [ImageFont.load_default(_TEXT_SIZE)]
+    for name in _MORE_FONTS:
+        try:
+            fonts.append(ImageFont.truetype(name, _TEXT_SIZE))
+        except OSError:  # how Pillow says that no such font is installed
+            continue
+    characters = {c for c in text if c.isprintable()}
+
+    def lacking(font: ImageFont.FreeTypeFont) -> int:
+        box = bytes(font.getmask(_NO_CHARACTER))
+        return sum(bytes(font.getmask(c)) == box for c in characters)
+
+    return min(fonts, key=lacking)
 
 
 def _wrap(paragraph: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

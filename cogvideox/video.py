@@ -9,7 +9,6 @@ loaded when the first frames arrive, so the path can be checked before anything 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from cogvideox.atomic import replacing_file, replacing_folder, temporary_path
+from cogvideox.frame_folder import atomic_frame_folder, foreign_entries, frame_name
+from runtime.files import atomic_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,12 +25,10 @@ if TYPE_CHECKING:
 FILE_SUFFIXES = (".mp4", ".gif", ".webp", ".npy")
 QUALITY_SUFFIXES = (".mp4", ".webp")
 DEFAULT_QUALITY = 7
-FRAME_NAME = "frame_{:05d}.png"
-_FRAME_GLOB = "frame_*.png"
-_FRAME_PATTERN = re.compile(r"frame_\d{5,}\.png")
 # Linux takes at most 128 KiB for one command-line argument, and the comment is one.
 _MAX_COMMENT_BYTES = 100_000
-_MAX_NAME_BYTES = 255
+# 255 is the limit of most file systems; the temporary name adds a process id and five more.
+_MAX_NAME_BYTES = 240
 
 
 def wants_float(path: Path) -> bool:
@@ -94,10 +92,8 @@ def open_video_writer(
     if comment is not None and len(comment.encode(errors="replace")) > _MAX_COMMENT_BYTES:
         raise ValueError(f"the comment of a video is limited to {_MAX_COMMENT_BYTES} bytes")
     path = path.resolve()  # a link is followed, not replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
     suffix = path.suffix.lower()
-    replacing = replacing_file(path) if suffix else replacing_folder(path, _FRAME_GLOB)
-    with replacing as temporary:
+    with atomic_path(path) if suffix else atomic_frame_folder(path) as temporary:
         if suffix == "":
             encoder: _Encoder = _PngEncoder(temporary)
         elif suffix == ".npy":
@@ -180,7 +176,7 @@ class _PngEncoder:
         from PIL import Image
 
         for frame in frames:
-            Image.fromarray(frame).save(self._folder / FRAME_NAME.format(self._count))
+            Image.fromarray(frame).save(self._folder / frame_name(self._count))
             self._count += 1
 
     def finish(self) -> None:
@@ -342,10 +338,10 @@ def _path_problem(path: Path) -> str | None:
     if not path.suffix and path.exists():
         if not path.is_dir():
             return f"a folder for PNG frames is wanted, but a file has this name; {choices}"
-        foreign = sorted(e.name for e in path.iterdir() if not _is_frame(e))
+        foreign = foreign_entries(path)
         if foreign:
             return f"the folder holds other things than our frames (such as {foreign[0]!r})"
-    excess = len(os.fsencode(temporary_path(path).name)) - _MAX_NAME_BYTES
+    excess = len(os.fsencode(path.name)) - _MAX_NAME_BYTES
     if excess > 0:
         return f"the name is too long by {excess} bytes"
     existing = path.parent
@@ -356,7 +352,3 @@ def _path_problem(path: Path) -> str | None:
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"the folder {str(existing)!r} is not writable"
     return None
-
-
-def _is_frame(entry: Path) -> bool:
-    return _FRAME_PATTERN.fullmatch(entry.name) is not None and entry.is_file()

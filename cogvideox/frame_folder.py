@@ -1,0 +1,92 @@
+"""A folder of PNG frames that is replaced whole: its name holds the old frames or the new ones.
+
+The folder is the counterpart of `runtime.files.atomic_path`, which does the same for a file.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_OUR_NAME = re.compile(r"frame_\d{5,}\.png")
+
+
+def frame_name(index: int) -> str:
+    """File name of frame `index`, counted from 0."""
+    return f"frame_{index:05d}.png"
+
+
+def foreign_entries(folder: Path) -> list[str]:
+    """Names in `folder` that are not frames, sorted: what replacing the folder would destroy."""
+    return sorted(e.name for e in folder.iterdir() if not _is_frame(e))
+
+
+@contextmanager
+def atomic_frame_folder(path: Path) -> Iterator[Path]:
+    """Yields a new temporary folder beside `path` to fill; on success it takes the place of `path`.
+
+    An exception removes the temporary and leaves `path` as it was. A killed process leaves hidden
+    folders beside `path`, which the next write of `path` removes.
+
+    A folder cannot be renamed over one that holds files, so the old one steps aside, the new one
+    takes the name, and the old one is deleted: of it, only the frames. A kill between the two
+    renames is put right by the next write, which first moves the old folder back.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    retired = path.with_name(f".{path.name}.old")
+    _remove_leftovers(path, retired)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        if path.exists():
+            os.rename(path, retired)
+        os.rename(temporary, path)
+        _flush(path.parent)
+    finally:
+        if temporary.exists():
+            _remove_folder(temporary)
+        if retired.exists() and not path.exists():
+            os.rename(retired, path)
+    if retired.exists():
+        _remove_folder(retired)
+
+
+def _remove_leftovers(path: Path, retired: Path) -> None:
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.tmp")
+    for entry in list(path.parent.iterdir()):
+        match = pattern.fullmatch(entry.name)
+        # This process's own id counts as dead: a restarted container often gets the same one.
+        if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
+            _remove_folder(entry)
+    if retired.exists() and path.exists():
+        _remove_folder(retired)
+    elif retired.exists():
+        os.rename(retired, path)
+
+
+def _is_frame(entry: Path) -> bool:
+    return _OUR_NAME.fullmatch(entry.name) is not None and entry.is_file()
+
+
+def _remove_folder(folder: Path) -> None:
+    """Deletes the frames in a folder, then the folder, which must be empty by then."""
+    for entry in list(folder.iterdir()):
+        if _is_frame(entry):
+            entry.unlink()
+    folder.rmdir()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
