@@ -1,0 +1,213 @@
+"""Latents to frames: diffusers' frame batches, on every device of a mesh, one batch at a time.
+
+diffusers decodes two latent frames at a time; the first batch also takes the odd one. Group
+statistics are per batch and the causal convolutions carry their last two frames to the next batch,
+so another split would be another video.
+
+Two executables do it: one for the first batch, one for all others, whose caches are donated. A loop
+on the host runs them, because frames must leave for the encoder while the next batch decodes; one
+program that scans over the batches would hold the whole video until its end, and would compile the
+same two bodies.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cogvideox.vae_ops import WidthShards
+from cogvideox.vae_weights import VaeConfig
+
+# AutoencoderKLCogVideoX.num_latent_frames_batch_size, which no config can change.
+LATENT_FRAMES_PER_BATCH = 2
+
+AXIS = "width"
+_COLUMNS = P(None, None, AXIS)  # [B, T, W, ...]
+
+Output = Literal["uint8", "float32"]
+
+# (weights, latents [B, T, W, H, C], cache or None) -> (video [B, F, W s, H s, 3] in -1..1, cache),
+# on one device's columns.
+Forward = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def width_mesh(mesh: Mesh) -> Mesh:
+    """All devices of `mesh`, in its order, on one axis that splits the width."""
+    return Mesh(mesh.devices.reshape(-1), (AXIS,))
+
+
+def frame_batches(latent_frames: int) -> list[tuple[int, int]]:
+    """Start and end of each batch of latent frames.
+
+    Source: AutoencoderKLCogVideoX._decode.
+    """
+    odd = latent_frames % LATENT_FRAMES_PER_BATCH
+    first = min(LATENT_FRAMES_PER_BATCH + odd, latent_frames)
+    starts = range(first, latent_frames, LATENT_FRAMES_PER_BATCH)
+    return [(0, first)] + [(start, start + LATENT_FRAMES_PER_BATCH) for start in starts]
+
+
+def _to_pixels(video: jax.Array, output: Output) -> jax.Array:
+    """[..., 3] in -1..1 -> 0..1 in float32, or 0..255 in uint8.
+
+    Source: VaeImageProcessor.denormalize and numpy_to_pil, which rounds half to even.
+    """
+    video = jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0, 1)
+    return jnp.round(video * 255).astype(jnp.uint8) if output == "uint8" else video
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The two executables for one shape of latents; `later` is None for a single batch."""
+
+    first: jax.stages.Compiled
+    later: jax.stages.Compiled | None
+
+
+@dataclasses.dataclass(eq=False)
+class Decoder:
+    """A decoder with its weights on the devices.
+
+    Attributes:
+        config: of the VAE.
+        mesh: one axis, `width`; see `width_mesh`.
+        dtype: bfloat16 or float32.
+        weights: arrays replicated over `mesh`, or `jax.ShapeDtypeStruct` to compile without any.
+        build_forward: makes the decoder's computation for one split of the width.
+    """
+
+    config: VaeConfig
+    mesh: Mesh
+    dtype: jnp.dtype
+    weights: Any
+    build_forward: Callable[[WidthShards], Forward]
+    _programs: dict[Any, Programs] = dataclasses.field(default_factory=dict)
+
+    def _shards(self, latents_shape: tuple[int, ...]) -> WidthShards:
+        return WidthShards(AXIS, self.mesh.size, latents_shape[-1])
+
+    def _lower(
+        self, shape: tuple[int, ...], output: Output, cache: Any
+    ) -> tuple[jax.stages.Lowered, Any]:
+        """One batch [B, C, T, H, W] lowered, and the abstract cache that it leaves."""
+        shards = self._shards(shape)
+        b, channels, frames, height, width = shape
+        scale = self.config.spatial_scale
+        forward = self.build_forward(shards)
+
+        def on_columns(weights: Any, latents: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+            latents = (1 / self.config.scaling_factor) * latents.astype(jnp.float32)
+            video, cache = forward(weights, latents.astype(self.dtype), cache)
+            video = shards.keep_real(video)
+            finite = jnp.isfinite(video).all().astype(jnp.int32)
+            return _to_pixels(video, output), jax.lax.pmin(finite, AXIS), cache
+
+        sharded = jax.shard_map(
+            on_columns,
+            mesh=self.mesh,
+            in_specs=(P(), _COLUMNS, _COLUMNS),
+            out_specs=(_COLUMNS, P(), _COLUMNS),
+        )
+
+        def decode_batch(weights: Any, latents: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+            pixels, finite, cache = sharded(weights, latents, cache)
+            # [B, F, W, H, 3] without the padded columns -> [B, F, H, W, 3]
+            return jnp.swapaxes(pixels[:, :, : width * scale], 2, 3), finite, cache
+
+        replicated, columns = (NamedSharding(self.mesh, spec) for spec in (P(), _COLUMNS))
+        latents = jax.ShapeDtypeStruct(
+            (b, frames, shards.padded_width, height, channels), jnp.float32, sharding=columns
+        )
+        program = jax.jit(
+            decode_batch,
+            donate_argnums=() if cache is None else (2,),
+            out_shardings=(replicated, replicated, columns),
+        )
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            lowered = program.lower(self.weights, latents, cache)
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=columns),
+            lowered.out_info[2],
+        )
+        return lowered, abstract
+
+    def lower(
+        self, latents_shape: tuple[int, ...], *, output: Output
+    ) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
+        """The programs of the first batch and of all others (None if there is one batch).
+
+        Args:
+            latents_shape: [B, C, T, H, W].
+            output: dtype of the frames.
+        """
+        b, channels, frames, height, width = latents_shape
+        if channels != self.config.latent_channels:
+            raise ValueError(
+                f"the latents have {channels} channels, the VAE has {self.config.latent_channels}"
+            )
+        sizes = [end - start for start, end in frame_batches(frames)]
+        first, cache = self._lower((b, channels, sizes[0], height, width), output, None)
+        if len(sizes) == 1:
+            return first, None
+        later, _ = self._lower((b, channels, sizes[1], height, width), output, cache)
+        return first, later
+
+    def compile(self, latents_shape: tuple[int, ...], *, output: Output) -> Programs:
+        """Compile for latents [B, C, T, H, W], once for all T of the same parity."""
+        b, channels, frames, height, width = latents_shape
+        batches = frame_batches(frames)
+        first_frames = batches[0][1]
+        key = (b, channels, first_frames, len(batches) > 1, height, width, output)
+        if key not in self._programs:
+            first, later = self.lower(latents_shape, output=output)
+            self._programs[key] = Programs(
+                first.compile(), None if later is None else later.compile()
+            )
+        return self._programs[key]
+
+    def decode(self, latents: jax.Array | np.ndarray, *, output: Output) -> Iterator[np.ndarray]:
+        """Frames of a video, a batch at a time, each fetched while the next one decodes.
+
+        Args:
+            latents: [B, C, T, H, W] as the transformer made them, the VAE's scaling still on.
+            output: "uint8" for 0..255, rounded; "float32" for 0..1.
+
+        Yields:
+            [B, F, height, width, 3] of the asked dtype, in order.
+
+        Raises:
+            FloatingPointError: the VAE produced a value that is not finite.
+        """
+        programs = self.compile(latents.shape, output=output)
+        shards = self._shards(latents.shape)
+        # [B, C, T, H, W] -> [B, T, W, H, C]; at most 100 MB, so it need not stay on the devices.
+        latents = np.asarray(latents, dtype=np.float32).transpose(0, 2, 4, 3, 1)
+        padding = shards.padded_width - shards.width
+        latents = np.pad(latents, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
+        place = partial(jax.device_put, device=NamedSharding(self.mesh, _COLUMNS))
+
+        cache, waiting = None, None
+        for start, end in frame_batches(latents.shape[1]):
+            program = programs.first if start == 0 else programs.later
+            pixels, finite, cache = program(self.weights, place(latents[:, start:end]), cache)
+            pixels.copy_to_host_async()
+            if waiting is not None:
+                yield _fetch(*waiting)
+            waiting = pixels, finite, start, end
+        yield _fetch(*waiting)
+
+
+def _fetch(pixels: jax.Array, finite: jax.Array, start: int, end: int) -> np.ndarray:
+    frames = np.asarray(pixels)
+    if not int(finite):
+        raise FloatingPointError(
+            f"the VAE made NaN or infinity of latent frames {start} to {end - 1}; "
+            "latents from float16 runs do this, bfloat16 and float32 should not"
+        )
+    return frames
