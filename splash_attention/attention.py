@@ -1,0 +1,193 @@
+"""The public functions: from arrays as callers hold them to the kernel's operands.
+
+Axis letters: B batch, N heads (with batch, where flattened), S query tokens, K key tokens,
+D head size.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from splash_attention.block_sizes import BlockSizes, choose_block_sizes, current_chip
+from splash_attention.kernel import attention_kernel
+from splash_attention.reference import check_shapes
+
+_MAX_HEAD_DIM = 256
+_HEAD_DIM_STEP = 64
+_PRECISIONS = ("bf16",)
+
+
+def query_scale(head_dim: int, scale: float | None = None) -> float:
+    """The factor on q that makes q.k the base-2 logarithm of a softmax weight.
+
+    Multiply q by it in float32, before the one rounding to bfloat16: a second rounding is the
+    larger half of the kernel's error.
+    """
+    return (1 / math.sqrt(head_dim) if scale is None else scale) * math.log2(math.e)
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    window_size: int | None = None,
+    block_sizes: BlockSizes | None = None,
+    precision: str = "bf16",
+    smooth_k: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> jax.Array:
+    """Exact softmax attention, non-causal, on a TPU core.
+
+    Args:
+        q: [..., S, D] bfloat16 or float32; batch and heads are optional leading axes. D is at most
+            256; 64, 128, 192 and 256 run as they are, others are padded with zeros.
+        k: [..., K, D], leading axes and dtype of `q`.
+        v: [..., K, D], leading axes and dtype of `q`.
+        scale: factor on the scores; 1 / sqrt(D) when None.
+        window_size: with w, query i sees only the keys j with |i - j| <= w; what no query of a tile
+            sees is skipped. All keys when None.
+        block_sizes: tiles of the kernel; chosen from the tuned table of the chip when None.
+        precision: "bf16" multiplies in the dtype of the inputs: bfloat16 operands with float32
+            accumulation, float32 operands without loss.
+        smooth_k: subtract the mean key of a head from its keys first. Softmax does not change;
+            keys with a common offset round to bfloat16 with less error.
+        interpret: run the kernel in TPU interpret mode, on any backend.
+
+    Returns:
+        [..., S, D] in the dtype of `q`.
+
+    Raises:
+        TypeError: a dtype other than bfloat16 and float32, or mixed dtypes.
+        ValueError: shapes that do not fit together, an option out of range, a query that sees no
+            key, or block sizes that need more VMEM than the chip has.
+    """
+    check_shapes(q.shape, k.shape, v.shape, window_size)
+    *leading, q_len, head_dim = q.shape
+    if v.shape[-1] != head_dim:
+        raise ValueError(f"v has head size {v.shape[-1]}, q and k have {head_dim}")
+    if head_dim > _MAX_HEAD_DIM:
+        raise ValueError(f"head size is {head_dim}; at most {_MAX_HEAD_DIM} is supported")
+    heads = math.prod(leading)
+    padding = (0, 0), (0, 0), (0, -head_dim % _HEAD_DIM_STEP)
+    q, k, v = (x.reshape(heads, *x.shape[-2:]) for x in (q, k, v))
+    scaled = (q.astype(jnp.float32) * query_scale(head_dim, scale)).astype(q.dtype)
+    out = sequence_minor_attention(
+        jnp.pad(scaled, padding).swapaxes(1, 2),
+        jnp.pad(k, padding),
+        jnp.pad(v, padding).swapaxes(1, 2),
+        window_size=window_size,
+        block_sizes=block_sizes,
+        precision=precision,
+        smooth_k=smooth_k,
+        interpret=interpret,
+    )
+    return out.swapaxes(1, 2)[..., :head_dim].reshape(*leading, q_len, head_dim)
+
+
+def sequence_minor_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window_size: int | None = None,
+    block_sizes: BlockSizes | None = None,
+    precision: str = "bf16",
+    smooth_k: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> jax.Array:
+    """`splash_attention` of operands in the kernel's own layout: nothing is transposed outside.
+
+    Args:
+        q: [..., D, S], already multiplied by `query_scale` before it was rounded; D is a multiple
+            of 64, at most 256.
+        k: [..., K, D].
+        v: [..., D, K].
+        window_size, block_sizes, precision, smooth_k, interpret: as in `splash_attention`.
+
+    Returns:
+        [..., D, S] in the dtype of `q`.
+
+    Raises:
+        TypeError, ValueError: as `splash_attention`.
+    """
+    *leading, head_dim, q_len = q.shape
+    kv_len = k.shape[-2] if k.ndim > 1 else 0
+    if v.shape[-2:] != (head_dim, kv_len):
+        raise ValueError(
+            f"attention needs q [..., D, S], k [..., K, D], v [..., D, K]; "
+            f"got {q.shape}, {k.shape}, {v.shape}"
+        )
+    check_shapes(
+        (*leading, q_len, head_dim), k.shape, (*v.shape[:-2], kv_len, head_dim), window_size
+    )
+    if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
+        raise ValueError(
+            f"head size is {head_dim}; this entry takes multiples of {_HEAD_DIM_STEP} up to "
+            f"{_MAX_HEAD_DIM}"
+        )
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {_PRECISIONS}")
+    if {q.dtype, k.dtype, v.dtype} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float32")}):
+        raise TypeError(
+            "q, k and v must all be bfloat16 or all float32; "
+            f"got {q.dtype.name}, {k.dtype.name}, {v.dtype.name}"
+        )
+    heads = math.prod(leading)
+    q, k, v = (x.reshape(heads, *x.shape[-2:]) for x in (q, k, v))
+    if smooth_k:
+        k = smooth(k)
+    chip = current_chip(interpret=bool(interpret))
+    if block_sizes is None:
+        block_sizes = choose_block_sizes(chip, head_dim, q_len, kv_len, q.dtype)
+    out, _ = attention_kernel(
+        q,
+        k,
+        v,
+        bounded_heads(q, k, v),
+        jnp.array([kv_len], jnp.int32),
+        always_valid=kv_len,
+        window_size=window_size,
+        block_sizes=block_sizes,
+        vmem_limit_bytes=chip.require_vmem(block_sizes, head_dim, q.dtype),
+        out_dtype=q.dtype,
+        interpret=pltpu.InterpretParams() if interpret is True else interpret,
+    )
+    return out.reshape(*leading, head_dim, q_len)
+
+
+def smooth(k: jax.Array) -> jax.Array:
+    """k [N, K, D] less its mean over the keys, in its own dtype.
+
+    q.(k - mean) differs from q.k by the same number for every key, which softmax ignores
+    (SageAttention, Zhang et al. 2024).
+    """
+    k32 = k.astype(jnp.float32)
+    return (k32 - jnp.mean(k32, axis=1, keepdims=True)).astype(k.dtype)
+
+
+def bounded_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Which heads need no running maximum, from the norms of their operands: [N] int32.
+
+    By Cauchy and Schwarz every score s, in powers of two, has |s| <= B = max|q| max|k|. Then
+    2^-B <= exp2(s) <= 2^B, and neither the denominator nor the sum of weighed values overflows
+    while B + log2(keys) + log2(max|v|) stays below 127. At the other end the smallest weight times
+    a value 2^-24 of the largest must still be a normal number, above 2^-126. A head with NaN or
+    infinity compares false, and takes the online path.
+
+    Args:
+        q: [N, D, S] with `query_scale` folded in.
+        k: [N, K, D].
+        v: [N, D, K].
+    """
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q_norm = jnp.sqrt(jnp.max(jnp.sum(q * q, axis=1), axis=1))
+    k_norm = jnp.sqrt(jnp.max(jnp.sum(k * k, axis=2), axis=1))
+    bound = q_norm * k_norm
+    log_v = jnp.log2(jnp.max(jnp.abs(v), axis=(1, 2)))
+    above = bound + math.log2(k.shape[1]) + jnp.maximum(log_v, 0) <= 126
+    below = bound + jnp.maximum(-log_v, 0) <= 126 - 24
+    return (above & below).astype(jnp.int32)

@@ -1,0 +1,114 @@
+"""How the kernel cuts its work into tiles, and the VMEM that a choice needs."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+_MIB = 2**20
+
+# VMEM of a core; what the compiler keeps for itself and for the code around the kernel is left out
+# of the kernel's limit.
+_CHIP_VMEM_MIB = {"v5e": 128, "v5p": 64, "v6e": 128}
+_RESERVED_MIB = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Tiles of the kernel, in tokens.
+
+    block_q: queries of one grid step, a multiple of 128.
+    block_kv: keys that are in VMEM at once, a multiple of chunk x unroll.
+    chunk: keys of one matrix product, a multiple of 128.
+    unroll: chunks of one straight-line body; the bodies of a block are a loop.
+    """
+
+    block_q: int
+    block_kv: int
+    chunk: int
+    unroll: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "chunk"):
+            value = getattr(self, name)
+            if value < 128 or value % 128:
+                raise ValueError(f"{name} is {value}; it must be a positive multiple of 128")
+        if self.unroll < 1:
+            raise ValueError(f"unroll is {self.unroll}; it must be at least 1")
+        group = self.chunk * self.unroll
+        if self.block_kv < group or self.block_kv % group:
+            raise ValueError(
+                f"block_kv is {self.block_kv}; it must be a positive multiple of "
+                f"chunk x unroll = {group}"
+            )
+
+    def vmem_bytes(self, head_dim: int, dtype: jnp.dtype) -> int:
+        """VMEM the kernel needs: two buffers of every operand, the accumulators, temporaries."""
+        item = jnp.dtype(dtype).itemsize
+        lanes = _round_up(head_dim, 128)
+        keys = 2 * self.block_kv * lanes * item
+        values = 2 * self.block_kv * head_dim * item
+        queries_and_outputs = 4 * self.block_q * head_dim * item
+        accumulators = self.block_q * (head_dim + 3 * 8) * 4
+        # Scores of the chunks in flight: two ahead, one being weighed, as float32 and as operand.
+        temporaries = 4 * self.chunk * self.block_q * (4 + item)
+        return keys + values + queries_and_outputs + accumulators + temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU generation as the kernel sees it: name as in the tuned tables, VMEM of a core."""
+
+    name: str
+    vmem_bytes: int
+
+    def require_vmem(self, block_sizes: BlockSizes, head_dim: int, dtype: jnp.dtype) -> int:
+        """The VMEM limit for the compiler, in bytes; ValueError when the tiles need more."""
+        need = block_sizes.vmem_bytes(head_dim, dtype)
+        if need > self.vmem_bytes:
+            raise ValueError(
+                f"{block_sizes} at head size {head_dim} in {jnp.dtype(dtype).name} needs "
+                f"{need / _MIB:.1f} MiB of VMEM; {self.name} offers {self.vmem_bytes / _MIB:.1f} "
+                f"MiB. Make block_kv smaller"
+            )
+        return self.vmem_bytes
+
+
+def chip_named(name: str) -> Chip:
+    """The chip of that name: v5e, v5p or v6e."""
+    if name not in _CHIP_VMEM_MIB:
+        raise ValueError(f"no table for chip {name!r}; there is one for {sorted(_CHIP_VMEM_MIB)}")
+    return Chip(name, (_CHIP_VMEM_MIB[name] - _RESERVED_MIB) * _MIB)
+
+
+def current_chip(*, interpret: bool) -> Chip:
+    """The chip that is compiled for; v6e in interpret mode, which models none."""
+    if interpret:
+        return chip_named("v6e")
+    return chip_named(str(pltpu.get_tpu_info().chip_version))
+
+
+def choose_block_sizes(
+    chip: Chip, head_dim: int, q_len: int, kv_len: int, dtype: jnp.dtype
+) -> BlockSizes:
+    """Block sizes for a chip and a shape: the whole head in VMEM where it fits."""
+    most_unrolled = 64
+    block_q = min(512, _round_up(q_len, 128))
+    chunk = min(256, _round_up(kv_len, 128))
+    all_chunks = math.ceil(kv_len / chunk)
+    for kv_blocks in range(1, all_chunks + 1):
+        chunks = math.ceil(all_chunks / kv_blocks)
+        groups = math.ceil(chunks / most_unrolled)
+        unroll = math.ceil(chunks / groups)
+        sizes = BlockSizes(block_q, groups * unroll * chunk, chunk, unroll)
+        if sizes.vmem_bytes(head_dim, dtype) <= chip.vmem_bytes:
+            return sizes
+    raise ValueError(
+        f"no block of keys of head size {head_dim} fits the {chip.vmem_bytes / _MIB:.1f} MiB of "
+        f"VMEM of {chip.name}"
+    )
+
+
+def _round_up(value: int, step: int) -> int:
+    return math.ceil(value / step) * step

@@ -1,0 +1,96 @@
+"""Attention in plain jax.numpy: float32 arithmetic, bounded memory, no kernel.
+
+The oracle of the tests, and the attention of the pipeline where there is no accelerator. Scores of
+one block of queries exist at a time, never the whole [S, S] matrix.
+
+Axis letters: N heads, S query tokens, K key tokens, D head size.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Scores held at once, over batch and heads: 2**26 float32 values are 256 MiB. Attention of a few
+# thousand tokens fits in one block and needs no loop.
+_MAX_SCORES = 2**26
+
+
+def reference_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    window_size: int | None = None,
+) -> jax.Array:
+    """Softmax attention, non-causal, computed in float32 whatever the input dtype.
+
+    Args:
+        q: [..., S, D]; batch and heads are optional leading axes, of any dtype.
+        k: [..., K, D], the same leading axes as `q`.
+        v: [..., K, Dv].
+        scale: factor on the scores; 1 / sqrt(D) when None.
+        window_size: with w, query i sees only the keys j with |i - j| <= w; all keys when None.
+
+    Returns:
+        [..., S, Dv] in the dtype of `q`.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a query that would see no key.
+    """
+    check_shapes(q.shape, k.shape, v.shape, window_size)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    *leading, q_len, _ = q.shape
+    kv_len = k.shape[-2]
+    scores_per_query = math.prod(leading) * kv_len
+    block = max(1, min(q_len, _MAX_SCORES // max(scores_per_query, 1)))
+    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    def attend(q_block: jax.Array, first_query: jax.Array | int) -> jax.Array:
+        q32 = q_block.astype(jnp.float32) * scale
+        scores = jnp.einsum("...sd,...kd->...sk", q32, k32, precision=jax.lax.Precision.HIGHEST)
+        if window_size is not None:
+            query = first_query + jnp.arange(q_block.shape[-2])[:, None]
+            visible = jnp.abs(query - jnp.arange(kv_len)[None, :]) <= window_size
+            scores = jnp.where(visible, scores, -jnp.inf)
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum("...sk,...kd->...sd", weights, v32, precision=jax.lax.Precision.HIGHEST)
+        return (out / total).astype(q.dtype)
+
+    if block == q_len:
+        return attend(q, 0)
+    # The last block starts early enough to end with the last query, so no block is padded: some
+    # queries are computed twice, and written twice with the same value.
+    starts = jnp.minimum(jnp.arange(-(-q_len // block)) * block, q_len - block)
+    axis = q.ndim - 2
+
+    def write_block(i: jax.Array, out: jax.Array) -> jax.Array:
+        q_block = jax.lax.dynamic_slice_in_dim(q, starts[i], block, axis)
+        return jax.lax.dynamic_update_slice_in_dim(out, attend(q_block, starts[i]), starts[i], axis)
+
+    empty = jnp.zeros((*leading, q_len, v.shape[-1]), q.dtype)
+    return jax.lax.fori_loop(0, starts.size, write_block, empty)
+
+
+def check_shapes(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], window_size: int | None
+) -> None:
+    """Raise ValueError unless [..., S, D], [..., K, D] and [..., K, Dv] make an attention."""
+    if len(q) < 2 or q[:-2] != k[:-2] or q[-1] != k[-1] or k[:-1] != v[:-1]:
+        raise ValueError(
+            f"attention needs q [..., S, D], k [..., K, D], v [..., K, Dv]; got {q}, {k}, {v}"
+        )
+    if min(q + k + v) < 1:
+        raise ValueError(f"attention of an empty array: q {q}, k {k}, v {v}")
+    if window_size is None:
+        return
+    if window_size < 0:
+        raise ValueError(f"window_size is {window_size}; it must be 0 or more")
+    if q[-2] > k[-2] + window_size:
+        raise ValueError(
+            f"with {k[-2]} keys and window_size {window_size}, query {q[-2] - 1} sees no key; "
+            f"the window must be at least {q[-2] - k[-2]}"
+        )
