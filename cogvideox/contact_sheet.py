@@ -148,8 +148,7 @@ class _Line:
 
 def _caption_lines(caption: str, width: int) -> list[_Line]:
     """The caption wrapped: its first line larger, a small space, the rest small."""
-    # Half a character pair cannot be drawn; it can come from a command line that is not UTF-8.
-    paragraphs = caption.encode(errors="replace").decode().splitlines()
+    paragraphs = caption.splitlines()
     font = _caption_font("".join(paragraphs))
     lines = []
     for number, paragraph in enumerate(paragraphs):
@@ -188,6 +187,7 @@ def _caption_font(text: str) -> ImageFont.FreeTypeFont:
 
 def _wrap(paragraph: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Break at spaces; inside a word only where the word alone is wider than the line."""
+    # Control and direction characters, and the half pairs of a command line that is not UTF-8.
     printable = "".join(c if c.isprintable() else " " for c in paragraph)
     lines = [""]
     for word in printable.split():

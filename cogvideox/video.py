@@ -91,9 +91,9 @@ def open_video_writer(
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     if comment is not None and len(comment.encode(errors="replace")) > _MAX_COMMENT_BYTES:
         raise ValueError(f"the comment of a video is limited to {_MAX_COMMENT_BYTES} bytes")
-    path = path.resolve()  # a link is followed, not replaced
     suffix = path.suffix.lower()
-    with atomic_path(path) if suffix else atomic_frame_folder(path) as temporary:
+    target = path.resolve()  # a link is followed, not replaced
+    with atomic_path(target) if suffix else atomic_frame_folder(target) as temporary:
         if suffix == "":
             encoder: _Encoder = _PngEncoder(temporary)
         elif suffix == ".npy":
@@ -142,7 +142,8 @@ class VideoWriter:
             self._encoder.start(height, width)
             self._size = (height, width)
         elif self._size != (height, width):
-            raise ValueError(f"frames of {height}x{width} follow frames of {self._size}")
+            before = "x".join(map(str, self._size))
+            raise ValueError(f"frames of {height}x{width} follow frames of {before}")
         if wants_float(self._path):
             if frames.dtype.name != "float32":
                 raise TypeError(".npy holds exact float32 frames, got uint8")
@@ -244,7 +245,7 @@ class _FfmpegEncoder:
         source += ["-r", str(self._fps), "-i", "pipe:0"]
         command = [get_ffmpeg_exe(), "-y", "-v", "error", *source, *self._output_arguments()]
         self._process = subprocess.Popen(
-            [*command, f"file:{self._path}"],  # the prefix keeps a colon in the name a character
+            [*command, str(self._path)],  # an absolute path, so not mistaken for an option or URL
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._messages,
@@ -307,6 +308,8 @@ class _FfmpegEncoder:
 
 
 def _check_range(frames: np.ndarray) -> None:
+    if frames.size == 0:
+        return
     low, high = frames.min(), frames.max()
     if not (low >= 0 and high <= 1):  # written so that NaN fails too
         raise ValueError(f"float frames must be within 0..1, got values from {low} to {high}")
@@ -332,19 +335,19 @@ def _path_problem(path: Path) -> str | None:
         return "it has a suffix but no name before it"
     if path.suffix and path.suffix.lower() not in FILE_SUFFIXES:
         return f"unknown suffix {path.suffix!r}; {choices}"
-    path = path.resolve()
-    if path.suffix and path.exists() and not path.is_file():
+    excess = max(len(os.fsencode(part)) for part in path.parts) - _MAX_NAME_BYTES
+    if excess > 0:
+        return f"a name in it is too long by {excess} bytes"
+    target = path.resolve()
+    if path.suffix and target.exists() and not target.is_file():
         return f"a {path.suffix} file is wanted, but a folder or device has this name"
-    if not path.suffix and path.exists():
-        if not path.is_dir():
+    if not path.suffix and target.exists():
+        if not target.is_dir():
             return f"a folder for PNG frames is wanted, but a file has this name; {choices}"
-        foreign = foreign_entries(path)
+        foreign = foreign_entries(target)
         if foreign:
             return f"the folder holds other things than our frames (such as {foreign[0]!r})"
-    excess = len(os.fsencode(path.name)) - _MAX_NAME_BYTES
-    if excess > 0:
-        return f"the name is too long by {excess} bytes"
-    existing = path.parent
+    existing = target.parent
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
