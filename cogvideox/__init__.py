@@ -1,0 +1,1 @@
+"""The CogVideoX model, one file a part."""

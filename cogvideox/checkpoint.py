@@ -1,0 +1,146 @@
+"""A model folder in diffusers layout: where it is, its configuration, its weight files.
+
+Everything that can be refused about a model is refused here, from JSON files and safetensors
+headers alone, before any weight is read.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import safetensors
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A diffusers-format model on disk, as one stage sees it."""
+
+    model_id: str  # what the user named: a hub id, or the folder's absolute path
+    revision: str | None  # the hub commit, None for a folder
+    path: Path
+
+    def config(self, part: str, name: str = "config.json") -> dict[str, Any]:
+        """The JSON configuration `name` of `part` ("transformer", "vae", "scheduler", ...)."""
+        return _read_json(self.path / part / name)
+
+    def component_class(self, part: str) -> str:
+        """The class that model_index.json names for `part`, such as "T5EncoderModel"."""
+        index = _read_json(self.path / "model_index.json")
+        entry = index.get(part)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
+            raise ValueError(f"{self.path / 'model_index.json'} names no class for {part!r}")
+        return entry[1]
+
+
+def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
+    """Finds the model and makes sure that the JSON files of all and the weights of `parts` exist.
+
+    Args:
+        model_id: a folder in diffusers layout or a Hugging Face hub id (downloaded to, or read
+            from, the hub cache; only `parts` are fetched).
+        parts: the sub-folders this stage loads.
+
+    Raises:
+        ValueError: there is no such model, or a part of it is missing.
+    """
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        model = ModelFolder(str(path.resolve()), None, path.resolve())
+    else:
+        snapshot = Path(_download(model_id, ["*.json", *(f"{part}/*" for part in parts)]))
+        model = ModelFolder(model_id, snapshot.name, snapshot)
+    for part in parts:
+        model.component_class(part)
+        if not (model.path / part).is_dir():
+            raise ValueError(f"model {model_id} has no folder {part}/")
+    return model
+
+
+def _download(model_id: str, patterns: list[str]) -> str:
+    """A hub snapshot holding the files of `patterns`, from the network or the local hub cache."""
+    ignored = ["*.bin", "*.pt", "*.msgpack", "*.h5"]
+    try:
+        return huggingface_hub.snapshot_download(
+            model_id, allow_patterns=patterns, ignore_patterns=ignored
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"--model_id {model_id} is neither a folder nor a model the hub gives: {reason}"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where one weight lies, from the header of its safetensors file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Reads `index` of the tensor through mmap, in the file's dtype."""
+        with safetensors.safe_open(self.file, "np") as handle:
+            return handle.get_slice(self.name)[index or ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor in the safetensors files of `folder` (one file, or shards with an index).
+
+    Raises:
+        ValueError: no safetensors weights, a missing shard, or a damaged file.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        names = sorted(set(_read_json(indices[0]).get("weight_map", {}).values()))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors weights")
+    tensors = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, "np") as handle:
+                for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                    shape = tuple(handle.get_slice(name).get_shape())
+                    tensors[name] = StoredTensor(file, name, shape)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{file} is missing or damaged: {error}") from error
+    return tensors
+
+
+def check_names_and_shapes(
+    stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], *, what: str
+) -> None:
+    """Holds the stored weights against the module's, and reports every difference at once.
+
+    Raises:
+        ValueError: listing all missing, extra and misshapen weights.
+    """
+    problems = [f"missing {name}" for name in sorted(expected.keys() - stored.keys())]
+    problems += [f"extra {name}" for name in sorted(stored.keys() - expected.keys())]
+    problems += [
+        f"{name} is {list(stored[name].shape)}, not {list(expected[name])}"
+        for name in sorted(expected.keys() & stored.keys())
+        if stored[name].shape != tuple(expected[name])
+    ]
+    if problems:
+        raise ValueError(f"the weights of {what} do not fit its config: " + "; ".join(problems))

@@ -1,0 +1,119 @@
+"""What each published model accepts: the facts that its configuration files do not hold.
+
+Sizes, frame counts, frame rates and defaults are those of the model cards. A model that is not a
+published one (a fine-tune of another size, a test model) is held to its own sample size.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """The sizes, lengths and defaults one model was trained for."""
+
+    name: str
+    sizes: tuple[tuple[int, int], ...]  # (height, width) in pixels, the default first
+    frame_step: int  # valid frame counts are frame_step * N + 1
+    max_frames: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+
+
+_V1_0 = Preset(
+    name="CogVideoX 1.0",
+    sizes=((480, 720),),
+    frame_step=8,
+    max_frames=49,
+    num_frames=49,
+    fps=8,
+)
+_V1_5 = Preset(
+    name="CogVideoX 1.5",
+    sizes=((768, 1360), (1360, 768), (720, 1280), (1280, 720)),
+    frame_step=16,
+    max_frames=161,
+    num_frames=81,
+    fps=16,
+)
+
+# (num_layers, num_attention_heads) of the transformers that THUDM / zai-org published.
+_PUBLISHED = {
+    (30, 30): dataclasses.replace(_V1_0, name="CogVideoX-2b"),
+    (42, 48): dataclasses.replace(_V1_0, name="CogVideoX-5b"),
+}
+_PUBLISHED_V1_5 = {(42, 48): dataclasses.replace(_V1_5, name="CogVideoX1.5-5B")}
+
+
+def preset_for(transformer_config: Mapping[str, Any], spatial_factor: int) -> Preset:
+    """The preset of a transformer, told apart by its configuration, never by its folder's name.
+
+    Args:
+        transformer_config: the transformer's config.json.
+        spatial_factor: pixels per latent along height and width (8 for the published VAEs).
+    """
+    is_v1_5 = transformer_config.get("patch_size_t") is not None
+    shape = (transformer_config["num_layers"], transformer_config["num_attention_heads"])
+    published = (_PUBLISHED_V1_5 if is_v1_5 else _PUBLISHED).get(shape)
+    if published:
+        return published
+    base = _V1_5 if is_v1_5 else _V1_0
+    frames = transformer_config["sample_frames"]
+    return dataclasses.replace(
+        base,
+        name=f"custom {base.name} model",
+        sizes=(
+            (
+                transformer_config["sample_height"] * spatial_factor,
+                transformer_config["sample_width"] * spatial_factor,
+            ),
+        ),
+        num_frames=frames if frames % base.frame_step == 1 else base.frame_step + 1,
+    )
+
+
+def check_size(preset: Preset, height: int, width: int, *, multiple: int, any_size: bool) -> None:
+    """Refuses a size that the model cannot compute, or (unless `any_size`) was not trained for.
+
+    Args:
+        multiple: pixels per transformer patch; height and width must be multiples of it.
+
+    Raises:
+        ValueError: with the argument, its value and the nearest that works.
+    """
+    for name, value in (("height", height), ("width", width)):
+        if value < multiple or value % multiple:
+            nearest = max(multiple, round(value / multiple) * multiple)
+            raise ValueError(
+                f"--{name} {value} is not a positive multiple of {multiple}; nearest: {nearest}"
+            )
+    if not any_size and (height, width) not in preset.sizes:
+        listed = ", ".join(f"{h}x{w}" for h, w in preset.sizes)
+        raise ValueError(
+            f"--height {height} --width {width} is not a size of {preset.name} ({listed}); "
+            "--allow_unsupported computes it all the same"
+        )
+
+
+def check_frames(preset: Preset, num_frames: int, *, temporal_factor: int, any_size: bool) -> None:
+    """Refuses a frame count that the VAE cannot make, or (unless `any_size`) was not trained for.
+
+    Raises:
+        ValueError: with the value and the nearest counts that work.
+    """
+    step = temporal_factor if any_size else preset.frame_step
+    limit = None if any_size else preset.max_frames
+    if num_frames >= 1 and num_frames % step == 1 % step and (not limit or num_frames <= limit):
+        return
+    below = max(1, (num_frames - 1) // step * step + 1)
+    nearest = sorted({min(n, limit or n) for n in (below, below + step)})
+    raise ValueError(
+        f"--num_frames {num_frames} is not {step} * N + 1"
+        + (f" up to {limit} ({preset.name})" if limit else "")
+        + f"; nearest: {' or '.join(map(str, nearest))}"
+        + ("" if any_size else "; --allow_unsupported allows any "
+           f"{temporal_factor} * N + 1")
+    )

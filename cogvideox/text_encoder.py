@@ -1,0 +1,67 @@
+"""Prompts to T5 embeddings, on the CPU with transformers."""
+
+import dataclasses
+
+import torch
+import transformers
+
+from cogvideox.checkpoint import ModelFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """A model's tokenizer and T5 encoder."""
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+    encoder: transformers.PreTrainedModel
+
+
+def load_text_encoder(model: ModelFolder, dtype: torch.dtype) -> TextEncoder:
+    """Loads only `tokenizer/` and `text_encoder/`, with the classes that model_index.json names.
+
+    transformers maps the safetensors files and converts tensor by tensor into place, so T5-XXL
+    (9.5 GB in bfloat16) is held once.
+    """
+    tokenizer_class = getattr(transformers, model.component_class("tokenizer"))
+    encoder_class = getattr(transformers, model.component_class("text_encoder"))
+    tokenizer = tokenizer_class.from_pretrained(model.path / "tokenizer")
+    encoder = encoder_class.from_pretrained(
+        model.path / "text_encoder", dtype=dtype, use_safetensors=True
+    )
+    return TextEncoder(tokenizer, encoder.eval())
+
+
+def encode(
+    text_encoder: TextEncoder, prompts: list[str], max_sequence_length: int
+) -> tuple[torch.Tensor, list[str]]:
+    """Encodes prompts as diffusers' `CogVideoXPipeline._get_t5_prompt_embeds` does.
+
+    Every position counts: the padding is encoded and attended to, as in training.
+
+    Args:
+        prompts: B texts.
+        max_sequence_length: S, tokens per prompt; shorter prompts are padded, longer ones cut.
+
+    Returns:
+        The embeddings [B, S, E] in the encoder's dtype, and for each prompt the words that were
+        cut off ("" for none).
+    """
+    tokenizer, encoder = text_encoder.tokenizer, text_encoder.encoder
+    cut = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=max_sequence_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    whole = tokenizer(prompts, verbose=False).input_ids
+    # The last kept position holds the end token, so one more token than the excess is lost.
+    dropped = [
+        tokenizer.decode(ids[max_sequence_length - 1 : -1])
+        if len(ids) > max_sequence_length
+        else ""
+        for ids in whole
+    ]
+    with torch.no_grad():
+        embeddings = encoder(cut.input_ids)[0]
+    return embeddings.to(encoder.dtype), dropped

@@ -1,0 +1,71 @@
+"""The persistent compilation cache, and what compiling cost."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+
+def enable_persistent_cache() -> Path:
+    """Turns on JAX's persistent compilation cache for every program, however small.
+
+    The folder is `JAX_COMPILATION_CACHE_DIR`, or the user's cache folder.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cogvideox-tpu/jax"
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", default)).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # The defaults skip programs under 1 s: dozens of small ones would compile on every start.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+@dataclasses.dataclass
+class CompilationLog:
+    """Counts of this process's compilations since the log was made."""
+
+    compiled: int = 0
+    cache_hits: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self):
+        self._programs = 0
+        jax.monitoring.register_event_listener(self._on_event)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+
+    def _on_event(self, event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            self.cache_hits += 1
+            self.compiled = self._programs - self.cache_hits
+
+    def _on_duration(self, event: str, seconds: float, **_: object) -> None:
+        # JAX reports this for every program, read from the cache or compiled.
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._programs += 1
+            self.seconds += seconds
+            self.compiled = self._programs - self.cache_hits
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "compilations": self.compiled,
+            "cache_hits": self.cache_hits,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def sentence(self) -> str:
+        """One line for people: what was compiled, what the cache gave, and the seconds."""
+        return (
+            f"{self.compiled} compilations, {self.cache_hits} cache hits, {self.seconds:.1f} s "
+            f"compiling or reading the cache"
+        )
+
+
+def compile_ahead(function: Callable, *args: object) -> tuple[jax.stages.Compiled, float]:
+    """Lowers and compiles a jitted `function` for `args`; returns it and the seconds it took."""
+    start = time.perf_counter()
+    compiled = function.lower(*args).compile()
+    return compiled, time.perf_counter() - start

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Stage 1: prompts to T5 embeddings, on the CPU.
+
+Writes stage1_embeddings.safetensors and generation_config.json.
+"""
+
+import argparse
+from pathlib import Path
+
+import utils
+from utils import ArgumentParser, Timings, checking_input
+
+STAGE = "stage1_text_encoder"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        "Encodes a prompt with the model's T5 encoder, on the CPU.",
+        '  python stage1_text_encoder.py --prompt "A panda plays guitar in a bamboo forest"\n'
+        '  python stage1_text_encoder.py --prompt "A red kite" --negative_prompt "blurry" \\\n'
+        "      --model_id ./my-cogvideox --output_dir runs/kite",
+    )
+    add_arguments(parser)
+    utils.add_model(parser, default=utils.DEFAULT_MODEL)
+    utils.add_dtype(parser)
+    parser.add_argument(
+        "--output_dir", type=Path, default=utils.DEFAULT_FOLDER, help="folder for the stage files"
+    )
+    return parser.parse_args(argv)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments that only this stage has."""
+    parser.add_argument(
+        "--prompt", nargs="+", required=True, help="what the video shows; several make a batch"
+    )
+    parser.add_argument(
+        "--negative_prompt", default="", help="what classifier-free guidance leads away from"
+    )
+    parser.add_argument(
+        "--max_sequence_length",
+        type=utils.integer(1),
+        help="tokens per prompt (default: the model's, 226 for the published ones)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    with checking_input():
+        from cogvideox.checkpoint import find_model, stored_tensors
+        from cogvideox.settings import text_tokens
+
+        if not all(prompt.strip() for prompt in arguments.prompt):
+            raise ValueError("--prompt is empty; describe what the video shows")
+        utils.check_output_folder(arguments.output_dir)
+        model = find_model(arguments.model_id, ["tokenizer", "text_encoder"])
+        tokens = text_tokens(arguments.max_sequence_length, model.config("transformer"))
+        stored_tensors(model.path / "text_encoder")
+
+    timings = Timings()
+    with timings.phase("load"):
+        import torch
+
+        from cogvideox.text_encoder import encode, load_text_encoder
+
+        text_encoder = load_text_encoder(model, getattr(torch, arguments.dtype))
+    with timings.phase("run"):
+        prompt_embeds, dropped = encode(text_encoder, arguments.prompt, tokens)
+        negatives = [arguments.negative_prompt] * len(arguments.prompt)
+        negative_prompt_embeds, negative_dropped = encode(text_encoder, negatives, tokens)
+    for name, words in [("prompt", "; ".join(filter(None, dropped)))] + [
+        ("negative_prompt", negative_dropped[0])
+    ]:
+        if words:
+            print(f"warning: --{name} is longer than {tokens} tokens; lost: {words!r}")
+
+    section = utils.make_section(
+        {
+            "model_id": model.model_id,
+            "revision": model.revision,
+            "prompt": arguments.prompt if len(arguments.prompt) > 1 else arguments.prompt[0],
+            "negative_prompt": arguments.negative_prompt,
+            "max_sequence_length": tokens,
+            "dtype": arguments.dtype,
+        }
+    )
+    with timings.phase("save"):
+        path = arguments.output_dir / utils.EMBEDDINGS_FILE
+        tensors = {
+            "prompt_embeds": utils.to_numpy(prompt_embeds),
+            "negative_prompt_embeds": utils.to_numpy(negative_prompt_embeds),
+        }
+        utils.check_finite(tensors, STAGE)
+        utils.write_stage_file(path, STAGE, tensors, section)
+        utils.record_section(arguments.output_dir, STAGE, section, inherited=arguments.output_dir)
+    print(f"{path}: {len(arguments.prompt)} prompt(s) of {tokens} tokens")
+    timings.report(arguments.output_dir / "stage1_timings.json")
+
+
+if __name__ == "__main__":
+    utils.run_main(lambda: run(parse_arguments()))

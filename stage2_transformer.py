@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Stage 2: embeddings to latents, the denoising loop of the transformer.
+
+Reads stage1_embeddings.safetensors, writes stage2_latents.safetensors.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import utils
+from utils import ArgumentParser, Timings, checking_input
+
+STAGE = "stage2_transformer"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        "Denoises latents from the embeddings of stage 1, on all devices of this machine.",
+        "  python stage2_transformer.py\n"
+        "  python stage2_transformer.py --num_inference_steps 30 --guidance_scale 7 --seed 1\n"
+        "  python stage2_transformer.py --height 720 --width 1280 --dp 2 --tp 4",
+    )
+    utils.add_folders(parser)
+    utils.add_model(parser, default=None)
+    add_arguments(parser)
+    utils.add_mesh(parser)
+    utils.add_dtype(parser)
+    return parser.parse_args(argv)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments that only this stage has."""
+    parser.add_argument(
+        "--num_inference_steps",
+        type=utils.integer(1),
+        help="denoising steps (default: the model's, 50 for the published ones)",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=utils.finite,
+        help="classifier-free guidance; 1 or less turns it off (default: the model's, 6)",
+    )
+    parser.add_argument(
+        "--use_dynamic_cfg", action="store_true", help="vary the guidance scale with the timestep"
+    )
+    parser.add_argument(
+        "--scheduler", choices=("dpm", "ddim"), help="default: the one in the model's folder"
+    )
+    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--num_frames", "--frames", type=int, help="default: the model's")
+    parser.add_argument(
+        "--fps", type=utils.integer(1, 240), help="frames a second (default: the model's)"
+    )
+    parser.add_argument("--seed", type=utils.integer(0, 2**64 - 1), default=42, help="of the noise")
+    parser.add_argument(
+        "--allow_unsupported",
+        action="store_true",
+        help="compute sizes and frame counts that the model was not trained for",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "splash", "cudnn", "reference"),
+        default="auto",
+        help="kernel; auto takes splash on TPU, cudnn on NVIDIA GPUs, reference on CPU",
+    )
+    parser.add_argument("--profile", type=Path, help="write a JAX profile of the loop here")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    timings, output_dir = Timings(), arguments.output_dir or arguments.input_dir
+    with checking_input():
+        embeddings, model, settings = _check_files(arguments, output_dir)
+        utils.start_jax(arguments.dtype)
+
+        import jax
+
+        from cogvideox.attention import choose_attention, make_attention
+        from cogvideox.checkpoint import stored_tensors
+        from cogvideox.denoise import Denoiser
+        from cogvideox.settings import latent_shape
+        from runtime.compilation import CompilationLog
+        from runtime.mesh import choose_mesh, make_mesh
+
+        batch, tokens, _ = embeddings.shapes["prompt_embeds"]
+        attention = choose_attention(arguments.attention, jax.default_backend(), arguments.dtype)
+        mesh = make_mesh(
+            choose_mesh(
+                arguments.dp,
+                arguments.tp,
+                batch=batch * (2 if settings.guided else 1),
+                num_heads=model.config("transformer")["num_attention_heads"],
+                num_devices=jax.device_count(),
+            )
+        )
+        latents_shape, padding = latent_shape(settings, model, batch)
+        weights = stored_tensors(model.path / "transformer")
+        denoiser = Denoiser(
+            config=model.config("transformer"),
+            latents=latents_shape,
+            text_tokens=tokens,
+            guided=settings.guided,
+            dtype=arguments.dtype,
+            mesh=mesh,
+            attention=make_attention(attention, mesh),
+        )
+        denoiser.check_weights(weights)
+        schedule = denoiser.schedule(settings, model.config("scheduler", "scheduler_config.json"))
+
+    compilations = CompilationLog()
+    print(f"{settings}\nmesh {dict(mesh.shape)}, attention {attention}, {arguments.dtype}")
+    with timings.phase("load"):
+        parameters = denoiser.load(weights)
+        prompt_embeds = denoiser.prompt_embeds(utils.read_tensors(embeddings))
+    with timings.phase("compile"):
+        step = denoiser.compile(parameters)
+    print(f"stage 2: {compilations.sentence()}")
+
+    profile = jax.profiler.trace(arguments.profile) if arguments.profile else contextlib.nullcontext()
+    with timings.phase("run"), profile:
+        steps = denoiser.run(step, parameters, prompt_embeds, schedule, settings.seed)
+        for latents in utils.progress(
+            steps, total=settings.num_inference_steps, what="denoising"
+        ):
+            pass
+    with timings.phase("save"):
+        # diffusers' [B, T, C, H, W] without the padding frames, as the VAE wants it.
+        tensors = {"latents": utils.to_numpy(latents)[:, padding:].swapaxes(1, 2)}
+        utils.check_finite(tensors, STAGE)
+        section = utils.make_section(
+            {
+                "model_id": model.model_id,
+                "revision": model.revision,
+                "embeddings": embeddings.section["fingerprint"],
+                **dataclasses.asdict(settings),
+                "dtype": arguments.dtype,
+            },
+            mesh=dict(mesh.shape),
+            attention=attention,
+            backend=jax.devices()[0].device_kind,
+            guidance_scales=list(schedule.guidance_scales),
+        )
+        path = output_dir / utils.LATENTS_FILE
+        utils.write_stage_file(path, STAGE, tensors, section, vae_scaling_applied="false")
+        utils.record_section(output_dir, STAGE, section, inherited=arguments.input_dir)
+    print(f"{path}: latents {list(tensors['latents'].shape)}")
+    timings.report(output_dir / "stage2_timings.json", compilation=compilations.summary())
+
+
+def _check_files(arguments: argparse.Namespace, output_dir: Path):
+    """Everything that needs neither JAX nor a weight: files, model, sizes."""
+    from cogvideox.settings import DenoisingSettings, complete_settings, text_tokens
+
+    config = utils.read_config(arguments.input_dir)
+    names = {"prompt_embeds", "negative_prompt_embeds"}
+    embeddings = utils.open_stage_file(
+        arguments.input_dir, utils.EMBEDDINGS_FILE, "stage1_text_encoder", config, names
+    )
+    utils.check_output_folder(output_dir)
+    model = utils.find_same_model(arguments.model_id, embeddings, ["transformer", "scheduler"])
+    fields = dataclasses.fields(DenoisingSettings)
+    wishes = {field.name: getattr(arguments, field.name) for field in fields}
+    settings = complete_settings(wishes, model, any_size=arguments.allow_unsupported)
+    _, tokens, width = embeddings.shapes["prompt_embeds"]
+    text_tokens(tokens, model.config("transformer"))
+    expected = model.config("transformer")["text_embed_dim"]
+    if width != expected:
+        raise ValueError(f"{embeddings.path} holds embeddings of {width}, the model takes {expected}")
+    return embeddings, model, settings
+
+
+if __name__ == "__main__":
+    utils.run_main(lambda: run(parse_arguments()))

@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Stage 3: latents to video, with diffusers' VAE decoder through TorchAx.
+
+Reads stage2_latents.safetensors; writes the video and a contact sheet beside it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import utils
+from utils import ArgumentParser, Timings, checking_input
+
+STAGE = "stage3_vae_decoder"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        "Decodes the latents of stage 2, their width split over all devices of this machine.",
+        "  python stage3_vae_decoder.py\n"
+        "  python stage3_vae_decoder.py --output_video frames/   # a folder of PNG images\n"
+        "  python stage3_vae_decoder_flax.py --output_video video.webp --quality 9",
+    )
+    parser.add_argument(
+        "--input_dir", type=Path, default=utils.DEFAULT_FOLDER, help="folder of stage 2's files"
+    )
+    utils.add_model(parser, default=None)
+    add_arguments(parser)
+    utils.add_mesh(parser)
+    parser.add_argument("--fps", type=utils.integer(1, 240), help="default: the one of stage 2")
+    utils.add_dtype(parser)
+    return parser.parse_args(argv)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments that only this stage has."""
+    parser.add_argument(
+        "--output_video",
+        type=Path,
+        help=".mp4, .gif, .webp, .npy (float32, exact), or a folder of PNG frames "
+        f"(default: {utils.VIDEO_FILE} in the folder of the latents)",
+    )
+    parser.add_argument(
+        "--quality", type=utils.integer(0, 10), help="of .mp4 and .webp, 10 is best (default: 7)"
+    )
+    parser.add_argument(
+        "--no_metadata", action="store_true", help="leave the settings out of the mp4"
+    )
+
+
+def run(arguments: argparse.Namespace, decoder_module: str) -> None:
+    """Decodes; `decoder_module` is "vae_torchax" or "vae_flax" in cogvideox/."""
+    timings = Timings()
+    with checking_input():
+        from cogvideox.settings import decoded_frames
+        from cogvideox.video import check_output_path, wants_float
+
+        config = utils.read_config(arguments.input_dir)
+        file = utils.open_stage_file(
+            arguments.input_dir, utils.LATENTS_FILE, "stage2_transformer", config, {"latents"}
+        )
+        utils.check_inputs_are_current(file, config, "embeddings", "stage1_text_encoder")
+        batch, channels, latent_frames, _, _ = file.shapes["latents"]
+        fps = arguments.fps or file.section["fps"]
+        output = arguments.output_video or arguments.input_dir / utils.VIDEO_FILE
+        videos = utils.numbered(output, batch)
+        for video in videos:
+            check_output_path(video, fps=fps, quality=arguments.quality)
+        model = utils.find_same_model(arguments.model_id, file, ["vae"])
+        vae = model.config("vae")
+        if channels != vae["latent_channels"]:
+            raise ValueError(
+                f"{file.path} has {channels} channels, the VAE takes {vae['latent_channels']}"
+            )
+        utils.start_jax(arguments.dtype)
+
+        import importlib
+
+        import jax.numpy as jnp
+
+        from runtime.compilation import CompilationLog
+        from runtime.mesh import all_devices, make_mesh
+
+        mesh = make_mesh(all_devices(arguments.dp, arguments.tp))
+        module = importlib.import_module(f"cogvideox.{decoder_module}")
+
+    compilations = CompilationLog()
+    with timings.phase("load"), checking_input():
+        decoder = module.load_decoder(model.path / "vae", mesh, jnp.dtype(arguments.dtype))
+        latents = utils.read_tensors(file)["latents"]
+    with timings.phase("compile"):
+        dtype = "float32" if wants_float(output) else "uint8"
+        decoder.compile(latents.shape, output=dtype)
+    print(f"stage 3: {compilations.sentence()}")
+
+    section = utils.make_section(
+        {
+            "model_id": model.model_id,
+            "revision": model.revision,
+            "latents": file.section["fingerprint"],
+            "output_video": [str(video) for video in videos],
+            "fps": fps,
+            "quality": arguments.quality,
+            "dtype": arguments.dtype,
+        },
+        mesh=dict(mesh.shape),
+        decoder=decoder_module,
+    )
+    recorded = {**config, STAGE: section}
+    num_frames = decoded_frames(latent_frames, vae["temporal_compression_ratio"])
+    with timings.phase("run and save"):
+        batches = decoder.decode(latents, output=dtype)
+        _write(batches, videos, num_frames, fps, arguments, recorded)
+    utils.record_section(arguments.input_dir, STAGE, section, inherited=arguments.input_dir)
+    timings.report(
+        output.with_name(f"{output.stem}_timings.json"), compilation=compilations.summary()
+    )
+
+
+def _write(batches, videos, num_frames, fps, arguments, recorded) -> None:
+    """Streams the frames of every video of the batch to its file; contact sheets at the end."""
+    import contextlib
+
+    from cogvideox.contact_sheet import FrameSampler, write_contact_sheet
+    from cogvideox.video import open_video_writer
+
+    comment = None if arguments.no_metadata else json.dumps(recorded, ensure_ascii=False)
+    samplers = [FrameSampler(num_frames) for _ in videos]
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                open_video_writer(
+                    video,
+                    fps=fps,
+                    num_frames=num_frames,
+                    quality=arguments.quality,
+                    comment=comment,
+                )
+            )
+            for video in videos
+        ]
+        bar = utils.progress(total=num_frames, what="decoding", unit="frame")
+        for frames in batches:
+            for writer, sampler, own in zip(writers, samplers, frames, strict=True):
+                writer.write(own)
+                sampler.add(own)
+            bar.update(frames.shape[1])
+        bar.close()
+    prompts = recorded["stage1_text_encoder"]["prompt"]
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    for video, sampler, prompt in zip(videos, samplers, prompts, strict=True):
+        sheet = video.with_name(f"{video.stem}_contact_sheet.png")
+        caption = f"{prompt}\n{_settings_line(recorded, fps)}"
+        write_contact_sheet(
+            sheet, sampler.frames(), indices=sampler.indices, fps=fps, caption=caption
+        )
+        print(f"video: {video}\ncontact sheet: {sheet}")
+
+
+def _settings_line(recorded: dict, fps: int) -> str:
+    made = recorded["stage2_transformer"]
+    return (
+        f"{made['width']}x{made['height']}, {made['num_frames']} frames at {fps} fps, "
+        f"{made['num_inference_steps']} {made['scheduler']} steps, "
+        f"guidance {made['guidance_scale']:g}, seed {made['seed']}"
+    )
+
+
+if __name__ == "__main__":
+    utils.run_main(lambda: run(parse_arguments(), "vae_torchax"))

@@ -1,0 +1,93 @@
+"""Small random models in diffusers layout, for every generation and positional scheme."""
+
+import string
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+# Generation: what its transformer config says of patches and positions.
+GENERATIONS = {
+    "1.5": {"patch_size_t": 2, "use_rotary_positional_embeddings": True},
+    "1.0-rope": {"patch_size_t": None, "use_rotary_positional_embeddings": True},
+    "1.0-sincos": {"patch_size_t": None, "use_rotary_positional_embeddings": False},
+}
+
+
+def make_tokenizer() -> transformers.T5Tokenizer:
+    """A character tokenizer: every printable character is a token, so lengths are plain."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.printable[:94]]
+    return transformers.T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
+
+
+def save_tiny_model(
+    folder: Path,
+    generation: str = "1.5",
+    *,
+    num_attention_heads: int = 2,
+    attention_head_dim: int = 16,
+    num_layers: int = 2,
+    sample_height: int = 8,
+    sample_width: int = 10,
+    sample_frames: int = 17,
+    max_text_seq_length: int = 16,
+    scheduler: type = diffusers.CogVideoXDPMScheduler,
+    seed: int = 0,
+    **transformer_config: object,
+) -> Path:
+    """Saves a random CogVideoX whose every part matters, in the layout of the published ones.
+
+    Zero-initialised or near-constant parameters are drawn anew, so that a wrong shift, gate, norm
+    or bias shows in the output.
+    """
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    text_encoder = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+        )
+    )
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=num_attention_heads,
+        attention_head_dim=attention_head_dim,
+        num_layers=num_layers,
+        in_channels=8,
+        out_channels=8,
+        time_embed_dim=32,
+        text_embed_dim=32,
+        sample_height=sample_height,
+        sample_width=sample_width,
+        sample_frames=sample_frames,
+        max_text_seq_length=max_text_seq_length,
+        **GENERATIONS[generation],
+        **transformer_config,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(16, 16, 32, 32),
+        latent_channels=8,
+        layers_per_block=1,
+        norm_num_groups=8,
+        scaling_factor=0.7 if generation == "1.5" else 1.15258426,
+    )
+    for module in (transformer, vae):
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1:
+                noise = 0.1 * torch.randn_like(parameter)
+                parameter.data = noise + (1.0 if "norm" in name and "weight" in name else 0.0)
+    pipeline = diffusers.CogVideoXPipeline(
+        tokenizer,
+        text_encoder,
+        vae,
+        transformer,
+        scheduler(
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=1.0 if generation == "1.5" else 3.0,
+            timestep_spacing="trailing",
+            clip_sample=False,
+        ),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
