@@ -4,11 +4,17 @@
 Writes stage1_embeddings.safetensors and generation_config.json.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import utils
 from utils import ArgumentParser, Timings, checking_input
+
+if TYPE_CHECKING:
+    from cogvideox.checkpoint import ModelFolder
 
 STAGE = "stage1_text_encoder"
 
@@ -44,17 +50,22 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
+    """The model, and the tokens per prompt; raises ValueError for what cannot be encoded."""
+    from cogvideox.checkpoint import find_model, stored_tensors
+    from cogvideox.settings import text_tokens
+
+    if not all(prompt.strip() for prompt in arguments.prompt):
+        raise ValueError("--prompt is empty; describe what the video shows")
+    utils.check_output_folder(arguments.output_dir)
+    model = find_model(arguments.model_id, ["tokenizer", "text_encoder"])
+    stored_tensors(model.path / "text_encoder")
+    return model, text_tokens(arguments.max_sequence_length, model.config("transformer"))
+
+
 def run(arguments: argparse.Namespace) -> None:
     with checking_input():
-        from cogvideox.checkpoint import find_model, stored_tensors
-        from cogvideox.settings import text_tokens
-
-        if not all(prompt.strip() for prompt in arguments.prompt):
-            raise ValueError("--prompt is empty; describe what the video shows")
-        utils.check_output_folder(arguments.output_dir)
-        model = find_model(arguments.model_id, ["tokenizer", "text_encoder"])
-        tokens = text_tokens(arguments.max_sequence_length, model.config("transformer"))
-        stored_tensors(model.path / "text_encoder")
+        model, tokens = check(arguments)
 
     timings = Timings()
     with timings.phase("load"):

@@ -4,13 +4,22 @@
 Reads stage1_embeddings.safetensors, writes stage2_latents.safetensors.
 """
 
+from __future__ import annotations
+
 import argparse
-import contextlib
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import utils
 from utils import ArgumentParser, Timings, checking_input
+
+if TYPE_CHECKING:
+    from cogvideox.checkpoint import ModelFolder
+    from cogvideox.denoise import Denoiser
+    from cogvideox.scheduler import Schedule
+    from cogvideox.settings import DenoisingSettings
 
 STAGE = "stage2_transformer"
 
@@ -69,78 +78,116 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--profile", type=Path, help="write a JAX profile of the loop here")
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked run: what to denoise, with which program, on which devices."""
+
+    settings: DenoisingSettings
+    padding_frames: int  # leading latent frames to drop
+    denoiser: Denoiser
+    schedule: Schedule
+    attention: str
+
+
+def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tokens: int) -> Plan:
+    """Checks everything that needs no weight: sizes, steps, mesh, attention, weight headers.
+
+    Args:
+        batch: how many prompts.
+        tokens: per prompt.
+
+    Raises:
+        ValueError: what cannot be computed, and the nearest that can.
+    """
+    from cogvideox.settings import DenoisingSettings, complete_settings, latent_shape
+
+    fields = dataclasses.fields(DenoisingSettings)
+    wishes = {field.name: getattr(arguments, field.name) for field in fields}
+    settings = complete_settings(wishes, model, any_size=arguments.allow_unsupported)
+    latents, padding = latent_shape(settings, model, batch)
+    utils.start_jax(arguments.dtype)
+
+    import jax
+
+    from cogvideox.attention import choose_attention, make_attention
+    from cogvideox.checkpoint import stored_tensors
+    from runtime.mesh import choose_mesh, make_mesh
+
+    config = model.config("transformer")
+    attention = choose_attention(arguments.attention, jax.default_backend(), arguments.dtype)
+    mesh = make_mesh(
+        choose_mesh(
+            arguments.dp,
+            arguments.tp,
+            batch=batch * (2 if settings.guided else 1),
+            num_heads=config["num_attention_heads"],
+            num_devices=jax.device_count(),
+        )
+    )
+
+    from cogvideox.denoise import Denoiser
+    from cogvideox.scheduler import make_schedule
+
+    denoiser = Denoiser(
+        config=config,
+        weights=stored_tensors(model.path / "transformer"),
+        latents=latents,
+        text_tokens=tokens,
+        guided=settings.guided,
+        dtype=arguments.dtype,
+        mesh=mesh,
+        attention=make_attention(attention, mesh),
+    )
+    denoiser.check_weights()
+    schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
+    return Plan(settings, padding, denoiser, schedule, attention)
+
+
 def run(arguments: argparse.Namespace) -> None:
     timings, output_dir = Timings(), arguments.output_dir or arguments.input_dir
     with checking_input():
-        embeddings, model, settings = _check_files(arguments, output_dir)
-        utils.start_jax(arguments.dtype)
-
-        import jax
-
-        from cogvideox.attention import choose_attention, make_attention
-        from cogvideox.checkpoint import stored_tensors
-        from cogvideox.denoise import Denoiser
-        from cogvideox.settings import latent_shape
-        from runtime.compilation import CompilationLog
-        from runtime.mesh import choose_mesh, make_mesh
-
+        embeddings, model = _open_embeddings(arguments)
+        utils.check_output_folder(output_dir)
         batch, tokens, _ = embeddings.shapes["prompt_embeds"]
-        attention = choose_attention(arguments.attention, jax.default_backend(), arguments.dtype)
-        mesh = make_mesh(
-            choose_mesh(
-                arguments.dp,
-                arguments.tp,
-                batch=batch * (2 if settings.guided else 1),
-                num_heads=model.config("transformer")["num_attention_heads"],
-                num_devices=jax.device_count(),
-            )
-        )
-        latents_shape, padding = latent_shape(settings, model, batch)
-        weights = stored_tensors(model.path / "transformer")
-        denoiser = Denoiser(
-            config=model.config("transformer"),
-            latents=latents_shape,
-            text_tokens=tokens,
-            guided=settings.guided,
-            dtype=arguments.dtype,
-            mesh=mesh,
-            attention=make_attention(attention, mesh),
-        )
-        denoiser.check_weights(weights)
-        schedule = denoiser.schedule(settings, model.config("scheduler", "scheduler_config.json"))
+        plan = make_plan(arguments, model, batch, tokens)
+    mesh = dict(plan.denoiser.mesh.shape)
+    print(f"{plan.settings}\nmesh {mesh}, attention {plan.attention}, {arguments.dtype}")
+
+    import jax
+
+    from runtime.compilation import CompilationLog
 
     compilations = CompilationLog()
-    print(f"{settings}\nmesh {dict(mesh.shape)}, attention {attention}, {arguments.dtype}")
     with timings.phase("load"):
-        parameters = denoiser.load(weights)
-        prompt_embeds = denoiser.prompt_embeds(utils.read_tensors(embeddings))
+        parameters = plan.denoiser.load()
+        prompt_embeds = plan.denoiser.prompt_embeds(utils.read_tensors(embeddings))
     with timings.phase("compile"):
-        step = denoiser.compile(parameters)
+        step = plan.denoiser.compile(parameters)
     print(f"stage 2: {compilations.sentence()}")
 
-    profile = jax.profiler.trace(arguments.profile) if arguments.profile else contextlib.nullcontext()
+    profile = jax.profiler.trace(arguments.profile) if arguments.profile else nullcontext()
     with timings.phase("run"), profile:
-        steps = denoiser.run(step, parameters, prompt_embeds, schedule, settings.seed)
-        for latents in utils.progress(
-            steps, total=settings.num_inference_steps, what="denoising"
-        ):
+        steps = plan.denoiser.run(
+            step, parameters, prompt_embeds, plan.schedule, plan.settings.seed
+        )
+        for latents in utils.progress(steps, total=len(plan.schedule.timesteps), what="denoising"):
             pass
     with timings.phase("save"):
-        # diffusers' [B, T, C, H, W] without the padding frames, as the VAE wants it.
-        tensors = {"latents": utils.to_numpy(latents)[:, padding:].swapaxes(1, 2)}
+        # diffusers' [B, T, C, H, W] without the padding frames, turned as the VAE wants it.
+        tensors = {"latents": utils.to_numpy(latents)[:, plan.padding_frames :].swapaxes(1, 2)}
         utils.check_finite(tensors, STAGE)
         section = utils.make_section(
             {
                 "model_id": model.model_id,
                 "revision": model.revision,
                 "embeddings": embeddings.section["fingerprint"],
-                **dataclasses.asdict(settings),
+                **dataclasses.asdict(plan.settings),
                 "dtype": arguments.dtype,
             },
-            mesh=dict(mesh.shape),
-            attention=attention,
-            backend=jax.devices()[0].device_kind,
-            guidance_scales=list(schedule.guidance_scales),
+            mesh=mesh,
+            attention=plan.attention,
+            device=jax.devices()[0].device_kind,
+            guidance_scales=list(plan.schedule.guidance_scales),
         )
         path = output_dir / utils.LATENTS_FILE
         utils.write_stage_file(path, STAGE, tensors, section, vae_scaling_applied="false")
@@ -149,26 +196,25 @@ def run(arguments: argparse.Namespace) -> None:
     timings.report(output_dir / "stage2_timings.json", compilation=compilations.summary())
 
 
-def _check_files(arguments: argparse.Namespace, output_dir: Path):
-    """Everything that needs neither JAX nor a weight: files, model, sizes."""
-    from cogvideox.settings import DenoisingSettings, complete_settings, text_tokens
+def _open_embeddings(arguments: argparse.Namespace) -> tuple[utils.StageFile, ModelFolder]:
+    """The checked header of stage 1's file, and the model it was made with."""
+    from cogvideox.settings import text_tokens
 
-    config = utils.read_config(arguments.input_dir)
     names = {"prompt_embeds", "negative_prompt_embeds"}
-    embeddings = utils.open_stage_file(
+    config = utils.read_config(arguments.input_dir)
+    file = utils.open_stage_file(
         arguments.input_dir, utils.EMBEDDINGS_FILE, "stage1_text_encoder", config, names
     )
-    utils.check_output_folder(output_dir)
-    model = utils.find_same_model(arguments.model_id, embeddings, ["transformer", "scheduler"])
-    fields = dataclasses.fields(DenoisingSettings)
-    wishes = {field.name: getattr(arguments, field.name) for field in fields}
-    settings = complete_settings(wishes, model, any_size=arguments.allow_unsupported)
-    _, tokens, width = embeddings.shapes["prompt_embeds"]
-    text_tokens(tokens, model.config("transformer"))
-    expected = model.config("transformer")["text_embed_dim"]
-    if width != expected:
-        raise ValueError(f"{embeddings.path} holds embeddings of {width}, the model takes {expected}")
-    return embeddings, model, settings
+    model = utils.find_same_model(arguments.model_id, file, ["transformer", "scheduler"])
+    transformer = model.config("transformer")
+    _, tokens, width = file.shapes["prompt_embeds"]
+    text_tokens(tokens, transformer)
+    if width != transformer["text_embed_dim"]:
+        raise ValueError(
+            f"{file.path} holds embeddings of {width}, the model takes "
+            f"{transformer['text_embed_dim']}"
+        )
+    return file, model
 
 
 if __name__ == "__main__":

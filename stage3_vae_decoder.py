@@ -4,12 +4,21 @@
 Reads stage2_latents.safetensors; writes the video and a contact sheet beside it.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
+import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import utils
 from utils import ArgumentParser, Timings, checking_input
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STAGE = "stage3_vae_decoder"
 
@@ -48,82 +57,100 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, decoder_module: str) -> None:
-    """Decodes; `decoder_module` is "vae_torchax" or "vae_flax" in cogvideox/."""
+def output_videos(arguments: argparse.Namespace, folder: Path, batch: int, fps: int) -> list[Path]:
+    """Where the videos of a batch go, checked: one path a prompt.
+
+    Raises:
+        ValueError: an unknown suffix, or a place that cannot be written.
+    """
+    from cogvideox.video import check_output_path
+
+    videos = utils.numbered(arguments.output_video or folder / utils.VIDEO_FILE, batch)
+    for video in videos:
+        check_output_path(video, fps=fps, quality=arguments.quality)
+    return videos
+
+
+def run(arguments: argparse.Namespace, decoder_name: str) -> None:
+    """Decodes with `decoder_name`, "vae_torchax" or "vae_flax", a module in cogvideox/."""
     timings = Timings()
     with checking_input():
-        from cogvideox.settings import decoded_frames
-        from cogvideox.video import check_output_path, wants_float
-
-        config = utils.read_config(arguments.input_dir)
-        file = utils.open_stage_file(
-            arguments.input_dir, utils.LATENTS_FILE, "stage2_transformer", config, {"latents"}
-        )
-        utils.check_inputs_are_current(file, config, "embeddings", "stage1_text_encoder")
-        batch, channels, latent_frames, _, _ = file.shapes["latents"]
-        fps = arguments.fps or file.section["fps"]
-        output = arguments.output_video or arguments.input_dir / utils.VIDEO_FILE
-        videos = utils.numbered(output, batch)
-        for video in videos:
-            check_output_path(video, fps=fps, quality=arguments.quality)
-        model = utils.find_same_model(arguments.model_id, file, ["vae"])
+        config, latents_file = _open_latents(arguments)
+        batch, channels, latent_frames, _, _ = latents_file.shapes["latents"]
+        fps = arguments.fps or latents_file.section["fps"]
+        videos = output_videos(arguments, arguments.input_dir, batch, fps)
+        model = utils.find_same_model(arguments.model_id, latents_file, ["vae"])
         vae = model.config("vae")
         if channels != vae["latent_channels"]:
             raise ValueError(
-                f"{file.path} has {channels} channels, the VAE takes {vae['latent_channels']}"
+                f"{latents_file.path} has {channels} channels, the VAE {vae['latent_channels']}"
             )
         utils.start_jax(arguments.dtype)
 
-        import importlib
-
         import jax.numpy as jnp
 
-        from runtime.compilation import CompilationLog
         from runtime.mesh import all_devices, make_mesh
 
         mesh = make_mesh(all_devices(arguments.dp, arguments.tp))
-        module = importlib.import_module(f"cogvideox.{decoder_module}")
+        decoder_module = importlib.import_module(f"cogvideox.{decoder_name}")
+
+    from cogvideox.settings import decoded_frames
+    from cogvideox.video import wants_float
+    from runtime.compilation import CompilationLog
 
     compilations = CompilationLog()
     with timings.phase("load"), checking_input():
-        decoder = module.load_decoder(model.path / "vae", mesh, jnp.dtype(arguments.dtype))
-        latents = utils.read_tensors(file)["latents"]
+        decoder = decoder_module.load_decoder(model.path / "vae", mesh, jnp.dtype(arguments.dtype))
+        latents = utils.read_tensors(latents_file)["latents"]
+    output = "float32" if wants_float(videos[0]) else "uint8"
     with timings.phase("compile"):
-        dtype = "float32" if wants_float(output) else "uint8"
-        decoder.compile(latents.shape, output=dtype)
+        decoder.compile(latents.shape, output=output)
     print(f"stage 3: {compilations.sentence()}")
 
     section = utils.make_section(
         {
             "model_id": model.model_id,
             "revision": model.revision,
-            "latents": file.section["fingerprint"],
+            "latents": latents_file.section["fingerprint"],
             "output_video": [str(video) for video in videos],
             "fps": fps,
             "quality": arguments.quality,
             "dtype": arguments.dtype,
         },
         mesh=dict(mesh.shape),
-        decoder=decoder_module,
+        decoder=decoder_name,
     )
-    recorded = {**config, STAGE: section}
     num_frames = decoded_frames(latent_frames, vae["temporal_compression_ratio"])
     with timings.phase("run and save"):
-        batches = decoder.decode(latents, output=dtype)
-        _write(batches, videos, num_frames, fps, arguments, recorded)
-    utils.record_section(arguments.input_dir, STAGE, section, inherited=arguments.input_dir)
-    timings.report(
-        output.with_name(f"{output.stem}_timings.json"), compilation=compilations.summary()
+        recorded = {**config, STAGE: section}
+        _write(decoder.decode(latents, output=output), num_frames, videos, arguments, recorded)
+        utils.record_section(arguments.input_dir, STAGE, section, inherited=arguments.input_dir)
+    report = videos[0].with_name(f"{videos[0].stem}_timings.json")
+    timings.report(report, compilation=compilations.summary())
+
+
+def _open_latents(arguments: argparse.Namespace) -> tuple[dict, utils.StageFile]:
+    """The config and the checked header of stage 2's file."""
+    config = utils.read_config(arguments.input_dir)
+    file = utils.open_stage_file(
+        arguments.input_dir, utils.LATENTS_FILE, "stage2_transformer", config, {"latents"}
     )
+    utils.check_inputs_are_current(file, config, "embeddings", "stage1_text_encoder")
+    return config, file
 
 
-def _write(batches, videos, num_frames, fps, arguments, recorded) -> None:
+def _write(
+    batches: Iterable[np.ndarray],
+    num_frames: int,
+    videos: list[Path],
+    arguments: argparse.Namespace,
+    recorded: dict,
+) -> None:
     """Streams the frames of every video of the batch to its file; contact sheets at the end."""
-    import contextlib
-
     from cogvideox.contact_sheet import FrameSampler, write_contact_sheet
     from cogvideox.video import open_video_writer
 
+    fps = recorded[STAGE]["fps"]
     comment = None if arguments.no_metadata else json.dumps(recorded, ensure_ascii=False)
     samplers = [FrameSampler(num_frames) for _ in videos]
     with contextlib.ExitStack() as stack:
@@ -150,17 +177,17 @@ def _write(batches, videos, num_frames, fps, arguments, recorded) -> None:
     prompts = [prompts] if isinstance(prompts, str) else prompts
     for video, sampler, prompt in zip(videos, samplers, prompts, strict=True):
         sheet = video.with_name(f"{video.stem}_contact_sheet.png")
-        caption = f"{prompt}\n{_settings_line(recorded, fps)}"
+        caption = f"{prompt}\n{_settings_line(recorded)}"
         write_contact_sheet(
             sheet, sampler.frames(), indices=sampler.indices, fps=fps, caption=caption
         )
         print(f"video: {video}\ncontact sheet: {sheet}")
 
 
-def _settings_line(recorded: dict, fps: int) -> str:
+def _settings_line(recorded: dict) -> str:
     made = recorded["stage2_transformer"]
     return (
-        f"{made['width']}x{made['height']}, {made['num_frames']} frames at {fps} fps, "
+        f"{made['width']}x{made['height']}, {made['num_frames']} frames at {recorded[STAGE]['fps']} fps, "
         f"{made['num_inference_steps']} {made['scheduler']} steps, "
         f"guidance {made['guidance_scale']:g}, seed {made['seed']}"
     )

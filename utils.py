@@ -98,9 +98,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-class _HelpFormatter(
-    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-):
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # None means "from the model" and is said in the help text itself.
         return action.help if action.default is None else super()._get_help_string(action)
@@ -271,7 +269,9 @@ def open_stage_file(
             stamp = handle.metadata() or {}
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated or no safetensors file ({error}); {again}") from error
+        raise InputError(
+            f"{path} is truncated or no safetensors file ({error}); {again}"
+        ) from error
     if stamp.get("stage") != stage or set(shapes) != tensor_names:
         raise InputError(f"{path} was not written by {stage}.py; {again}")
     if stamp.get("format_version") != FORMAT_VERSION:

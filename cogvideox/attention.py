@@ -118,7 +118,8 @@ class AttentionProcessor:
 
         q, k, v = split(q), split(k), split(v)
         q, k = (
-            x if norm is None else layer_norm(x, *norm) for x, norm in zip((q, k), norms, strict=True)
+            x if norm is None else layer_norm(x, *norm)
+            for x, norm in zip((q, k), norms, strict=True)
         )
         if rotary is not None:
             q, k = (apply_rotary_emb(x, *rotary) for x in (q, k))

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from cogvideox import transformer
 from cogvideox.attention import Kernel
 from cogvideox.checkpoint import StoredTensor
-from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, make_schedule, step
-from cogvideox.settings import DenoisingSettings, LatentShape
+from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
+from cogvideox.settings import LatentShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Denoiser:
     """
 
     config: Mapping[str, Any]  # the transformer's
+    weights: Mapping[str, StoredTensor]  # headers of its safetensors files
     latents: LatentShape
     text_tokens: int
     guided: bool  # classifier-free guidance; doubles the transformer's batch
@@ -49,13 +50,14 @@ class Denoiser:
         tables = transformer.positions(self.config, self.latents, self.text_tokens)
         return jax.device_put(tables, self.replicated)
 
-    def check_weights(self, stored: Mapping[str, StoredTensor]) -> None:
+    def check_weights(self) -> None:
         """Raises ValueError if the weight files do not fit the config or the sharding table."""
-        transformer.check_weights(self.config, stored)
+        transformer.check_weights(self.config, self.weights)
 
-    def load(self, stored: Mapping[str, StoredTensor]) -> dict[str, jax.Array]:
+    def load(self) -> dict[str, jax.Array]:
         """Reads the weights into their shards."""
-        return transformer.load_parameters(self.config, stored, self.mesh, jnp.dtype(self.dtype))
+        dtype = jnp.dtype(self.dtype)
+        return transformer.load_parameters(self.config, self.weights, self.mesh, dtype)
 
     def prompt_embeds(self, embeddings: Mapping[str, np.ndarray]) -> jax.Array:
         """The transformer's text input [B or 2B, S, E]: negative prompts first if guided."""
@@ -114,18 +116,6 @@ class Denoiser:
             output = negative + guidance_scale * (positive - negative)
         following, x0 = step(latents, output, previous_x0, noise, weights)
         return following.astype(latents.dtype), x0
-
-    def schedule(
-        self, settings: DenoisingSettings, scheduler_config: Mapping[str, Any]
-    ) -> Schedule:
-        """Timesteps, guidance scales and coefficients of a run, on the host."""
-        return make_schedule(
-            settings.scheduler,
-            scheduler_config,
-            settings.num_inference_steps,
-            settings.guidance_scale,
-            settings.use_dynamic_cfg,
-        )
 
     def run(
         self,

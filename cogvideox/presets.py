@@ -114,6 +114,5 @@ def check_frames(preset: Preset, num_frames: int, *, temporal_factor: int, any_s
         f"--num_frames {num_frames} is not {step} * N + 1"
         + (f" up to {limit} ({preset.name})" if limit else "")
         + f"; nearest: {' or '.join(map(str, nearest))}"
-        + ("" if any_size else "; --allow_unsupported allows any "
-           f"{temporal_factor} * N + 1")
+        + ("" if any_size else f"; --allow_unsupported allows any {temporal_factor} * N + 1")
     )

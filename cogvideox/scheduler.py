@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from cogvideox.settings import DenoisingSettings
+
 SCHEDULERS = {"dpm": diffusers.CogVideoXDPMScheduler, "ddim": diffusers.CogVideoXDDIMScheduler}
 
 
@@ -73,26 +75,20 @@ class Schedule:
     noise_draws: tuple[int, ...]  # how often diffusers draws noise in each step; the last counts
 
 
-def make_schedule(
-    name: str,
-    config: Mapping[str, Any],
-    num_inference_steps: int,
-    guidance_scale: float,
-    use_dynamic_cfg: bool,
-) -> Schedule:
+def make_schedule(settings: DenoisingSettings, config: Mapping[str, Any]) -> Schedule:
     """The timesteps, guidance scales, coefficients and noise draws of a run.
 
     Args:
-        name: a key of SCHEDULERS.
+        settings: names the scheduler, a key of SCHEDULERS, the steps and the guidance.
         config: the model's scheduler_config.json, of either scheduler class.
 
     Raises:
-        ValueError: more steps than the model was trained with.
+        ValueError: more steps than the model was trained with, or an unknown prediction type.
     """
-    scheduler = SCHEDULERS[name].from_config(dict(config))
-    scheduler.set_timesteps(num_inference_steps)
+    scheduler = SCHEDULERS[settings.scheduler].from_config(dict(config))
+    scheduler.set_timesteps(settings.num_inference_steps)
     timesteps = [int(t) for t in scheduler.timesteps]
-    stride = scheduler.config.num_train_timesteps // num_inference_steps
+    stride = scheduler.config.num_train_timesteps // settings.num_inference_steps
     coefficients, draws = [], []
     for i, timestep in enumerate(timesteps):
         previous = timestep - stride
@@ -100,7 +96,7 @@ def make_schedule(
         alpha_next = (
             scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
         )
-        if name == "ddim":
+        if settings.scheduler == "ddim":
             update, drawn = _ddim_update(alpha, alpha_next), 0
         else:
             # diffusers falls back to first order, with one draw, where it has no earlier x0 to
@@ -112,9 +108,7 @@ def make_schedule(
         weights = (*_x0_weights(scheduler.config.prediction_type, alpha), *update)
         coefficients.append(StepCoefficients(*map(float, weights)))
         draws.append(drawn)
-    scales = [guidance_scale] * len(timesteps)
-    if use_dynamic_cfg:
-        scales = [_dynamic_scale(guidance_scale, num_inference_steps, t) for t in timesteps]
+    scales = [_guidance_scale(settings, timestep) for timestep in timesteps]
     return Schedule(tuple(timesteps), tuple(scales), tuple(coefficients), tuple(draws))
 
 
@@ -148,14 +142,18 @@ def _dpm_update(
     return sample, -x0 * current, x0 * previous, noise
 
 
-def _dynamic_scale(guidance_scale: float, num_inference_steps: int, timestep: int) -> float:
-    """diffusers' dynamic guidance scale, in float64.
+def _guidance_scale(settings: DenoisingSettings, timestep: int) -> float:
+    """The guidance scale of a step, in float64.
 
-    It puts the timestep (0..999) where a step's number was meant, so the cosine's argument
-    reaches 1e7 rad and more; float32 gives values that differ by up to 3.45 on a scale of 1 to 7.
+    With dynamic guidance diffusers puts the timestep (0..999) where a step's number was meant, so
+    the cosine's argument reaches 1e7 rad and more; float32 gives values that differ by up to 3.45
+    on a scale of 1 to 7.
     """
-    progress = (num_inference_steps - timestep) / num_inference_steps
-    return 1 + guidance_scale * ((1 - math.cos(math.pi * progress**5.0)) / 2)
+    if not settings.use_dynamic_cfg:
+        return settings.guidance_scale
+    steps = settings.num_inference_steps
+    phase = math.pi * ((steps - timestep) / steps) ** 5.0
+    return 1 + settings.guidance_scale * ((1 - math.cos(phase)) / 2)
 
 
 def draw_noise(

@@ -109,9 +109,7 @@ def latent_shape(
     padding = -frames % (transformer.get("patch_size_t") or 1)
     spatial = spatial_factor(vae)
     height, width = settings.height // spatial, settings.width // spatial
-    return LatentShape(
-        batch, frames + padding, transformer["in_channels"], height, width
-    ), padding
+    return LatentShape(batch, frames + padding, transformer["in_channels"], height, width), padding
 
 
 def decoded_frames(latent_frames: int, temporal_factor: int) -> int:

@@ -43,7 +43,12 @@ class StackedBlocks(torch.nn.Module):
         yield self  # diffusers' forward loops over the blocks; this is all of them
 
     def forward(
-        self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        temb,
+        image_rotary_emb=None,
+        attention_kwargs=None,
     ):
         stacked = dict(self.named_parameters())
         return torchax.interop.call_jax(

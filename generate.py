@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""The three stages in one process: a prompt to a video."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import stage1_text_encoder as stage1
+import stage2_transformer as stage2
+import stage3_vae_decoder as stage3
+import utils
+from utils import ArgumentParser, checking_input
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        "Generates a video: text encoder, transformer and VAE decoder, one after the other.",
+        '  python generate.py --prompt "A panda plays guitar in a bamboo forest"\n'
+        '  python generate.py --prompt "A red kite" --seed 7 --output_video kite.mp4',
+    )
+    stage1.add_arguments(parser)
+    stage2.add_arguments(parser)
+    stage3.add_arguments(parser)
+    parser.add_argument(
+        "--decoder", choices=("torchax", "flax"), default="torchax", help="VAE of stage 3"
+    )
+    utils.add_model(parser, default=utils.DEFAULT_MODEL)
+    utils.add_mesh(parser)
+    utils.add_dtype(parser)
+    parser.add_argument(
+        "--output_dir", type=Path, default=utils.DEFAULT_FOLDER, help="folder for the stage files"
+    )
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # What stages 2 and 3 would refuse is refused before stage 1 loads its 9.5 GB.
+    with checking_input():
+        model, tokens = stage1.check(arguments)
+        plan = stage2.make_plan(arguments, model, len(arguments.prompt), tokens)
+        fps = plan.settings.fps
+        stage3.output_videos(arguments, arguments.output_dir, len(arguments.prompt), fps)
+
+    stage1.run(arguments)
+    arguments.input_dir = arguments.output_dir
+    stage2.run(arguments)
+    stage3.run(arguments, f"vae_{arguments.decoder}")
+
+
+if __name__ == "__main__":
+    utils.run_main(lambda: run(parse_arguments()))
