@@ -12,11 +12,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from splash_attention.block_sizes import BlockSizes, choose_block_sizes, current_chip
 from splash_attention.kernel import attention_kernel
+from splash_attention.quantize import quantize
 from splash_attention.reference import check_shapes
 
 _MAX_HEAD_DIM = 256
 _HEAD_DIM_STEP = 64
-_PRECISIONS = ("bf16",)
+_PRECISIONS = ("bf16", "int8_qk")
 
 
 def query_scale(head_dim: int, scale: float | None = None) -> float:
@@ -140,20 +141,26 @@ def sequence_minor_attention(
     q, k, v = (x.reshape(heads, *x.shape[-2:]) for x in (q, k, v))
     if smooth_k:
         k = smooth(k)
+    bounded = bounded_heads(q, k, v)
+    out_dtype, q_scale = q.dtype, None
+    if precision == "int8_qk":
+        q, k, q_scale = quantize(q, k)
+        v = v.astype(jnp.bfloat16)
     chip = current_chip(interpret=bool(interpret))
     if block_sizes is None:
-        block_sizes = choose_block_sizes(chip, head_dim, q_len, kv_len, q.dtype)
+        block_sizes = choose_block_sizes(chip, head_dim, q_len, kv_len, q.shape[1], q.dtype)
     out, _ = attention_kernel(
         q,
         k,
         v,
-        bounded_heads(q, k, v),
+        bounded,
         jnp.array([kv_len], jnp.int32),
+        q_scale=q_scale,
         always_valid=kv_len,
         window_size=window_size,
         block_sizes=block_sizes,
-        vmem_limit_bytes=chip.require_vmem(block_sizes, head_dim, q.dtype),
-        out_dtype=q.dtype,
+        vmem_limit_bytes=chip.require_vmem(block_sizes, head_dim, q.shape[1], q.dtype),
+        out_dtype=out_dtype,
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
     )
     return out.reshape(*leading, head_dim, q_len)

@@ -24,7 +24,7 @@ Axis letters: N heads (batch and heads flattened), S queries, K keys, D head siz
 
 import dataclasses
 import functools
-import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ class _Plan:
     # Keys before this index are valid in every call; chunks past it compare with `kv_len`.
     always_valid: int
     window_size: int | None
+    quantized: bool
 
     @property
     def group(self) -> int:
@@ -79,8 +80,9 @@ class _Refs:
     """What a body reads and writes in VMEM and SMEM."""
 
     kv_len: jax.Ref  # SMEM [1] int32
-    q: jax.Ref  # [D, block_q]
-    k: jax.Ref  # [block_kv, D]
+    q: jax.Ref  # [C, block_q]
+    q_scale: jax.Ref | None  # [1, block_q] bfloat16, of int8 operands
+    k: jax.Ref  # [block_kv, C]
     v: jax.Ref  # [D, block_kv]
     shift: jax.Ref  # [1, block_q] float32, the running maximum
     total: jax.Ref  # [8, block_q] float32, the denominators, to be summed over the 8
@@ -92,22 +94,42 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def _scores(plan: _Plan, refs: _Refs, start: jax.Array) -> jax.Array:
-    """Scores [chunk, block_q] float32 of the chunk that begins at key `start` of the block."""
+def _products(plan: _Plan, refs: _Refs, start: jax.Array) -> jax.Array:
+    """k @ q [chunk, block_q] of the chunk that begins at key `start` of the block.
+
+    float32 scores, or int32 products that are still to be scaled.
+    """
+    quantized = refs.q_scale is not None
     return jax.lax.dot(
         refs.k[pl.ds(start, plan.chunk), :],
         refs.q[...],
         precision=_precision(refs.q.dtype),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.int32 if quantized else jnp.float32,
     )
 
 
-def _weigh(plan: _Plan, refs: _Refs, start: jax.Array, p: jax.Array, check: bool) -> jax.Array:
-    """Values of the chunk weighed by p [chunk, block_q]: [D, block_q] float32."""
+def _scores(refs: _Refs, products: jax.Array) -> jax.Array:
+    """Scores in float32 from the products of a chunk."""
+    if refs.q_scale is None:
+        return products
+    return products.astype(jnp.float32) * refs.q_scale[...].astype(jnp.float32)
+
+
+def _weigh(
+    plan: _Plan,
+    refs: _Refs,
+    start: jax.Array,
+    p: jax.Array,
+    check: bool,
+    below: jax.Array | None = None,
+) -> jax.Array:
+    """Values of the chunk, and the rows `below` them, weighed by p [chunk, block_q]: float32."""
     v = refs.v[:, pl.ds(start, plan.chunk)]
     if check:
         # What lies past the end is arbitrary; p is 0 there, and 0 x NaN would be NaN.
         v = jnp.where(_in_range(plan, refs, start, (1, plan.chunk), 1), v, jnp.zeros_like(v))
+    if below is not None:
+        v = jnp.concatenate([v, below], axis=0)
     return jax.lax.dot(
         v,
         p.astype(v.dtype),
@@ -152,25 +174,28 @@ def _chunk_start(plan: _Plan, group: jax.Array, index: int | jax.Array) -> jax.A
     return pl.multiple_of(group * plan.group + index * plan.chunk, plan.chunk)
 
 
-def _pipelined_scores(plan: _Plan, refs: _Refs, group: jax.Array):
-    """Yield (index, start, scores) of a group's chunks, Q.K running two chunks ahead.
+def _pipelined_products(
+    plan: _Plan, refs: _Refs, group: jax.Array
+) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+    """Yield (index, start, products) of a group's chunks, Q.K running ahead of P.V.
 
     The compiler keeps matmuls in program order. With two products queued before P.V, the MXU never
     waits for the exponentials of a chunk: 1,267 bundles per million scores against 2,144.
     """
-    ahead = min(2, plan.unroll)
-    queue = [_scores(plan, refs, _chunk_start(plan, group, i)) for i in range(ahead)]
+    ahead = min(2 if refs.q_scale is None else 3, plan.unroll)
+    queue = [_products(plan, refs, _chunk_start(plan, group, i)) for i in range(ahead)]
     for i in range(plan.unroll):
         if i + ahead < plan.unroll:
-            queue.append(_scores(plan, refs, _chunk_start(plan, group, i + ahead)))
+            queue.append(_products(plan, refs, _chunk_start(plan, group, i + ahead)))
         yield i, _chunk_start(plan, group, i), queue.pop(0)
 
 
 def _bounded_group(plan: _Plan, refs: _Refs, group: jax.Array) -> None:
     total, acc = refs.total[...], refs.acc[...]
-    for i, start, scores in _pipelined_scores(plan, refs, group):
+    window = plan.window_size is not None
+    for i, start, products in _pipelined_products(plan, refs, group):
         check = i >= plan.first_checked_chunk
-        window = plan.window_size is not None
+        scores = _scores(refs, products)
         if check or window:
             scores = jnp.where(_visible(plan, refs, start, window), scores, _NO_SCORE)
         p = jnp.exp2(scores)
@@ -179,12 +204,36 @@ def _bounded_group(plan: _Plan, refs: _Refs, group: jax.Array) -> None:
     refs.total[...], refs.acc[...] = total, acc
 
 
+def _bounded_group_int8(plan: _Plan, refs: _Refs, group: jax.Array) -> None:
+    """The bounded body of int8 operands, where the vector units are the limit.
+
+    Scores are scaled and exponentiated in bfloat16, half the registers of float32; rows of ones
+    under the values give the denominators on the MXU.
+    """
+    head_dim = refs.acc.shape[0]
+    ones = jnp.ones((2 * _SUBLANES, plan.chunk), jnp.bfloat16)
+    acc = jnp.zeros((head_dim + ones.shape[0], plan.block_q), jnp.float32)
+    window = plan.window_size is not None
+    for i, start, products in _pipelined_products(plan, refs, group):
+        check = i >= plan.first_checked_chunk
+        # Powers of two: the product with a scale is exact.
+        scores = products.astype(jnp.float32).astype(jnp.bfloat16) * refs.q_scale[...]
+        if check or window:
+            visible = _visible(plan, refs, start, window)
+            scores = jnp.where(visible, scores.astype(jnp.float32), _NO_SCORE).astype(jnp.bfloat16)
+        acc += _weigh(plan, refs, start, jnp.exp2(scores), check, ones)
+    refs.acc[...] += acc[:head_dim]
+    refs.total[...] += acc[head_dim : head_dim + _SUBLANES] * (1 / _SUBLANES)
+
+
 def _online_group(plan: _Plan, refs: _Refs, group: jax.Array, first: jax.Array) -> None:
     @pl.when(first)
     def _():
         start = _chunk_start(plan, group, 0)
         scores = jnp.where(
-            _visible(plan, refs, start, False), _scores(plan, refs, start), _NO_SCORE
+            _visible(plan, refs, start, False),
+            _scores(refs, _products(plan, refs, start)),
+            _NO_SCORE,
         )
         refs.shift[...] = jnp.max(scores, axis=0, keepdims=True)
 
@@ -192,9 +241,9 @@ def _online_group(plan: _Plan, refs: _Refs, group: jax.Array, first: jax.Array) 
     total = jnp.zeros_like(refs.total)
     acc = jnp.zeros_like(refs.acc)
     rise = jnp.full_like(total, _NO_SCORE)
-    for i, start, scores in _pipelined_scores(plan, refs, group):
+    for i, start, products in _pipelined_products(plan, refs, group):
         check = i >= plan.first_checked_chunk
-        scores -= shift
+        scores = _scores(refs, products) - shift
         if check:
             scores = jnp.where(_visible(plan, refs, start, False), scores, _NO_SCORE)
         rise = jnp.maximum(rise, _max_by_eight(scores))
@@ -233,7 +282,8 @@ def _careful_chunks(plan: _Plan, refs: _Refs, first: jax.Array, last: jax.Array)
     def one_chunk(i: jax.Array, _: None) -> None:
         start = pl.multiple_of(i * plan.chunk, plan.chunk)
         visible = _visible(plan, refs, start, plan.window_size is not None)
-        scores = jnp.where(visible, _scores(plan, refs, start), _NO_SCORE)
+        scores = _scores(refs, _products(plan, refs, start))
+        scores = jnp.where(visible, scores, _NO_SCORE)
         old = refs.shift[...]
         new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
         # A query that has seen no key yet has shift _NO_SCORE, where exp2(scores - shift) is 1.
@@ -257,56 +307,55 @@ def _chunks_in_window(plan: _Plan) -> tuple[jax.Array, jax.Array]:
     return first, jnp.clip(last_key // plan.chunk + 1, first, chunks)
 
 
-def _kernel_body(
-    kv_len_ref: jax.Ref,
-    bounded_ref: jax.Ref,
-    q_ref: jax.Ref,
-    k_ref: jax.Ref,
-    v_ref: jax.Ref,
-    out_ref: jax.Ref,
-    log_total_ref: jax.Ref,
-    shift_ref: jax.Ref,
-    total_ref: jax.Ref,
-    acc_ref: jax.Ref,
-    *,
-    plan: _Plan,
-) -> None:
-    refs = _Refs(kv_len_ref, q_ref, k_ref, v_ref, shift_ref, total_ref, acc_ref)
-    kv_block = pl.program_id(2)
-    bounded = bounded_ref[pl.program_id(0)] != 0
+def _attend_bounded(plan: _Plan, refs: _Refs) -> None:
+    first, last = 0, plan.groups
+    if plan.window_size is not None:
+        first_chunk, last_chunk = _chunks_in_window(plan)
+        first, last = first_chunk // plan.unroll, pl.cdiv(last_chunk, plan.unroll)
+    group_body = _bounded_group if refs.q_scale is None else _bounded_group_int8
+    jax.lax.fori_loop(first, last, lambda g, _: group_body(plan, refs, g), None)
 
-    @pl.when(kv_block == 0)
+
+def _attend_online(plan: _Plan, refs: _Refs) -> None:
+    if plan.window_size is not None:
+        # The first chunk of a tile need not hold a key that every query of it sees, so there is no
+        # score to shift by.
+        _careful_chunks(plan, refs, *_chunks_in_window(plan))
+        return
+    first_block = pl.program_id(2) == 0
+    jax.lax.fori_loop(
+        0,
+        plan.groups,
+        lambda g, _: _online_group(plan, refs, g, first_block & (g == 0)),
+        None,
+    )
+
+
+def _kernel_body(kv_len_ref: jax.Ref, *refs: jax.Ref, plan: _Plan, bounded: bool | None) -> None:
+    """One grid step: head, tile of queries, block of keys."""
+    bounded_ref, refs = (refs[0], refs[1:]) if bounded is None else (None, refs)
+    q_scale_ref, refs = (refs[0], refs[1:]) if plan.quantized else (None, refs)
+    q_ref, k_ref, v_ref, out_ref, log_total_ref, shift_ref, total_ref, acc_ref = refs
+    refs = _Refs(kv_len_ref, q_ref, q_scale_ref, k_ref, v_ref, shift_ref, total_ref, acc_ref)
+    if bounded is None:
+        bounded = bounded_ref[pl.program_id(0)] != 0
+
+    @pl.when(pl.program_id(2) == 0)
     def _():
         # The bounded body never touches its shift, 0.
         refs.shift[...] = jnp.full_like(refs.shift, jnp.where(bounded, 0.0, _NO_SCORE))
         refs.total[...] = jnp.zeros_like(refs.total)
         refs.acc[...] = jnp.zeros_like(refs.acc)
 
-    first_group, last_group = 0, plan.groups
-    if plan.window_size is not None:
-        first_chunk, last_chunk = _chunks_in_window(plan)
-        first_group = first_chunk // plan.unroll
-        last_group = pl.cdiv(last_chunk, plan.unroll)
+    if bounded is True:
+        _attend_bounded(plan, refs)
+    elif bounded is False:
+        _attend_online(plan, refs)
+    else:
+        pl.when(bounded)(lambda: _attend_bounded(plan, refs))
+        pl.when(jnp.logical_not(bounded))(lambda: _attend_online(plan, refs))
 
-    @pl.when(bounded)
-    def _():
-        jax.lax.fori_loop(first_group, last_group, lambda g, _: _bounded_group(plan, refs, g), None)
-
-    @pl.when(jnp.logical_not(bounded))
-    def _():
-        if plan.window_size is not None:
-            # The first chunk of a tile need not hold a key that every query of it sees, so there is
-            # no score to shift by.
-            _careful_chunks(plan, refs, first_chunk, last_chunk)
-        else:
-            jax.lax.fori_loop(
-                first_group,
-                last_group,
-                lambda g, _: _online_group(plan, refs, g, (kv_block == 0) & (g == 0)),
-                None,
-            )
-
-    @pl.when(kv_block == plan.kv_blocks - 1)
+    @pl.when(pl.program_id(2) == plan.kv_blocks - 1)
     def _():
         total = jnp.sum(refs.total[...], axis=0, keepdims=True)
         out_ref[...] = (refs.acc[...] / total).astype(out_ref.dtype)
@@ -317,9 +366,10 @@ def attention_kernel(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    bounded: jax.Array,
+    bounded: jax.Array | bool,
     kv_len: jax.Array,
     *,
+    q_scale: jax.Array | None = None,
     always_valid: int,
     window_size: int | None,
     block_sizes: BlockSizes,
@@ -330,11 +380,15 @@ def attention_kernel(
     """Attention of operands that already have the kernel's layout.
 
     Args:
-        q: [N, D, S], scale x log2(e) folded in; bfloat16 or float32.
-        k: [N, K, D], the dtype of `q`.
-        v: [N, D, K].
-        bounded: [N] int32, nonzero for the heads that need no running maximum.
+        q: [N, C, S], scale x log2(e) folded in. C is the head size D for bfloat16 and float32, and
+            a multiple of it for int8 digits (`quantize`).
+        k: [N, K, C], the dtype of `q`.
+        v: [N, D, K], the dtype of `q`; bfloat16 beside int8.
+        bounded: [N] int32, nonzero for the heads that need no running maximum; True or False when
+            it is the same for all and known when compiling, which leaves out the other path.
         kv_len: [1] int32, keys that count: `always_valid` <= kv_len <= K.
+        q_scale: [N, 1, S] bfloat16 powers of two, of int8 operands: what a product is
+            worth.
         always_valid: lower bound of `kv_len`, known when compiling; only the chunks past it are
             masked.
         window_size: query i sees the keys within this distance; all when None.
@@ -347,56 +401,60 @@ def attention_kernel(
         The output [N, D, S], and log2 of the softmax denominators [N, 1, S] float32, with which
         parts of one attention over disjoint keys can be merged.
     """
-    heads, head_dim, q_len = q.shape
+    heads, depth, q_len = q.shape
+    head_dim, kv_len_padded = v.shape[1:]
     block_q, block_kv = block_sizes.block_q, block_sizes.block_kv
-    kv_blocks = pl.cdiv(k.shape[1], block_kv)
     plan = _Plan(
         block_q=block_q,
         block_kv=block_kv,
         chunk=block_sizes.chunk,
         unroll=block_sizes.unroll,
         q_len=q_len,
-        kv_blocks=kv_blocks,
+        kv_blocks=pl.cdiv(kv_len_padded, block_kv),
         always_valid=always_valid,
         window_size=window_size,
+        quantized=q_scale is not None,
     )
-    queries = pl.BlockSpec((None, head_dim, block_q), lambda h, i, j, *_: (h, 0, i))
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
-        grid=(heads, pl.cdiv(q_len, block_q), kv_blocks),
-        in_specs=[
-            queries,
-            pl.BlockSpec((None, block_kv, head_dim), lambda h, i, j, *_: (h, j, 0)),
-            pl.BlockSpec((None, v.shape[1], block_kv), lambda h, i, j, *_: (h, 0, j)),
-        ],
-        out_specs=[
-            pl.BlockSpec((None, v.shape[1], block_q), lambda h, i, j, *_: (h, 0, i)),
-            pl.BlockSpec((None, 1, block_q), lambda h, i, j, *_: (h, 0, i)),
-        ],
-        scratch_shapes=[
-            pltpu.VMEM((1, block_q), jnp.float32),
-            pltpu.VMEM((_SUBLANES, block_q), jnp.float32),
-            pltpu.VMEM((v.shape[1], block_q), jnp.float32),
-        ],
-    )
-    scores = heads * q_len * k.shape[1]
+    one_path = isinstance(bounded, bool)
+
+    def of_queries(rows: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, rows, block_q), lambda h, i, j, *_: (h, 0, i))
+
+    scalars = [kv_len] if one_path else [kv_len, bounded]
+    operands = ([q_scale] if plan.quantized else []) + [q, k, v]
+    scores = heads * q_len * kv_len_padded
     return pl.pallas_call(
-        functools.partial(_kernel_body, plan=plan),
+        functools.partial(_kernel_body, plan=plan, bounded=bounded if one_path else None),
         out_shape=[
-            jax.ShapeDtypeStruct((heads, v.shape[1], q_len), out_dtype),
+            jax.ShapeDtypeStruct((heads, head_dim, q_len), out_dtype),
             jax.ShapeDtypeStruct((heads, 1, q_len), jnp.float32),
         ],
-        grid_spec=grid_spec,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(heads, pl.cdiv(q_len, block_q), plan.kv_blocks),
+            in_specs=([of_queries(1)] if plan.quantized else [])
+            + [
+                of_queries(depth),
+                pl.BlockSpec((None, block_kv, depth), lambda h, i, j, *_: (h, j, 0)),
+                pl.BlockSpec((None, head_dim, block_kv), lambda h, i, j, *_: (h, 0, j)),
+            ],
+            out_specs=[of_queries(head_dim), of_queries(1)],
+            scratch_shapes=[
+                pltpu.VMEM((1, block_q), jnp.float32),
+                pltpu.VMEM((_SUBLANES, block_q), jnp.float32),
+                pltpu.VMEM((head_dim, block_q), jnp.float32),
+            ],
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=vmem_limit_bytes,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * scores * (head_dim + v.shape[1]),
+            flops=2 * scores * (depth + head_dim),
             transcendentals=scores,
-            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (q, k, v))
-            + heads * v.shape[1] * q_len * jnp.dtype(out_dtype).itemsize,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in operands)
+            + heads * head_dim * q_len * jnp.dtype(out_dtype).itemsize,
         ),
         interpret=interpret,
         name="splash_attention",
-    )(kv_len, bounded, q, k, v)
+    )(*scalars, *operands)

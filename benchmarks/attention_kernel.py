@@ -1,0 +1,220 @@
+"""Cycles of the attention kernels on a TPU chip, by the compiler's own schedule; no TPU needed.
+
+    python benchmarks/attention_kernel.py --chip v6e --json
+
+Every number is a compiler estimate: bundles of the final schedule, weighed by loop trips and grid.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from kernel_schedule import CHIPS, Schedule, measure
+
+# heads, tokens, head size: one chip's share of a CogVideoX1.5-5B block first.
+SHAPES = (
+    (12, 45106, 64),
+    (12, 1024, 64),
+    (12, 17776, 64),
+    (12, 87778, 64),
+    (6, 45106, 128),
+)
+KERNELS = ("bounded", "online", "int8_qk", "jax_splash", "jax_flash")
+UNITS = {
+    "mxu": "MXU",
+    "xlu": "XLU",
+    "valu": "VALU",
+    "eup": "EUP",
+    "vpop": "VPOP",
+    "vector_loads": "VLOAD",
+    "vector_stores": "VSTORE",
+    "spill_fills": "VLOAD:FILL",
+    "spill_stores": "VSTORE:SPILL",
+}
+# Bundles a second of the tensor core.
+CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
+
+
+def lower_ours(
+    sharding: Any, chip: str, heads: int, length: int, head_dim: int, kernel: str, blocks: dict
+) -> Any:
+    """Lower one path of the kernel of this package."""
+    import jax
+    import jax.numpy as jnp
+
+    from splash_attention.block_sizes import BlockSizes, chip_named
+    from splash_attention.kernel import attention_kernel
+    from splash_attention.quantize import depth
+
+    block_sizes = BlockSizes(**blocks)
+    quantized = kernel == "int8_qk"
+    dtype = jnp.dtype("int8" if quantized else "bfloat16")
+    channels = depth(head_dim) if quantized else head_dim
+    operands = {
+        "q": ((heads, channels, length), dtype),
+        "k": ((heads, length, channels), dtype),
+        "v": ((heads, head_dim, length), jnp.bfloat16),
+    }
+    if quantized:
+        operands["q_scale"] = ((heads, 1, length), jnp.bfloat16)
+
+    def call(**arrays: jax.Array) -> jax.Array:
+        return attention_kernel(
+            **arrays,
+            bounded=kernel != "online",
+            kv_len=jnp.array([length], jnp.int32),
+            always_valid=length,
+            window_size=None,
+            block_sizes=block_sizes,
+            vmem_limit_bytes=chip_named(chip).require_vmem(block_sizes, head_dim, channels, dtype),
+            out_dtype=jnp.bfloat16,
+            interpret=False,
+        )[0]
+
+    return jax.jit(call).lower(
+        **{
+            name: jax.ShapeDtypeStruct(shape, d, sharding=sharding)
+            for name, (shape, d) in operands.items()
+        }
+    )
+
+
+def lower_jax_splash(sharding: Any, heads: int, length: int, head_dim: int, blocks: dict) -> Any:
+    """Lower jax's own splash attention; `length` is a multiple of its blocks."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu import splash_attention as jax_splash
+
+    mask = jax_splash.MultiHeadMask([jax_splash.FullMask((length, length))] * heads)
+    kernel = jax_splash.make_splash_mha_single_device(
+        mask, block_sizes=jax_splash.BlockSizes(**blocks)
+    )
+    array = jax.ShapeDtypeStruct((heads, length, head_dim), jnp.bfloat16, sharding=sharding)
+    return jax.jit(kernel).lower(array, array, array)
+
+
+def lower_jax_flash(sharding: Any, heads: int, length: int, head_dim: int, blocks: dict) -> Any:
+    """Lower jax's flash attention; `length` is a multiple of its blocks."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
+
+    sizes = jax_flash.BlockSizes(**blocks)
+    array = jax.ShapeDtypeStruct((1, heads, length, head_dim), jnp.bfloat16, sharding=sharding)
+    return jax.jit(lambda q, k, v: jax_flash.flash_attention(q, k, v, block_sizes=sizes)).lower(
+        array, array, array
+    )
+
+
+def measure_ours(
+    chip: str, heads: int, length: int, head_dim: int, kernel: str, blocks: dict[str, int]
+) -> Schedule:
+    """The schedule of one path with given blocks."""
+    steps = heads * -(-length // blocks["block_q"]) * -(-length // blocks["block_kv"])
+    return measure(
+        lower_ours,
+        chip,
+        "splash_attention",
+        steps,
+        {
+            "chip": chip,
+            "heads": heads,
+            "length": length,
+            "head_dim": head_dim,
+            "kernel": kernel,
+            "blocks": blocks,
+        },
+    )
+
+
+def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[str, Any]:
+    """One line of the table."""
+    padded = length
+    vmem = None
+    if kernel in ("jax_splash", "jax_flash"):
+        block_q, block_kv, compute = 1024, 2048, 512
+        padded = -(-length // block_kv) * block_kv
+        steps = heads * (padded // block_q) * (padded // block_kv)
+        arguments = {"heads": heads, "length": padded, "head_dim": head_dim}
+        if kernel == "jax_splash":
+            blocks = {"block_q": block_q, "block_kv": block_kv, "block_kv_compute": compute}
+            schedule = measure(
+                lower_jax_splash,
+                chip,
+                "splash_mha_fwd_no_residuals",
+                steps,
+                arguments | {"blocks": blocks},
+            )
+        else:
+            blocks = {
+                "block_q": block_q,
+                "block_k_major": block_kv,
+                "block_k": compute,
+                "block_b": 1,
+            }
+            schedule = measure(
+                lower_jax_flash, chip, "flash_attention", steps, arguments | {"blocks": blocks}
+            )
+    else:
+        from splash_attention.block_sizes import chip_named, choose_block_sizes
+        from splash_attention.quantize import depth
+
+        quantized = kernel == "int8_qk"
+        channels, dtype = (depth(head_dim), "int8") if quantized else (head_dim, "bfloat16")
+        sizes = choose_block_sizes(chip_named(chip), head_dim, length, length, channels, dtype)
+        blocks = dataclasses.asdict(sizes)
+        vmem = sizes.vmem_bytes(head_dim, channels, dtype)
+        schedule = measure_ours(chip, heads, length, head_dim, kernel, blocks)
+    scores = heads * length * length
+    return {
+        "kernel": kernel,
+        "chip": chip,
+        "heads": heads,
+        "q_len": length,
+        "kv_len": length,
+        "head_dim": head_dim,
+        "cycles": schedule.cycles,
+        "bundles_per_million_scores": round(schedule.cycles / (scores / 1e6), 1),
+        "milliseconds": round(schedule.cycles / CLOCK_HZ[chip] * 1e3, 3),
+        "padded_len": padded,
+        "block_sizes": blocks,
+        "vmem_bytes": vmem,
+        "program_bundles": schedule.program_bundles,
+        "uncounted_bundles": schedule.uncounted_bundles,
+        "compile_seconds": round(schedule.compile_seconds, 1),
+        **{name: schedule.units[unit] for name, unit in UNITS.items()},
+        "source": "compiler estimate",
+    }
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", choices=sorted(CHIPS), default="v6e")
+    parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all")
+    parser.add_argument(
+        "--shape", action="append", metavar="HEADSxTOKENSxSIZE", help="default: a list of five"
+    )
+    parser.add_argument("--json", action="store_true", help="a list of rows instead of lines")
+    args = parser.parse_args()
+    shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else SHAPES
+    rows = []
+    for shape in shapes:
+        for kernel in args.kernel or KERNELS:
+            rows.append(row(args.chip, kernel, *shape))
+            if not args.json:
+                print(
+                    f"{kernel:12} {'x'.join(map(str, shape)):16} "
+                    f"{rows[-1]['cycles'] / 1e6:8.2f}M cycles "
+                    f"{rows[-1]['bundles_per_million_scores']:8.1f} per million scores",
+                    flush=True,
+                )
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""What the TPU compiler schedules for a Pallas kernel, read from its final VLIW bundles.
+
+Needs no TPU: libtpu compiles for a named chip and dumps the code it would run. The count is static:
+bundles of every loop body times its trips. One bundle is one cycle at best; memory waits come on
+top. Regions under a condition count as executed, except loops whose trip count is not a constant.
+"""
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# Topology of one chip, and the accelerator type that libtpu is told.
+CHIPS = {
+    "v5e": ("v5e:1x1", "v5litepod-8"),
+    "v5p": ("v5p:1x1x1", "v5p-8"),
+    "v6e": ("v6e:1x1", "v6e-8"),
+}
+
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{")
+_START_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(r"sbr\.rel \(!?(%p\w+)\) target = \$region(\d+)")
+_EXIT_TEST = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder %s\w+, (\d+)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Weighed counts of one kernel call.
+
+    cycles: bundles executed. units: slots used of each unit, and `spills` of vector registers.
+    program_bundles: length of the code. uncounted_bundles: code in loops of unknown trip count.
+    """
+
+    cycles: int
+    units: dict[str, int]
+    program_bundles: int
+    uncounted_bundles: int
+    compile_seconds: float
+
+
+def measure(
+    lower: Callable[..., Any],
+    chip: str,
+    kernel_name: str,
+    grid_steps: int,
+    arguments: dict[str, Any],
+) -> Schedule:
+    """Compile in a fresh process, because libtpu reads its flags once, and count the bundles.
+
+    Args:
+        lower: module-level function; called as lower(sharding, **arguments), it returns a
+            `jax.stages.Lowered`.
+        chip: v5e, v5p or v6e.
+        kernel_name: the `name` of the Pallas call.
+        grid_steps: iterations of the kernel's grid.
+
+    Raises:
+        Whatever the compiler raises.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        work = pool.submit(_measure_here, lower, chip, kernel_name, grid_steps, arguments)
+        return work.result()
+
+
+def _measure_here(
+    lower: Callable[..., Any],
+    chip: str,
+    kernel_name: str,
+    grid_steps: int,
+    arguments: dict[str, Any],
+) -> Schedule:
+    import time
+
+    folder = Path(tempfile.mkdtemp(prefix="kernel_schedule_"))
+    try:
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=true"
+        )
+        sharding, mesh = describe_chip(chip)
+        import jax
+
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = lower(sharding, **arguments)
+            start = time.perf_counter()
+            lowered.compile()
+            seconds = time.perf_counter() - start
+        return _read(folder, kernel_name, grid_steps, seconds)
+    finally:
+        shutil.rmtree(folder)
+
+
+def describe_chip(chip: str) -> tuple[Any, Any]:
+    """A replicated sharding and the mesh of one chip that need not be there."""
+    topology_name, accelerator = CHIPS[chip]
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": accelerator,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    topology = topologies.get_topology_desc(
+        topology_name, platform="tpu", chips_per_host_bounds=(1, 1, 1)
+    )
+    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
+    return NamedSharding(mesh, PartitionSpec()), mesh
+
+
+def _read(folder: Path, kernel_name: str, grid_steps: int, seconds: float) -> Schedule:
+    def only(suffix: str) -> list[str]:
+        pattern = re.compile(rf"-{re.escape(kernel_name)}(\.\d+)?-\d+-{suffix}$")
+        found = [p for p in folder.iterdir() if pattern.search(p.name)]
+        if len(found) != 1:
+            raise RuntimeError(f"expected one {suffix} of {kernel_name}, found {found}")
+        return found[0].read_text().splitlines()
+
+    bundles = _bundles(only("final_bundles.txt"))
+    rows = only("final_hlo-static-per-bundle-utilization.txt")
+    names = [name.strip() for name in rows[1].split(",")]
+    use = [[int(x) for x in row.split()] for row in rows[4:]]
+    if len(use) != len(bundles):
+        raise RuntimeError(f"{len(bundles)} bundles but {len(use)} rows of utilization")
+    weights = _weights(bundles, grid_steps)
+    units = {
+        name: sum(w * row[i] for w, row in zip(weights, use, strict=True))
+        for i, name in enumerate(names)
+    }
+    return Schedule(
+        cycles=sum(weights),
+        units=units,
+        program_bundles=len(bundles),
+        uncounted_bundles=sum(w == 0 for w in weights),
+        compile_seconds=seconds,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bundle:
+    mark: str | None
+    depth: int
+    text: str
+
+
+def _bundles(lines: list[str]) -> list[_Bundle]:
+    found: list[tuple[re.Match[str], list[str]]] = []
+    for line in lines:
+        match = _BUNDLE.match(line)
+        if match:
+            found.append((match, [line]))
+        elif found:
+            found[-1][1].append(line)
+    bundles: list[_Bundle] = []
+    for match, text in found:
+        # An empty bundle is printed without its depth; it belongs to the loop around it.
+        empty = match.string.startswith("{}", match.end() - 1)
+        depth = bundles[-1].depth if empty and bundles else len(match[2])
+        bundles.append(_Bundle(match[1], depth, "\n".join(text)))
+    return bundles
+
+
+def _weights(bundles: list[_Bundle], grid_steps: int) -> list[int]:
+    """How often each bundle runs."""
+    loop_of_region: dict[str, int] = {}
+    exit_value: dict[str, int] = {}
+    trips: dict[int, int] = {}
+    for i, bundle in enumerate(bundles):
+        if bundle.mark == "LB":
+            loop_of_region |= dict.fromkeys(_START_REGION.findall(bundle.text), i)
+        exit_value |= {name: int(value) for name, value in _EXIT_TEST.findall(bundle.text)}
+        for predicate, region in _BRANCH.findall(bundle.text):
+            if region in loop_of_region and predicate in exit_value:
+                trips[loop_of_region[region]] = exit_value[predicate]
+    weights = []
+    stack: list[int] = []
+    for i, bundle in enumerate(bundles):
+        del stack[bundle.depth :]
+        if bundle.mark == "LB":
+            del stack[bundle.depth - 1 :]
+            # The grid's loop runs a step or two more, to fill and drain the copies; they skip the
+            # kernel.
+            stack.append(grid_steps if bundle.depth == 1 else trips.get(i, 0))
+        if len(stack) != bundle.depth:
+            raise RuntimeError(f"bundle {i:#x} is {bundle.depth} loops deep, seen {len(stack)}")
+        weights.append(math.prod(stack))
+    return weights
