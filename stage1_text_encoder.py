@@ -57,6 +57,9 @@ def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
 
     if not all(prompt.strip() for prompt in arguments.prompt):
         raise ValueError("--prompt is empty; describe what the video shows")
+    for text in (*arguments.prompt, arguments.negative_prompt):
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("--prompt or --negative_prompt is not valid UTF-8")
     utils.check_output_folder(arguments.output_dir)
     model = find_model(arguments.model_id, ["tokenizer", "text_encoder"])
     stored_tensors(model.path / "text_encoder")

@@ -68,6 +68,8 @@ def output_videos(arguments: argparse.Namespace, folder: Path, batch: int, fps: 
     videos = utils.numbered(arguments.output_video or folder / utils.VIDEO_FILE, batch)
     for video in videos:
         check_output_path(video, fps=fps, quality=arguments.quality)
+        if video.exists():
+            print(f"will replace {video}")
     return videos
 
 

@@ -234,7 +234,7 @@ def write_stage_file(
 ) -> None:
     """Writes numpy `tensors` with the metadata that lets the next stage trust them."""
     import numpy as np
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     # safetensors writes the memory as it lies, whatever the strides.
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -247,8 +247,10 @@ def write_stage_file(
         "shapes": json.dumps(shapes),
         **extra,
     }
+    if path.exists():
+        print(f"replacing {path}")
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=stamp)
+        temporary.write_bytes(save(tensors, metadata=stamp))
 
 
 def open_stage_file(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The host is in the name, because a shared disk shows processes of other machines' numbers.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         yield temporary
         _flush(temporary)
@@ -42,8 +44,9 @@ def _flush(path: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes temporary files of `path` whose process no longer lives."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.tmp")
+    """Removes temporary files of `path` whose process, on this host, no longer lives."""
+    start = re.escape(f".{path.name}.{socket.gethostname()}.")
+    pattern = re.compile(start + r"(\d+)\.tmp")
     for entry in path.parent.iterdir():
         match = pattern.fullmatch(entry.name)
         if match and not Path("/proc", match[1]).exists():

@@ -1,0 +1,41 @@
+"""Atomic files under exceptions and kills."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.files import atomic_path, write_json
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_write_keeps_the_old_file(number: int, tmp_path: Path):
+    path = tmp_path / "file.json"
+    write_json(path, "old")
+    program = f"""
+import os, pathlib, utils
+from runtime.files import atomic_path
+def main():
+    with atomic_path(pathlib.Path({str(path)!r})) as temporary:
+        temporary.write_text('"ne')
+        os.kill(os.getpid(), {int(number)})
+utils.run_main(main)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root)
+    assert done.returncode == (-9 if number == signal.SIGKILL else 143)
+    assert path.read_text() == '"old"\n'
+    write_json(path, "new")
+    assert path.read_text() == '"new"\n' and os.listdir(tmp_path) == ["file.json"]

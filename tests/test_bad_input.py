@@ -1,0 +1,257 @@
+"""Bad input ends with exit code 2 and one clear line, before any weight is read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import generate
+import stage1_text_encoder as stage1
+import stage2_transformer as stage2
+import stage3_vae_decoder as stage3
+import utils
+from tests.tiny_models import save_tiny_model
+
+PROMPT = ["--prompt", "A red cat"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_model(folder / "good")
+    save_tiny_model(folder / "other", seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory) -> Path:
+    """The stage files of a good run of stages 1 and 2."""
+    folder = tmp_path_factory.mktemp("finished")
+    model = ["--model_id", str(models / "good")]
+    stage1.run(stage1.parse_arguments([*PROMPT, *model, "--output_dir", str(folder)]))
+    arguments = ["--input_dir", str(folder), "--num_inference_steps", "1"]
+    stage2.run(stage2.parse_arguments(arguments))
+    return folder
+
+
+@pytest.fixture
+def files(finished, tmp_path) -> Path:
+    """A copy of the stage files, to be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "files"))
+
+
+@pytest.fixture(autouse=True)
+def no_weights_are_read(request, monkeypatch):
+    """Reading a weight is a failure here."""
+    request.getfixturevalue("finished")
+
+    def refuse(*_, **__):
+        raise AssertionError("weights were read before the input was checked")
+
+    monkeypatch.setattr("cogvideox.checkpoint.StoredTensor.read", refuse)
+    monkeypatch.setattr("cogvideox.text_encoder.load_text_encoder", refuse)
+    monkeypatch.setattr("cogvideox.vae_weights.read_weights", refuse)
+
+
+def refusal(capsys, stage, *arguments: object) -> str:
+    """Runs a stage's main; returns its one line on stderr."""
+
+    def main():
+        parsed = stage.parse_arguments(list(map(str, arguments)))
+        stage.run(parsed, "vae_torchax") if stage is stage3 else stage.run(parsed)
+
+    with pytest.raises(SystemExit) as exit_:
+        utils.run_main(main)
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--height", 7], "--height 7"),
+        (["--height", 0], "--height 0"),
+        (["--width", 81], "nearest: 80"),
+        (["--width", -80], "--width -80"),
+        (["--height", 96, "--width", 96], "--allow_unsupported"),
+        (["--num_frames", 0], "--num_frames 0"),
+        (["--num_frames", 10], "nearest: 1 or 17"),
+        (["--num_frames", 10, "--allow_unsupported"], "nearest: 9 or 13"),
+        (["--num_frames", 177], "up to 161"),
+        (["--num_inference_steps", 0], "--num_inference_steps"),
+        (["--num_inference_steps", 1001], "1000"),
+        (["--num_inference_steps", "many"], "not an integer"),
+        (["--guidance_scale", "nan"], "finite"),
+        (["--guidance_scale", -1], "--guidance_scale"),
+        (["--seed", -1], "--seed"),
+        (["--fps", 0], "--fps"),
+        (["--dp", 3], "dp x tp that fit: 2x2, 2x1, 1x2, 1x1"),
+        (["--tp", 4], "2 heads"),
+        (["--dp", 2, "--tp", 16], "8 device(s)"),
+        (["--attention", "splash"], "needs a TPU"),
+        (["--attention", "cudnn"], "needs a GPU"),
+        (["--dtype", "float16"], "float16"),
+        (["--model_id", "no/such-model"], "no/such-model"),
+        (["--no_such_option"], "--no_such_option"),
+    ],
+)
+def test_stage2_settings(arguments, said, files, capsys):
+    assert said in refusal(capsys, stage2, "--input_dir", files, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "   "], "--prompt is empty"),
+        ([], "--prompt"),
+        ([*PROMPT, "--max_sequence_length", 0], "--max_sequence_length"),
+        (["--prompt", "\udcff"], "UTF-8"),
+    ],
+)
+def test_stage1_settings(arguments, said, models, tmp_path, capsys):
+    where = ["--model_id", models / "good", "--output_dir", tmp_path / "out"]
+    assert said in refusal(capsys, stage1, *where, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_absent_model(tmp_path, capsys):
+    where = ["--model_id", tmp_path / "absent", "--output_dir", tmp_path]
+    assert "neither a folder nor" in refusal(capsys, stage1, *PROMPT, *where)
+
+
+def test_a_folder_that_is_no_model(tmp_path, capsys):
+    assert "model_index.json" in refusal(capsys, stage1, *PROMPT, "--model_id", tmp_path)
+
+
+def test_output_folder_that_is_a_file(models, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    where = ["--model_id", models / "good", "--output_dir", tmp_path / "file"]
+    assert "is a file" in refusal(capsys, stage1, *PROMPT, *where)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [(stage2, utils.EMBEDDINGS_FILE), (stage3, utils.LATENTS_FILE)]
+)
+class TestStageFiles:
+    def test_missing(self, stage, name, files, capsys):
+        (files / name).unlink()
+        assert "does not exist" in refusal(capsys, stage, "--input_dir", files)
+
+    def test_truncated(self, stage, name, files, capsys):
+        data = (files / name).read_bytes()
+        (files / name).write_bytes(data[: len(data) // 2])
+        assert "truncated" in refusal(capsys, stage, "--input_dir", files)
+
+    def test_empty(self, stage, name, files, capsys):
+        (files / name).write_bytes(b"")
+        assert "truncated" in refusal(capsys, stage, "--input_dir", files)
+
+    def test_foreign(self, stage, name, files, capsys):
+        save_file(load_file(files / name), files / name)
+        assert "was not written by" in refusal(capsys, stage, "--input_dir", files)
+
+    def test_other_format_version(self, stage, name, files, capsys, monkeypatch):
+        monkeypatch.setattr(utils, "FORMAT_VERSION", "2")
+        config = json.loads((files / utils.CONFIG_FILE).read_text())
+        (files / utils.CONFIG_FILE).write_text(json.dumps(config | {"format_version": "2"}))
+        assert "format version 1" in refusal(capsys, stage, "--input_dir", files)
+
+    def test_no_config(self, stage, name, files, capsys):
+        (files / utils.CONFIG_FILE).unlink()
+        assert utils.CONFIG_FILE in refusal(capsys, stage, "--input_dir", files)
+
+    def test_broken_config(self, stage, name, files, capsys):
+        (files / utils.CONFIG_FILE).write_text("{")
+        assert "not valid JSON" in refusal(capsys, stage, "--input_dir", files)
+
+    def test_stale(self, stage, name, files, capsys):
+        config = json.loads((files / utils.CONFIG_FILE).read_text())
+        config["stage1_text_encoder"]["prompt"] = "A blue dog"
+        config["stage2_transformer"]["seed"] = 7
+        (files / utils.CONFIG_FILE).write_text(json.dumps(config))
+        assert "stale" in refusal(capsys, stage, "--input_dir", files)
+
+    def test_of_another_model(self, stage, name, files, models, capsys):
+        model = ["--model_id", models / "other"]
+        assert "was made with" in refusal(capsys, stage, "--input_dir", files, *model)
+
+
+def test_latents_whose_prompt_was_encoded_anew(files, models, capsys, monkeypatch):
+    config = json.loads((files / utils.CONFIG_FILE).read_text())
+    settings = {"model_id": str(models / "good"), "prompt": "A blue dog"}
+    config["stage1_text_encoder"] = utils.make_section(settings)
+    (files / utils.CONFIG_FILE).write_text(json.dumps(config))
+    assert "ran again" in refusal(capsys, stage3, "--input_dir", files)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output_video", "video.avi"], ".avi"),
+        (["--quality", 11], "--quality"),
+        (["--output_video", "video.npy", "--quality", 5], "--quality"),
+        (["--dp", 4, "--tp", 4], "16 devices"),
+    ],
+)
+def test_stage3_settings(arguments, said, files, capsys):
+    assert said in refusal(capsys, stage3, "--input_dir", files, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("proj_out.bias"), "missing proj_out.bias"),
+        (lambda w: w.update(stranger=w["proj_out.bias"]), "extra stranger"),
+        (lambda w: w.update({"proj_out.bias": w["norm_final.bias"]}), "proj_out.bias is ["),
+    ],
+)
+def test_transformer_weights_that_do_not_fit(change, said, models, files, tmp_path, capsys):
+    with_weights(models, files, tmp_path, change)
+    assert said in refusal(capsys, stage2, "--input_dir", files)
+
+
+def test_truncated_transformer_weights(models, files, tmp_path, capsys):
+    weights = with_weights(models, files, tmp_path, lambda w: None)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "damaged" in refusal(capsys, stage2, "--input_dir", files)
+
+
+def test_image_to_video_model(models, files, tmp_path, capsys):
+    config = with_weights(models, files, tmp_path, lambda w: None).with_name("config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"ofs_embed_dim": 32}))
+    assert "image-to-video" in refusal(capsys, stage2, "--input_dir", files)
+
+
+def test_generate_refuses_for_every_stage(models, tmp_path, capsys):
+    where = ["--model_id", models / "good", "--output_dir", tmp_path]
+    assert "--height 7" in refusal(capsys, generate, *PROMPT, *where, "--height", 7)
+    assert ".avi" in refusal(capsys, generate, *PROMPT, *where, "--output_video", "x.avi")
+    assert not any(tmp_path.iterdir())
+
+
+def with_weights(models: Path, files: Path, tmp_path: Path, change) -> Path:
+    """A copy of the good model with changed transformer weights, named by the stage files."""
+    model = Path(shutil.copytree(models / "good", tmp_path / "model"))
+    weights = model / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights)
+    config = json.loads((files / utils.CONFIG_FILE).read_text())
+    section = config["stage1_text_encoder"] | {"model_id": str(model)}
+    settings = {k: v for k, v in section.items() if k not in ("fingerprint", "made_with")}
+    config["stage1_text_encoder"] = utils.make_section(settings)
+    (files / utils.CONFIG_FILE).write_text(json.dumps(config))
+    embeddings = load_file(files / utils.EMBEDDINGS_FILE)
+    utils.write_stage_file(
+        files / utils.EMBEDDINGS_FILE,
+        "stage1_text_encoder",
+        embeddings,
+        config["stage1_text_encoder"],
+    )
+    return weights
