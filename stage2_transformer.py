@@ -7,6 +7,7 @@ Reads stage1_embeddings.safetensors, writes stage2_latents.safetensors.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
@@ -170,8 +171,8 @@ def run(arguments: argparse.Namespace) -> None:
         steps = plan.denoiser.run(
             step, parameters, prompt_embeds, plan.schedule, plan.settings.seed
         )
-        for latents in utils.progress(steps, total=len(plan.schedule.timesteps), what="denoising"):
-            pass
+        bar = utils.progress(steps, total=len(plan.schedule.timesteps), what="denoising")
+        latents = collections.deque(bar, maxlen=1).pop()
     with timings.phase("save"):
         # diffusers' [B, T, C, H, W] without the padding frames, turned as the VAE wants it.
         tensors = {"latents": utils.to_numpy(latents)[:, plan.padding_frames :].swapaxes(1, 2)}

@@ -187,9 +187,9 @@ def _write(
 
 
 def _settings_line(recorded: dict) -> str:
-    made = recorded["stage2_transformer"]
+    made, fps = recorded["stage2_transformer"], recorded[STAGE]["fps"]
     return (
-        f"{made['width']}x{made['height']}, {made['num_frames']} frames at {recorded[STAGE]['fps']} fps, "
+        f"{made['width']}x{made['height']}, {made['num_frames']} frames at {fps} fps, "
         f"{made['num_inference_steps']} {made['scheduler']} steps, "
         f"guidance {made['guidance_scale']:g}, seed {made['seed']}"
     )

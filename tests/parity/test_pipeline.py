@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]

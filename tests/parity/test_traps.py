@@ -1,0 +1,159 @@
+"""One test a trap: the places where this model is easily computed almost right."""
+
+import math
+from pathlib import Path
+
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from cogvideox import presets, scheduler, transformer
+from cogvideox.checkpoint import find_model
+from cogvideox.settings import DenoisingSettings, LatentShape, decoded_frames, latent_shape
+from cogvideox.text_encoder import encode, load_text_encoder
+from tests.tiny_models import save_tiny_model
+
+CONFIG = {
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 1.0,
+    "timestep_spacing": "trailing",
+}
+
+
+def settings(**changes) -> DenoisingSettings:
+    values = dict(
+        height=48, width=80, num_frames=9, fps=16, num_inference_steps=50, guidance_scale=6.0,
+        use_dynamic_cfg=False, scheduler="dpm", seed=0,
+    )  # fmt: skip
+    return DenoisingSettings(**values | changes)
+
+
+@pytest.mark.parametrize("steps", [50, 48, 25, 10])
+def test_dynamic_guidance_is_float64(steps):
+    schedule = scheduler.make_schedule(
+        settings(use_dynamic_cfg=True, num_inference_steps=steps), CONFIG
+    )
+    # The pipeline's expression; its argument reaches 1e7 rad.
+    expected = [
+        1 + 6.0 * ((1 - math.cos(math.pi * ((steps - t) / steps) ** 5.0)) / 2)
+        for t in schedule.timesteps
+    ]
+    assert list(schedule.guidance_scales) == expected
+    in_float32 = [
+        1 + 3 * (1 - np.cos(np.float32(math.pi) * np.float32((steps - t) / steps) ** 5))
+        for t in schedule.timesteps
+    ]
+    assert np.abs(np.subtract(in_float32, expected)).max() > 0.1  # why it matters
+
+
+@pytest.mark.parametrize("name", ["dpm", "ddim"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize("steps", [50, 48, 25, 10, 3, 1])
+def test_steps_and_noise_equal_diffusers(name, prediction_type, steps):
+    """Same coefficients and the same draws in the same order, whatever the step count."""
+    # epsilon divides by sqrt(alpha), which zero terminal SNR makes 0.
+    config = CONFIG | {
+        "prediction_type": prediction_type,
+        "rescale_betas_zero_snr": prediction_type != "epsilon",
+    }
+    schedule = scheduler.make_schedule(settings(scheduler=name, num_inference_steps=steps), config)
+    theirs = scheduler.SCHEDULERS[name].from_config(config)
+    theirs.set_timesteps(steps)
+    shape = (1, 4, 2, 3, 5)
+    generator = torch.Generator().manual_seed(9)
+    noises = scheduler.draw_noise(9, shape, torch.float32, schedule)
+    sample, ours = randn_tensor(shape, generator=generator), next(noises)
+    np.testing.assert_array_equal(ours, sample.numpy())
+    old_x0, our_x0 = None, np.zeros(shape, np.float32)
+    for i, t in enumerate(theirs.timesteps):
+        output = torch.sin(3 * sample + i)
+        if name == "dpm":
+            back = theirs.timesteps[i - 1] if i else None
+            sample, old_x0 = theirs.step(output, old_x0, t, back, sample, generator=generator)
+        else:
+            sample = theirs.step(output, t, sample).prev_sample
+        weights, noise = schedule.coefficients[i], next(noises)
+        ours, our_x0 = scheduler.step(jnp.asarray(ours), output.numpy(), our_x0, noise, weights)
+    # Rounding of float32 sums whose terms reach ten times the result.
+    np.testing.assert_allclose(ours, sample, rtol=0, atol=1e-5 * sample.abs().max().item())
+
+
+def test_dpm_draws_noise_twice_in_middle_steps():
+    for steps, last in ((50, 1), (48, 2), (25, 1), (10, 1)):
+        schedule = scheduler.make_schedule(settings(num_inference_steps=steps), CONFIG)
+        assert schedule.noise_draws == (1, *[2] * (steps - 2), last)
+
+
+def test_bfloat16_noise_is_drawn_in_bfloat16():
+    schedule = scheduler.make_schedule(settings(num_inference_steps=2), CONFIG)
+    drawn = next(scheduler.draw_noise(1, (1, 2, 3, 4, 5), torch.bfloat16, schedule))
+    expected = torch.randn(
+        (1, 2, 3, 4, 5), generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16
+    )
+    np.testing.assert_array_equal(drawn.astype(np.float32), expected.float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("generation", "num_frames", "frames", "padding"),
+    [("1.5", 9, 4, 1), ("1.5", 81, 22, 1), ("1.5", 13, 4, 0), ("1.0-rope", 49, 13, 0)],
+)
+def test_frames_are_padded_to_whole_patches(generation, num_frames, frames, padding, tmp_path):
+    model = find_model(str(save_tiny_model(tmp_path, generation)), ["transformer"])
+    shape, padded = latent_shape(settings(num_frames=num_frames), model, batch=1)
+    assert (shape.frames, padded) == (frames, padding)
+
+
+@pytest.mark.parametrize("sample", [(96, 170), (300, 300)])
+def test_slice_positions_ignore_the_configs_sample_size(sample):
+    config = {
+        "use_rotary_positional_embeddings": True,
+        "patch_size": 2,
+        "patch_size_t": 2,
+        "attention_head_dim": 64,
+        "sample_height": sample[0],
+        "sample_width": sample[1],
+    }
+    cos, sin = transformer.positions(config, LatentShape(1, 6, 16, 8, 10), 7)["rotary"]
+    theirs = diffusers.models.embeddings.get_3d_rotary_pos_embed(
+        64, None, (4, 5), 3, grid_type="slice", max_size=(sample[0] // 2, sample[1] // 2)
+    )
+    np.testing.assert_array_equal(cos[7:], theirs[0])
+    np.testing.assert_array_equal(sin[7:], theirs[1])
+    # The text does not rotate.
+    assert (cos[:7] == 1).all() and (sin[:7] == 0).all()
+
+
+def test_long_prompts_are_cut_and_the_lost_words_told(tmp_path):
+    model = find_model(str(save_tiny_model(tmp_path)), ["tokenizer", "text_encoder"])
+    text_encoder = load_text_encoder(model, torch.float32)
+    _, dropped = encode(text_encoder, ["red cat and dog", "red cat"], max_sequence_length=9)
+    assert dropped == ["and dog", ""]
+
+
+def test_frames_of_even_and_odd_latents():
+    assert [decoded_frames(n, 4) for n in (1, 2, 3, 4, 21)] == [1, 8, 9, 16, 81]
+
+
+def test_presets_of_the_published_models():
+    published = {
+        ("CogVideoX1.5-5B", (768, 1360), 81, 16): (42, 48, 2),
+        ("CogVideoX-5b", (480, 720), 49, 8): (42, 48, None),
+        ("CogVideoX-2b", (480, 720), 49, 8): (30, 30, None),
+    }
+    for expected, (layers, heads, patch_size_t) in published.items():
+        config = {"num_layers": layers, "num_attention_heads": heads, "patch_size_t": patch_size_t}
+        preset = presets.preset_for(config, 8)
+        assert (preset.name, preset.sizes[0], preset.num_frames, preset.fps) == expected
+
+
+def test_vae_scaling_is_the_configs(tmp_path: Path):
+    from cogvideox.vae_weights import VaeConfig
+
+    for generation, factor in (("1.5", 0.7), ("1.0-rope", 1.15258426)):
+        folder = save_tiny_model(tmp_path / generation, generation)
+        assert VaeConfig.from_folder(folder / "vae").scaling_factor == factor
