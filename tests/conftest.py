@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for all tests, whatever the machine, and a compilation cache of the run."""
+"""Eight fake CPU devices for all tests, whatever the machine, and one compilation cache."""
 
 import os
 
