@@ -29,77 +29,59 @@ def _parameter(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape))
 
 
-class CausalConv(nnx.Module):
-    """A causal 3x3x3 convolution."""
+class Conv(nnx.Module):
+    """The weights of a convolution: kernel [K..., C, C'] and bias [C']."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
-        self.kernel = _parameter(3, 3, 3, channels, out_channels)
-        self.bias = _parameter(out_channels)
+    def __init__(self, *kernel_shape: int) -> None:
+        self.kernel = _parameter(*kernel_shape)
+        self.bias = _parameter(kernel_shape[-1])
 
-    def __call__(
-        self, x: jax.Array, cache: jax.Array | None, shards: WidthShards
-    ) -> tuple[jax.Array, jax.Array]:
-        return vae_ops.causal_conv(x, self.kernel[...], self.bias[...], cache, shards)
-
-
-class PointwiseConv(nnx.Module):
-    """A 1x1x1 convolution."""
-
-    def __init__(self, channels: int, out_channels: int) -> None:
-        self.kernel = _parameter(channels, out_channels)
-        self.bias = _parameter(out_channels)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return vae_ops.pointwise(x, self.kernel[...], self.bias[...])
+    def weights(self) -> vae_ops.Conv:
+        return vae_ops.Conv(self.kernel[...], self.bias[...])
 
 
 class SpatialNorm(nnx.Module):
-    """Group normalisation scaled and shifted by the latents."""
+    """The weights of a group normalisation that the latents scale and shift."""
 
-    def __init__(self, channels: int, latent_channels: int, groups: int) -> None:
-        self.groups = groups
+    def __init__(self, channels: int, latent_channels: int) -> None:
         self.scale = _parameter(channels)
         self.bias = _parameter(channels)
-        self.multiplier = PointwiseConv(latent_channels, channels)
-        self.summand = PointwiseConv(latent_channels, channels)
+        self.multiplier = Conv(latent_channels, channels)
+        self.summand = Conv(latent_channels, channels)
 
-    def __call__(self, x: jax.Array, z: jax.Array, shards: WidthShards) -> jax.Array:
-        return vae_ops.spatial_norm(
-            x,
-            z,
-            self.scale[...],
-            self.bias[...],
-            self.multiplier.kernel[...],
-            self.multiplier.bias[...],
-            self.summand.kernel[...],
-            self.summand.bias[...],
-            self.groups,
-            shards,
-        )
+    def weights(self) -> vae_ops.Norm:
+        convs = self.multiplier.weights(), self.summand.weights()
+        return vae_ops.Norm(self.scale[...], self.bias[...], *convs)
 
 
 class Resnet(nnx.Module):
     """Norm, activation, convolution, twice, around a shortcut."""
 
     def __init__(self, channels: int, out_channels: int, config: VaeConfig) -> None:
-        latent, groups = config.latent_channels, config.norm_num_groups
-        self.norm1 = SpatialNorm(channels, latent, groups)
-        self.conv1 = CausalConv(channels, out_channels)
-        self.norm2 = SpatialNorm(out_channels, latent, groups)
-        self.conv2 = CausalConv(out_channels, out_channels)
+        self.groups = config.norm_num_groups
+        self.norm1 = SpatialNorm(channels, config.latent_channels)
+        self.conv1 = Conv(3, 3, 3, channels, out_channels)
+        self.norm2 = SpatialNorm(out_channels, config.latent_channels)
+        self.conv2 = Conv(3, 3, 3, out_channels, out_channels)
         change = channels != out_channels
-        self.shortcut = PointwiseConv(channels, out_channels) if change else None
+        self.shortcut = Conv(channels, out_channels) if change else None
 
     def __call__(
-        self, x: jax.Array, z: jax.Array, caches: Caches, shards: WidthShards
-    ) -> tuple[jax.Array, Caches]:
-        h = nnx.silu(self.norm1(x, z, shards))
-        h, conv1 = self.conv1(h, caches.get("conv1"), shards)
-        h = nnx.silu(self.norm2(h, z, shards))
-        h, conv2 = self.conv2(h, caches.get("conv2"), shards)
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        return x + h, {"conv1": conv1, "conv2": conv2}
+        self,
+        x: jax.Array,
+        z: jax.Array,
+        caches: Any,
+        shards: WidthShards,
+        upsample: vae_ops.Upsample | None = None,
+    ) -> tuple[jax.Array, Any]:
+        weights = vae_ops.Resnet(
+            self.norm1.weights(),
+            self.conv1.weights(),
+            self.norm2.weights(),
+            self.conv2.weights(),
+            None if self.shortcut is None else self.shortcut.weights(),
+        )
+        return vae_ops.resnet(x, z, weights, caches, self.groups, shards, upsample)
 
 
 class Upsample(nnx.Module):
@@ -107,24 +89,35 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, compress_time: bool) -> None:
         self.compress_time = compress_time
-        self.kernel = _parameter(3, 3, channels, channels)
-        self.bias = _parameter(channels)
+        self.conv = Conv(3, 3, channels, channels)
 
-    def __call__(self, x: jax.Array, shards: WidthShards) -> jax.Array:
-        return vae_ops.upsample(x, self.kernel[...], self.bias[...], self.compress_time, shards)
+    def weights(self) -> vae_ops.Upsample:
+        return vae_ops.Upsample(self.conv.weights(), self.compress_time)
 
 
 class UpBlock(nnx.Module):
-    """One resolution: resnets and, but for the last block, an upsampler."""
+    """One resolution: but for the first block an upsampler, and resnets."""
 
-    def __init__(self, channels: int, level: int, config: VaeConfig) -> None:
-        out_channels = config.block_out_channels[::-1][level]
+    def __init__(self, level: int, config: VaeConfig) -> None:
+        widths = config.block_out_channels[::-1]
+        channels, out_channels = widths[max(level - 1, 0)], widths[level]
+        # diffusers counts it to the block before, which it ends.
+        self.upsample = Upsample(channels, level <= config.time_levels) if level else None
         self.resnets = nnx.List(
             Resnet(channels if i == 0 else out_channels, out_channels, config)
             for i in range(config.layers_per_block + 1)
         )
-        last = level == len(config.block_out_channels) - 1
-        self.upsample = None if last else Upsample(out_channels, level < config.time_levels)
+
+    def __call__(
+        self, x: jax.Array, z: jax.Array, caches: list[Any], shards: WidthShards
+    ) -> tuple[jax.Array, list[Any]]:
+        upsample = None if self.upsample is None else self.upsample.weights()
+        new = []
+        for resnet, cache in zip(self.resnets, caches, strict=True):
+            x, cache = resnet(x, z, cache, shards, upsample)
+            new.append(cache)
+            upsample = None
+        return x, new
 
 
 class VaeDecoder(nnx.Module):
@@ -133,14 +126,13 @@ class VaeDecoder(nnx.Module):
     def __init__(self, config: VaeConfig) -> None:
         channels = config.block_out_channels[::-1]
         latent = config.latent_channels
-        self.latent_conv = PointwiseConv(latent, latent) if config.use_post_quant_conv else None
-        self.conv_in = CausalConv(latent, channels[0])
+        self.groups = config.norm_num_groups
+        self.latent_conv = Conv(latent, latent) if config.use_post_quant_conv else None
+        self.conv_in = Conv(3, 3, 3, latent, channels[0])
         self.mid = nnx.List(Resnet(channels[0], channels[0], config) for _ in range(MID_RESNETS))
-        self.up = nnx.List(
-            UpBlock(channels[max(level - 1, 0)], level, config) for level in range(len(channels))
-        )
-        self.norm_out = SpatialNorm(channels[-1], latent, config.norm_num_groups)
-        self.conv_out = CausalConv(channels[-1], config.out_channels)
+        self.up = nnx.List(UpBlock(level, config) for level in range(len(channels)))
+        self.norm_out = SpatialNorm(channels[-1], latent)
+        self.conv_out = Conv(3, 3, 3, channels[-1], config.out_channels)
 
     def __call__(
         self, z: jax.Array, caches: Caches | None, shards: WidthShards
@@ -155,21 +147,27 @@ class VaeDecoder(nnx.Module):
         Returns:
             Video [B, F, W s, H s, 3] in about -1..1, and the caches for the next batch.
         """
-        old, new = caches or {}, {}
+        old = caches or {
+            "conv_in": None,
+            "mid": [None] * len(self.mid),
+            "up": [[None] * len(block.resnets) for block in self.up],
+            "conv_out": None,
+        }
+        new: Caches = {"mid": [], "up": []}
         if self.latent_conv is not None:
-            z = self.latent_conv(z)
-        x, new["conv_in"] = self.conv_in(z, old.get("conv_in"), shards)
-        for i, resnet in enumerate(self.mid):
-            name = f"mid_{i}"
-            x, new[name] = resnet(x, z, old.get(name, {}), shards)
-        for level, block in enumerate(self.up):
-            for i, resnet in enumerate(block.resnets):
-                name = f"up_{level}_{i}"
-                x, new[name] = resnet(x, z, old.get(name, {}), shards)
-            if block.upsample is not None:
-                x = block.upsample(x, shards)
-        x = nnx.silu(self.norm_out(x, z, shards))
-        x, new["conv_out"] = self.conv_out(x, old.get("conv_out"), shards)
+            z = vae_ops.pointwise(z, self.latent_conv.weights())
+        x, new["conv_in"] = vae_ops.causal_conv(z, self.conv_in.weights(), old["conv_in"], shards)
+        for resnet, cache in zip(self.mid, old["mid"], strict=True):
+            x, cache = resnet(x, z, cache, shards)
+            new["mid"].append(cache)
+        for block, cache in zip(self.up, old["up"], strict=True):
+            x, cache = block(x, z, cache, shards)
+            new["up"].append(cache)
+        video = vae_ops.Video(x, None, shards)
+        norm, conv = self.norm_out.weights(), self.conv_out.weights()
+        x, new["conv_out"], _ = vae_ops.norm_conv(
+            video, video.sums(), z, norm, conv, old["conv_out"], self.groups
+        )
         return x, new
 
 
@@ -184,7 +182,7 @@ def _modules_by_diffusers_name(decoder: VaeDecoder) -> Iterator[tuple[str, nnx.M
         for i, resnet in enumerate(block.resnets):
             yield f"decoder.up_blocks.{level}.resnets.{i}", resnet
         if block.upsample is not None:
-            yield f"decoder.up_blocks.{level}.upsamplers.0.conv", block.upsample
+            yield f"decoder.up_blocks.{level - 1}.upsamplers.0.conv", block.upsample.conv
     yield "decoder.norm_out", decoder.norm_out
     yield "decoder.conv_out.conv", decoder.conv_out
 

@@ -1,9 +1,9 @@
 """The VAE decoder through TorchAx: diffusers' module tree, its leaves computed in JAX.
 
 `CogVideoXDecoder3D` is built on torch's meta device and called functionally with JAX arrays under
-torchax. What its leaf modules compute (causal convolutions, spatial norms, upsamplers) comes from
-`vae_ops`; what remains of torch is the structure, the names, the activations and the sums between
-leaves, none of which cares about the layout of the arrays.
+torchax. What its resnets, upsamplers and convolutions compute comes from `vae_ops`; what remains of
+torch is the structure, the names, the order of the blocks and the way of the caches, none of which
+cares about the layout of the arrays.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ import torchax
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXCausalConv3d,
     CogVideoXDecoder3D,
+    CogVideoXResnetBlock3D,
     CogVideoXSafeConv3d,
     CogVideoXSpatialNorm3D,
 )
@@ -61,78 +62,109 @@ def _meta_module(config: VaeConfig) -> _DecoderWithLatentConv:
         return _DecoderWithLatentConv(config).eval()
 
 
-def _kernel(weight: jax.Array) -> jax.Array:
-    """torch's [C', C, K...] -> [K..., C, C'], with the width before the height."""
-    spatial = tuple(range(2, weight.ndim))
-    width_first = (*spatial[:-2], spatial[-1], spatial[-2])
-    return weight.transpose(*width_first, 1, 0)
+def _conv(module: torch.nn.Module) -> vae_ops.Conv:
+    """torch's weight [C', C, K...] as [K..., C, C'], with the width before the height.
+
+    Kernels of one voxel become matrices.
+    """
+    weight, bias = interop.jax_view((module.weight, module.bias))
+    if set(weight.shape[2:]) == {1}:
+        return vae_ops.Conv(weight.reshape(weight.shape[:2]).T, bias)
+    frames = tuple(range(2, weight.ndim - 2))
+    order = (*frames, weight.ndim - 1, weight.ndim - 2, 1, 0)
+    return vae_ops.Conv(weight.transpose(order), bias)
 
 
-def _matrix(weight: jax.Array) -> jax.Array:
-    """torch's [C', C, 1, 1, 1] -> [C, C']."""
-    return weight[:, :, 0, 0, 0].T
+def _norm(module: CogVideoXSpatialNorm3D) -> vae_ops.Norm:
+    scale, bias = interop.jax_view((module.norm_layer.weight, module.norm_layer.bias))
+    return vae_ops.Norm(scale, bias, _conv(module.conv_y.conv), _conv(module.conv_b.conv))
 
 
-def _compute_in_jax(module: torch.nn.Module, shards: WidthShards) -> None:
-    """Give every leaf below `module` its JAX computation; instances only, never classes."""
-    for child in module.children():
-        if isinstance(child, CogVideoXCausalConv3d):
-            child.forward = _causal_conv(child, shards)
-        elif isinstance(child, CogVideoXSafeConv3d):
-            child.forward = _pointwise(child)
-        elif isinstance(child, CogVideoXSpatialNorm3D):
-            child.forward = _spatial_norm(child, shards)
-        elif isinstance(child, CogVideoXUpsample3D):
-            child.forward = _upsample(child, shards)
-        else:
-            _compute_in_jax(child, shards)
+def _compute_in_jax(module: _DecoderWithLatentConv, shards: WidthShards) -> None:
+    """Give the modules below `module` their JAX computation; instances only, never classes.
+
+    An upsampler, and the last norm and activation, are computed together with the module that
+    follows them, and themselves pass on what they get.
+    """
+    decoder = module.decoder
+    if module.post_quant_conv is not None:
+        module.post_quant_conv.forward = _pointwise(module.post_quant_conv)
+    decoder.conv_in.forward = _causal_conv(decoder.conv_in, shards)
+    for resnet in decoder.mid_block.resnets:
+        resnet.forward = _resnet(resnet, None, shards)
+    upsampler = None
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            resnet.forward = _resnet(resnet, upsampler, shards)
+            upsampler = None
+        if block.upsamplers is not None:
+            (upsampler,) = block.upsamplers
+            upsampler.forward = _pass_on
+    decoder.norm_out.forward = _pair_with_latents
+    decoder.conv_act.forward = _pass_on
+    decoder.conv_out.forward = _last_conv(decoder.norm_out, decoder.conv_out, shards)
 
 
-def _causal_conv(module: CogVideoXCausalConv3d, shards: WidthShards):
-    def compute(x, weight, bias, cache):
-        return vae_ops.causal_conv(x, _kernel(weight), bias, cache, shards)
-
-    def forward(inputs, conv_cache=None):
-        conv = module.conv
-        return interop.call_jax(compute, inputs, conv.weight, conv.bias, conv_cache)
-
-    return forward
+def _pass_on(inputs):
+    return inputs
 
 
 def _pointwise(module: CogVideoXSafeConv3d):
-    def compute(x, weight, bias):
-        return vae_ops.pointwise(x, _matrix(weight), bias)
-
     def forward(inputs):
-        return interop.call_jax(compute, inputs, module.weight, module.bias)
+        return interop.call_jax(lambda x: vae_ops.pointwise(x, _conv(module)), inputs)
 
     return forward
 
 
-def _spatial_norm(module: CogVideoXSpatialNorm3D, shards: WidthShards):
-    groups = module.norm_layer.num_groups
+def _causal_conv(module: CogVideoXCausalConv3d, shards: WidthShards):
+    def compute(x, cache):
+        return vae_ops.causal_conv(x, _conv(module.conv), cache, shards)
 
-    def compute(x, z, norm_scale, norm_bias, weight_y, bias_y, weight_b, bias_b):
-        kernel_y, kernel_b = _matrix(weight_y), _matrix(weight_b)
-        return vae_ops.spatial_norm(
-            x, z, norm_scale, norm_bias, kernel_y, bias_y, kernel_b, bias_b, groups, shards
+    def forward(inputs, conv_cache=None):
+        return interop.call_jax(compute, inputs, conv_cache)
+
+    return forward
+
+
+def _resnet(
+    module: CogVideoXResnetBlock3D, upsampler: CogVideoXUpsample3D | None, shards: WidthShards
+):
+    groups = module.norm1.norm_layer.num_groups
+
+    def compute(x, z, caches):
+        weights = vae_ops.Resnet(
+            _norm(module.norm1),
+            _conv(module.conv1.conv),
+            _norm(module.norm2),
+            _conv(module.conv2.conv),
+            _conv(module.conv_shortcut) if module.in_channels != module.out_channels else None,
         )
+        upsample = None
+        if upsampler is not None:
+            upsample = vae_ops.Upsample(_conv(upsampler.conv), upsampler.compress_time)
+        return vae_ops.resnet(x, z, weights, caches, groups, shards, upsample)
 
-    def forward(f, zq, conv_cache=None):
-        norm, y, b = module.norm_layer, module.conv_y.conv, module.conv_b.conv
-        parameters = (norm.weight, norm.bias, y.weight, y.bias, b.weight, b.bias)
-        # diffusers caches the latents of 1x1x1 convolutions, which never look back.
-        return interop.call_jax(compute, f, zq, *parameters), {}
+    def forward(inputs, temb, zq, conv_cache=None):
+        return interop.call_jax(compute, inputs, zq, conv_cache)
 
     return forward
 
 
-def _upsample(module: CogVideoXUpsample3D, shards: WidthShards):
-    def compute(x, weight, bias):
-        return vae_ops.upsample(x, _kernel(weight), bias, module.compress_time, shards)
+def _pair_with_latents(f, zq, conv_cache=None):
+    return (f, zq), None
 
-    def forward(inputs):
-        return interop.call_jax(compute, inputs, module.conv.weight, module.conv.bias)
+
+def _last_conv(norm: CogVideoXSpatialNorm3D, module: CogVideoXCausalConv3d, shards: WidthShards):
+    groups = norm.norm_layer.num_groups
+
+    def compute(x, z, cache):
+        video = vae_ops.Video(x, None, shards)
+        weights = _norm(norm), _conv(module.conv)
+        out, cache, _ = vae_ops.norm_conv(video, video.sums(), z, *weights, cache, groups)
+        return out, cache
+
+    def forward(inputs, conv_cache=None):
+        return interop.call_jax(compute, *inputs, conv_cache)
 
     return forward
 
