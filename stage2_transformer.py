@@ -87,7 +87,6 @@ class Plan:
     padding_frames: int  # leading latent frames to drop
     denoiser: Denoiser
     schedule: Schedule
-    attention: str
 
 
 def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tokens: int) -> Plan:
@@ -110,7 +109,7 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
 
     import jax
 
-    from cogvideox.attention import choose_attention, make_attention
+    from cogvideox.attention import choose_attention
     from cogvideox.checkpoint import stored_tensors
     from runtime.mesh import choose_mesh, make_mesh
 
@@ -119,6 +118,7 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
     mesh = make_mesh(
         choose_mesh(
             arguments.dp,
+            arguments.sp,
             arguments.tp,
             batch=batch * (2 if settings.guided else 1),
             num_heads=config["num_attention_heads"],
@@ -137,11 +137,11 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
         guided=settings.guided,
         dtype=arguments.dtype,
         mesh=mesh,
-        attention=make_attention(attention, mesh),
+        attention=attention,
     )
     denoiser.check_weights()
     schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
-    return Plan(settings, padding, denoiser, schedule, attention)
+    return Plan(settings, padding, denoiser, schedule)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -151,8 +151,8 @@ def run(arguments: argparse.Namespace) -> None:
         utils.check_output_folder(output_dir)
         batch, tokens, _ = embeddings.shapes["prompt_embeds"]
         plan = make_plan(arguments, model, batch, tokens)
-    mesh = dict(plan.denoiser.mesh.shape)
-    print(f"{plan.settings}\nmesh {mesh}, attention {plan.attention}, {arguments.dtype}")
+    mesh, attention = dict(plan.denoiser.mesh.shape), plan.denoiser.attention.name
+    print(f"{plan.settings}\nmesh {mesh}, attention {attention}, {arguments.dtype}")
 
     import jax
 
@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "dtype": arguments.dtype,
             },
             mesh=mesh,
-            attention=plan.attention,
+            attention=attention,
             device=jax.devices()[0].device_kind,
             guidance_scales=list(plan.schedule.guidance_scales),
         )

@@ -35,7 +35,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     utils.add_model(parser, default=None)
     add_arguments(parser)
-    utils.add_mesh(parser)
+    utils.add_mesh(parser, ("dp", "tp"))
     parser.add_argument("--fps", type=utils.integer(1, 240), help="default: the one of stage 2")
     utils.add_dtype(parser)
     return parser.parse_args(argv)

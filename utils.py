@@ -153,9 +153,11 @@ def add_model(parser: ArgumentParser, default: str | None) -> None:
     )
 
 
-def add_mesh(parser: ArgumentParser) -> None:
-    parser.add_argument("--dp", type=integer(1), help="mesh: data parallel (default: what fits)")
-    parser.add_argument("--tp", type=integer(1), help="mesh: tensor parallel (default: what fits)")
+def add_mesh(parser: ArgumentParser, axes: tuple[str, ...] = ("dp", "sp", "tp")) -> None:
+    splits = {"dp": "the batch", "sp": "the tokens", "tp": "heads and MLP columns"}
+    for axis in axes:
+        what = f"devices along {axis}, over which {splits[axis]} are split (default: what fits)"
+        parser.add_argument(f"--{axis}", type=integer(1), help=what)
 
 
 def add_dtype(parser: ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cogvideox import transformer
-from cogvideox.attention import Kernel
+from cogvideox.attention import AttentionKernel
 from cogvideox.checkpoint import StoredTensor
 from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
 from cogvideox.settings import LatentShape
@@ -34,7 +34,7 @@ class Denoiser:
     guided: bool  # classifier-free guidance; doubles the transformer's batch
     dtype: str
     mesh: jax.sharding.Mesh
-    attention: Kernel
+    attention: AttentionKernel
 
     @property
     def replicated(self) -> NamedSharding:

@@ -34,12 +34,25 @@ RULES: Mapping[str, Mapping[str, P]] = {
     "proj_out": REPLICATED,
 }
 
-# Anything with two axes is a matrix and needs a rule; vectors (norms, biases) may be replicated.
 _STACKED = "transformer_blocks."
 
 
+def parameter_spec(name: str, shape: tuple[int, ...]) -> P | None:
+    """The PartitionSpec of one parameter, None where the table has no rule for a matrix.
+
+    Anything with two axes is a matrix and needs a rule; vectors (norms, biases) are replicated
+    without one. The parameters of the blocks are stacked along a leading, unsharded axis.
+    """
+    module, _, kind = name.rpartition(".")
+    stacked = name.startswith(_STACKED)
+    if module in RULES:
+        spec = RULES[module][kind]
+        return P(None, *spec) if stacked else spec
+    return P() if len(shape) - stacked < 2 else None
+
+
 def parameter_specs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, P]:
-    """A PartitionSpec for every parameter; blocks are stacked along a leading, unsharded axis.
+    """A PartitionSpec for every parameter of a model.
 
     Args:
         shapes: name to shape; names as in the checkpoint, without the block's number.
@@ -47,20 +60,12 @@ def parameter_specs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, P]:
     Raises:
         ValueError: listing every rule that matches no parameter and every matrix without a rule.
     """
-    specs, used, problems = {}, set(), []
-    for name, shape in shapes.items():
-        module, _, kind = name.rpartition(".")
-        stacked = name.startswith(_STACKED)
-        if module in RULES:
-            used.add(module)
-            # A convolution's kernel has more axes than the rule; they are not split.
-            spec = RULES[module][kind]
-            specs[name] = P(None, *spec) if stacked else spec
-        elif len(shape) - stacked >= 2:
-            problems.append(f"no rule for {name} {list(shape)}")
-        else:
-            specs[name] = P()
-    problems += [f"rule {module} matches no parameter" for module in RULES if module not in used]
+    specs = {name: parameter_spec(name, shape) for name, shape in shapes.items()}
+    problems = [
+        f"no rule for {name} {list(shapes[name])}" for name in shapes if specs[name] is None
+    ]
+    modules = {name.rpartition(".")[0] for name in shapes}
+    problems += [f"rule {module} matches no parameter" for module in RULES if module not in modules]
     if problems:
         raise ValueError("sharding table and model differ: " + "; ".join(problems))
     return specs

@@ -1,8 +1,9 @@
 """The diffusers transformer through TorchAx: abstract parameters, sharded load, one forward.
 
-The module is diffusers' own CogVideoXTransformer3DModel, built without weights. Its blocks are
-replaced by one block that `lax.scan` runs over stacked weights, so that the compiler sees a single
-block however deep the model is.
+The module is diffusers' own CogVideoXTransformer3DModel, built without weights; embeddings, final
+norms and patches run as diffusers wrote them. Its blocks are replaced by one JAX block
+(cogvideox/block.py) that `lax.scan` runs over stacked weights of the same names, so that the
+compiler sees a single block however deep the model is.
 """
 
 import concurrent.futures
@@ -21,57 +22,99 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cogvideox.attention import AttentionProcessor, Kernel
+from cogvideox.attention import AttentionKernel, padded_tokens
+from cogvideox.block import ACTIVATIONS, Block, rotary_halves
 from cogvideox.checkpoint import StoredTensor, check_names_and_shapes
 from cogvideox.settings import LatentShape
-from cogvideox.sharding import parameter_specs
+from cogvideox.sharding import parameter_spec, parameter_specs
 
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+# Rows of these are reordered so that rotary pairs lie half a head apart (see cogvideox/block.py).
+_ROTATED = re.compile(r"transformer_blocks\.attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)")
+_TOKENS = P("dp", ("sp", "tp"), None)  # [B, S, E]
+_ROTARY = P(None, "sp")  # [D / 2, S]
 
 
 class StackedBlocks(torch.nn.Module):
-    """All transformer blocks as one `lax.scan` over parameters stacked along a leading axis."""
+    """All transformer blocks as one `lax.scan` of a JAX block over stacked parameters.
 
-    def __init__(self, block: torch.nn.Module, activations: NamedSharding):
+    It stands in diffusers' module where the blocks were, with the names of their parameters, and is
+    called by diffusers' forward as if it were the only block.
+    """
+
+    def __init__(
+        self, blocks: torch.nn.ModuleList, config: Mapping[str, Any], mesh: jax.sharding.Mesh,
+        kernel: AttentionKernel,
+    ):  # fmt: skip
         super().__init__()
-        for name, child in block.named_children():
+        for name, child in blocks[0].named_children():
             self.add_module(name, child)
-        self._block = [block]  # in a list, so that its parameters are registered only once
-        self._activations = activations
+        self._config, self._mesh, self._kernel = config, mesh, kernel
 
     def __iter__(self) -> Iterator["StackedBlocks"]:
-        yield self  # diffusers' forward loops over the blocks; this is all of them
+        yield self
 
     def forward(
         self,
-        hidden_states,
-        encoder_hidden_states,
-        temb,
-        image_rotary_emb=None,
-        attention_kwargs=None,
-    ):
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_kwargs: None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Video [B, S_video, E] and text [B, S_text, E] tokens through all blocks."""
         stacked = dict(self.named_parameters())
-        return torchax.interop.call_jax(
-            self._scan, stacked, hidden_states, encoder_hidden_states, temb, image_rotary_emb
+        arguments = (stacked, encoder_hidden_states, hidden_states, temb, image_rotary_emb)
+        return torchax.interop.call_jax(self._run, *arguments)
+
+    def _run(self, stacked, text, video, temb, rotary):
+        text_tokens, tokens = text.shape[1], text.shape[1] + video.shape[1]
+        shards = self._mesh.shape["sp"] * self._mesh.shape["tp"]
+        padding = padded_tokens(tokens, self._kernel, shards) - tokens
+        block = Block(
+            num_heads=self._config["num_attention_heads"],
+            head_dim=self._config["attention_head_dim"],
+            norm_eps=self._config["norm_eps"],
+            activation=self._config["activation_fn"],
+            text_tokens=text_tokens,
+            tokens=tokens,
+            query_scale=self._kernel.query_scale(self._config["attention_head_dim"]),
+            attend=self._kernel.attend,
         )
 
-    def _scan(self, stacked, hidden_states, encoder_hidden_states, temb, rotary):
-        def block(layer, *tokens):
-            call = (*tokens, torchax.interop.torch_view(temb), torchax.interop.torch_view(rotary))
-            return torch.func.functional_call(self._block[0], layer, call)
+        def blocks(x, stacked, temb, rotary):
+            return jax.lax.scan(lambda x, layer: (block(x, layer, temb, rotary), None), x, stacked)[
+                0
+            ]
 
-        def body(tokens, layer):
-            tokens = torchax.interop.call_torch(block, layer, *tokens)
-            return [jax.lax.with_sharding_constraint(x, self._activations) for x in tokens], None
-
-        tokens, _ = jax.lax.scan(body, [hidden_states, encoder_hidden_states], stacked)
-        return tuple(tokens)
+        specs = {n: parameter_spec(f"transformer_blocks.{n}", p.shape) for n, p in stacked.items()}
+        sharded = jax.shard_map(
+            blocks,
+            mesh=self._mesh,
+            in_specs=(
+                _TOKENS,
+                specs,
+                P("dp"),
+                None if rotary is None else (_ROTARY, _ROTARY),
+            ),
+            out_specs=_TOKENS,
+            check_vma=False,  # pallas_call does not say over which axes its output varies
+        )
+        x = jnp.concatenate([text, video], axis=1)
+        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+        if rotary is not None:
+            rotary = tuple(jnp.pad(table, ((0, 0), (0, padding))) for table in rotary)
+        x = sharded(x, stacked, temb, rotary)
+        return x[:, text_tokens:tokens], x[:, :text_tokens]
 
 
 def build_module(
-    config: Mapping[str, Any], latents: LatentShape, kernel: Kernel, mesh: jax.sharding.Mesh
+    config: Mapping[str, Any],
+    latents: LatentShape,
+    kernel: AttentionKernel,
+    mesh: jax.sharding.Mesh,
 ) -> diffusers.CogVideoXTransformer3DModel:
-    """diffusers' transformer on the meta device, its blocks stacked, attending through `kernel`.
+    """diffusers' transformer on the meta device, with `StackedBlocks` for its blocks.
 
     The config's sample size becomes the run's, so that the sincos positions of the 1.0-2b model
     are an input (see `positions`) instead of being made anew in every step.
@@ -84,9 +127,9 @@ def build_module(
     }
     with torch.device("meta"):
         module = diffusers.CogVideoXTransformer3DModel.from_config({**config, **sizes})
-    block = module.transformer_blocks[0]
-    block.attn1.set_processor(AttentionProcessor(kernel))
-    module.transformer_blocks = StackedBlocks(block, NamedSharding(mesh, P("dp")))
+    module.transformer_blocks = StackedBlocks(
+        module.transformer_blocks, module.config, mesh, kernel
+    )
     return module.eval()
 
 
@@ -128,7 +171,8 @@ def load_parameters(
 
     def load(name: str) -> jax.Array:
         sharding = NamedSharding(mesh, specs[name])
-        return _load_sharded(_sources(name, stored), shapes[name], sharding, dtype)
+        head_dim = config["attention_head_dim"] if _ROTATED.fullmatch(name) else None
+        return _load_sharded(_sources(name, stored), shapes[name], sharding, dtype, head_dim)
 
     # Four readers keep mapped files and host-to-device copies busy at once.
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -141,6 +185,11 @@ def check_weights(config: Mapping[str, Any], stored: Mapping[str, StoredTensor])
     Raises:
         ValueError: listing every missing, extra or misshapen weight, or every gap in the table.
     """
+    if config["activation_fn"] not in ACTIVATIONS:
+        raise ValueError(
+            f"the transformer's activation_fn is {config['activation_fn']!r}; "
+            f"known: {', '.join(ACTIVATIONS)}"
+        )
     shapes = parameter_shapes(config)
     check_names_and_shapes(stored, shapes, what="the transformer")
     parameter_specs(stack_shapes(shapes, config["num_layers"]))
@@ -162,7 +211,9 @@ def _load_sharded(
     shape: tuple[int, ...],
     sharding: NamedSharding,
     dtype: jnp.dtype,
+    head_dim: int | None,
 ) -> jax.Array:
+    """Reads a parameter shard by shard; rows are reordered by `rotary_halves` with a `head_dim`."""
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
@@ -172,7 +223,8 @@ def _load_sharded(
         if isinstance(source, list):
             shard = np.empty(sharding.shard_shape(shape), dtype)
             for layer, tensor in enumerate(source):
-                shard[layer] = tensor.read(index[1:])
+                rows = tensor.read(index[1:])
+                shard[layer] = rotary_halves(rows, head_dim) if head_dim else rows
         else:
             shard = source.read(index).astype(dtype)
         shards += [jax.device_put(shard, device) for device in devices]
@@ -186,7 +238,7 @@ def positions(config: Mapping[str, Any], latents: LatentShape, text_tokens: int)
     size in the config, which differs between published revisions.
 
     Returns:
-        {"rotary": (cos, sin) [S, D] float32, the text's rows rotating by nothing} or
+        {"rotary": (cos, sin) [D / 2, S] float32, the text's columns rotating by nothing} or
         {"pos_embedding": [1, S, E] float32}.
     """
     if not config["use_rotary_positional_embeddings"]:
@@ -210,10 +262,12 @@ def positions(config: Mapping[str, Any], latents: LatentShape, text_tokens: int)
             "grid_type": "slice",
             "max_size": grid,
         }
-    cos, sin = get_3d_rotary_pos_embed(config["attention_head_dim"], grid_size=grid, **kind)
-    text = (text_tokens, cos.shape[1])
-    cos = np.concatenate([np.ones(text, np.float32), cos.numpy()])
-    sin = np.concatenate([np.zeros(text, np.float32), sin.numpy()])
+    tables = get_3d_rotary_pos_embed(config["attention_head_dim"], grid_size=grid, **kind)
+    # diffusers repeats every angle for the two of a pair.
+    cos, sin = (table.numpy()[:, ::2].T for table in tables)
+    text = (cos.shape[0], text_tokens)
+    cos = np.concatenate([np.ones(text, np.float32), cos], axis=1)
+    sin = np.concatenate([np.zeros(text, np.float32), sin], axis=1)
     return {"rotary": (cos, sin)}
 
 

@@ -90,7 +90,7 @@ def refusal(capsys, stage, *arguments: object) -> str:
         (["--guidance_scale", -1], "--guidance_scale"),
         (["--seed", -1], "--seed"),
         (["--fps", 0], "--fps"),
-        (["--dp", 3], "dp x tp that fit: 2x2, 2x1, 1x2, 1x1"),
+        (["--dp", 3], "dp x sp x tp that fit: 2x2x1, 2x1x2, 2x1x1"),
         (["--tp", 4], "2 heads"),
         (["--dp", 2, "--tp", 16], "8 device(s)"),
         (["--attention", "splash"], "needs a TPU"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cogvideox import transformer
-from cogvideox.attention import make_attention
+from cogvideox.attention import KERNELS
 from cogvideox.checkpoint import find_model, stored_tensors
 from cogvideox.denoise import Denoiser
 from cogvideox.scheduler import make_schedule
@@ -22,7 +22,7 @@ from tests.tiny_models import save_tiny_model
 TOKENS = 16
 
 
-def final_latents(folder: Path, mesh_shape: tuple[int, int]) -> np.ndarray:
+def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     model = find_model(str(folder), ["transformer"])
     mesh = make_mesh(mesh_shape)
     settings = DenoisingSettings(48, 80, 9, 16, 4, 6.0, True, "dpm", 0)
@@ -34,7 +34,7 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int]) -> np.ndarray:
         guided=True,
         dtype="float32",
         mesh=mesh,
-        attention=make_attention("reference", mesh),
+        attention=KERNELS["reference"],
     )
     parameters = denoiser.load()
     texts = np.random.default_rng(0).normal(size=(2, 1, TOKENS, 32))
@@ -52,10 +52,14 @@ def model(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_device(model) -> np.ndarray:
-    return final_latents(model, (1, 1))
+    return final_latents(model, (1, 1, 1))
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4), (2, 2), (1, 4), (2, 1)])
+@pytest.mark.parametrize(
+    "mesh_shape",
+    [(1, 1, 8), (2, 1, 4), (2, 1, 2), (1, 1, 4), (2, 1, 1)]
+    + [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)],
+)
 def test_mesh_equals_one_device(mesh_shape, model, one_device):
     difference = np.abs(final_latents(model, mesh_shape) - one_device).max()
     assert difference / one_device.std() < 2e-5
@@ -63,7 +67,7 @@ def test_mesh_equals_one_device(mesh_shape, model, one_device):
 
 def test_weights_are_split_where_the_table_says(model):
     found = find_model(str(model), ["transformer"])
-    mesh = make_mesh((2, 4))
+    mesh = make_mesh((2, 1, 4))
     config = found.config("transformer")
     stored = stored_tensors(found.path / "transformer")
     parameters = transformer.load_parameters(config, stored, mesh, np.dtype("float32"))
@@ -89,10 +93,14 @@ def test_weights_are_split_where_the_table_says(model):
 
 def test_meshes_that_fit():
     assert jax.device_count() == 8
-    assert choose_mesh(None, None, batch=2, num_heads=48, num_devices=8) == (2, 4)
-    assert choose_mesh(None, None, batch=2, num_heads=48, num_devices=1) == (1, 1)
-    assert choose_mesh(1, None, batch=2, num_heads=48, num_devices=8) == (1, 8)
-    assert choose_mesh(None, None, batch=2, num_heads=30, num_devices=8) == (2, 3)
-    assert (2, 4) not in fitting_meshes(2, 30, 8)
-    with pytest.raises(ValueError, match="1x5"):
-        choose_mesh(None, 4, batch=2, num_heads=30, num_devices=8)
+
+    def chosen(dp, sp, tp, num_heads):
+        return choose_mesh(dp, sp, tp, batch=2, num_heads=num_heads, num_devices=8)
+
+    assert chosen(None, None, None, 48) == (2, 4, 1)
+    assert chosen(None, None, 4, 48) == (2, 1, 4)
+    assert chosen(1, 1, None, 48) == (1, 1, 8)
+    assert chosen(None, None, None, 30) == (2, 3, 1)
+    assert (2, 1, 4) not in fitting_meshes(2, 30, 8)
+    with pytest.raises(ValueError, match="1x5x1"):
+        chosen(None, None, 4, 30)
