@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cogvideox.vae_ops import WidthShards
+from cogvideox.vae_by_frames import FrameLayers
+from cogvideox.vae_parts import Layers, WidthShards
 from cogvideox.vae_weights import VaeConfig
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size, which no config can change.
@@ -32,7 +33,7 @@ _COLUMNS = P(None, None, AXIS)  # [B, T, W, ...]
 
 Output = Literal["uint8", "float32"]
 
-# (weights, latents [B, T, W, H, C], cache or None) -> (video [B, F, W s, H s, 3] in -1..1, cache),
+# (weights, latents [B, T, W, H, C], cache or None) -> (video [B, F, W s, 3, H s] in -1..1, cache),
 # on one device's columns.
 Forward = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -54,7 +55,7 @@ def frame_batches(latent_frames: int) -> list[tuple[int, int]]:
 
 
 def _to_pixels(video: jax.Array, output: Output) -> jax.Array:
-    """[..., 3] in -1..1 -> 0..1 in float32, or 0..255 in uint8.
+    """-1..1 -> 0..1 in float32, or 0..255 in uint8.
 
     Source: VaeImageProcessor.denormalize and numpy_to_pil, which rounds half to even.
     """
@@ -79,19 +80,22 @@ class Decoder:
         mesh: one axis, `width`; see `width_mesh`.
         dtype: bfloat16 or float32.
         weights: arrays replicated over `mesh`, or `jax.ShapeDtypeStruct` to compile without any.
-        build_forward: makes the decoder's computation for one split of the width.
+        build_forward: makes the decoder's computation from its layers.
     """
 
     config: VaeConfig
     mesh: Mesh
     dtype: jnp.dtype
     weights: Any
-    build_forward: Callable[[WidthShards], Forward]
+    build_forward: Callable[[Layers], Forward]
     _programs: dict[Any, Programs] = dataclasses.field(default_factory=dict)
 
     def _shards(self, latents_shape: tuple[int, ...]) -> WidthShards:
-        platform = self.mesh.devices.flat[0].platform
-        return WidthShards(AXIS, self.mesh.size, latents_shape[-1], platform)
+        return WidthShards(AXIS, self.mesh.size, latents_shape[-1])
+
+    def _layers(self, shards: WidthShards) -> Layers:
+        """How this mesh computes best."""
+        return FrameLayers(shards, self.config.norm_num_groups)
 
     def _lower(
         self, shape: tuple[int, ...], output: Output, cache: Any
@@ -100,7 +104,7 @@ class Decoder:
         shards = self._shards(shape)
         b, channels, frames, height, width = shape
         scale = self.config.spatial_scale
-        forward = self.build_forward(shards)
+        forward = self.build_forward(self._layers(shards))
 
         def on_columns(weights: Any, latents: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
             latents = (1 / self.config.scaling_factor) * latents.astype(jnp.float32)
@@ -119,8 +123,8 @@ class Decoder:
 
         def decode_batch(weights: Any, latents: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
             pixels, finite, cache = sharded(weights, latents, cache)
-            # [B, F, W, H, 3] without the padded columns -> [B, F, H, W, 3]
-            return jnp.swapaxes(pixels[:, :, : width * scale], 2, 3), finite, cache
+            # [B, F, W, 3, H] without the padded columns -> [B, F, 3, H, W]
+            return pixels[:, :, : width * scale].transpose(0, 1, 3, 4, 2), finite, cache
 
         replicated, columns = (NamedSharding(self.mesh, spec) for spec in (P(), _COLUMNS))
         latents = jax.ShapeDtypeStruct(
@@ -181,7 +185,8 @@ class Decoder:
             output: "uint8" for 0..255, rounded; "float32" for 0..1.
 
         Yields:
-            [B, F, height, width, 3] of the asked dtype, in order.
+            [B, F, height, width, 3] of the asked dtype, in order: views of planes, because a TPU
+            would pad a last axis of 3 to 128.
 
         Raises:
             FloatingPointError: the VAE produced a value that is not finite.
@@ -212,4 +217,4 @@ def _fetch(pixels: jax.Array, finite: jax.Array, start: int, end: int) -> np.nda
             f"the VAE made NaN or infinity of latent frames {start} to {end - 1}; "
             "latents from float16 runs do this, bfloat16 and float32 should not"
         )
-    return frames
+    return np.moveaxis(frames, 2, -1)

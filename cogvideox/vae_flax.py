@@ -1,7 +1,7 @@
 """The VAE decoder in Flax NNX, and the map of its weights from diffusers' names.
 
-The structure follows `CogVideoXDecoder3D`; the arithmetic is `vae_ops`, on one device's columns.
-Arrays are [B, T, W, H, C].
+The structure follows `CogVideoXDecoder3D`; the arithmetic is that of `vae_parts.Layers`, on one
+device's columns. Arrays are [B, T, W, H, C].
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cogvideox import vae_ops
+from cogvideox import vae_parts
 from cogvideox.vae_decode import Decoder, Forward, width_mesh
-from cogvideox.vae_ops import WidthShards
-from cogvideox.vae_weights import VaeConfig, read_weights
+from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, read_weights
 
 MID_RESNETS = 2  # CogVideoXDecoder3D fixes it
 
@@ -30,14 +29,15 @@ def _parameter(*shape: int) -> nnx.Param:
 
 
 class Conv(nnx.Module):
-    """The weights of a convolution: kernel [K..., C, C'] and bias [C']."""
+    """The weights of a convolution with a kernel of the given size (see `vae_weights.arrange`)."""
 
-    def __init__(self, *kernel_shape: int) -> None:
-        self.kernel = _parameter(*kernel_shape)
-        self.bias = _parameter(kernel_shape[-1])
+    def __init__(self, channels: int, out_channels: int, *size: int) -> None:
+        self.torch_shape = (out_channels, channels, *size)
+        self.weight = _parameter(*arranged_shape(self.torch_shape))
+        self.bias = _parameter(out_channels)
 
-    def weights(self) -> vae_ops.Conv:
-        return vae_ops.Conv(self.kernel[...], self.bias[...])
+    def weights(self) -> vae_parts.Conv:
+        return vae_parts.Conv(self.weight[...], self.bias[...])
 
 
 class SpatialNorm(nnx.Module):
@@ -46,42 +46,41 @@ class SpatialNorm(nnx.Module):
     def __init__(self, channels: int, latent_channels: int) -> None:
         self.scale = _parameter(channels)
         self.bias = _parameter(channels)
-        self.multiplier = Conv(latent_channels, channels)
-        self.summand = Conv(latent_channels, channels)
+        self.multiplier = Conv(latent_channels, channels, 1, 1, 1)
+        self.summand = Conv(latent_channels, channels, 1, 1, 1)
 
-    def weights(self) -> vae_ops.Norm:
+    def weights(self) -> vae_parts.Norm:
         convs = self.multiplier.weights(), self.summand.weights()
-        return vae_ops.Norm(self.scale[...], self.bias[...], *convs)
+        return vae_parts.Norm(self.scale[...], self.bias[...], *convs)
 
 
 class Resnet(nnx.Module):
     """Norm, activation, convolution, twice, around a shortcut."""
 
     def __init__(self, channels: int, out_channels: int, config: VaeConfig) -> None:
-        self.groups = config.norm_num_groups
         self.norm1 = SpatialNorm(channels, config.latent_channels)
-        self.conv1 = Conv(3, 3, 3, channels, out_channels)
+        self.conv1 = Conv(channels, out_channels, 3, 3, 3)
         self.norm2 = SpatialNorm(out_channels, config.latent_channels)
-        self.conv2 = Conv(3, 3, 3, out_channels, out_channels)
+        self.conv2 = Conv(out_channels, out_channels, 3, 3, 3)
         change = channels != out_channels
-        self.shortcut = Conv(channels, out_channels) if change else None
+        self.shortcut = Conv(channels, out_channels, 1, 1, 1) if change else None
 
     def __call__(
         self,
-        x: jax.Array,
+        features: vae_parts.Features,
         z: jax.Array,
         caches: Any,
-        shards: WidthShards,
-        upsample: vae_ops.Upsample | None = None,
-    ) -> tuple[jax.Array, Any]:
-        weights = vae_ops.Resnet(
+        layers: vae_parts.Layers,
+        upsample: vae_parts.Upsample | None = None,
+    ) -> tuple[vae_parts.Features, Any]:
+        weights = vae_parts.Resnet(
             self.norm1.weights(),
             self.conv1.weights(),
             self.norm2.weights(),
             self.conv2.weights(),
             None if self.shortcut is None else self.shortcut.weights(),
         )
-        return vae_ops.resnet(x, z, weights, caches, self.groups, shards, upsample)
+        return layers.resnet(features, z, weights, caches, upsample)
 
 
 class Upsample(nnx.Module):
@@ -89,10 +88,10 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, compress_time: bool) -> None:
         self.compress_time = compress_time
-        self.conv = Conv(3, 3, channels, channels)
+        self.conv = Conv(channels, channels, 3, 3)
 
-    def weights(self) -> vae_ops.Upsample:
-        return vae_ops.Upsample(self.conv.weights(), self.compress_time)
+    def weights(self) -> vae_parts.Upsample:
+        return vae_parts.Upsample(self.conv.weights(), self.compress_time)
 
 
 class UpBlock(nnx.Module):
@@ -109,15 +108,19 @@ class UpBlock(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, z: jax.Array, caches: list[Any], shards: WidthShards
-    ) -> tuple[jax.Array, list[Any]]:
+        self,
+        features: vae_parts.Features,
+        z: jax.Array,
+        caches: list[Any],
+        layers: vae_parts.Layers,
+    ) -> tuple[vae_parts.Features, list[Any]]:
         upsample = None if self.upsample is None else self.upsample.weights()
         new = []
         for resnet, cache in zip(self.resnets, caches, strict=True):
-            x, cache = resnet(x, z, cache, shards, upsample)
+            features, cache = resnet(features, z, cache, layers, upsample)
             new.append(cache)
             upsample = None
-        return x, new
+        return features, new
 
 
 class VaeDecoder(nnx.Module):
@@ -126,26 +129,25 @@ class VaeDecoder(nnx.Module):
     def __init__(self, config: VaeConfig) -> None:
         channels = config.block_out_channels[::-1]
         latent = config.latent_channels
-        self.groups = config.norm_num_groups
-        self.latent_conv = Conv(latent, latent) if config.use_post_quant_conv else None
-        self.conv_in = Conv(3, 3, 3, latent, channels[0])
+        self.latent_conv = Conv(latent, latent, 1, 1, 1) if config.use_post_quant_conv else None
+        self.conv_in = Conv(latent, channels[0], 3, 3, 3)
         self.mid = nnx.List(Resnet(channels[0], channels[0], config) for _ in range(MID_RESNETS))
         self.up = nnx.List(UpBlock(level, config) for level in range(len(channels)))
         self.norm_out = SpatialNorm(channels[-1], latent)
-        self.conv_out = Conv(3, 3, 3, channels[-1], config.out_channels)
+        self.conv_out = Conv(channels[-1], config.out_channels, 3, 3, 3)
 
     def __call__(
-        self, z: jax.Array, caches: Caches | None, shards: WidthShards
+        self, z: jax.Array, caches: Caches | None, layers: vae_parts.Layers
     ) -> tuple[jax.Array, Caches]:
         """Decode a batch of frames.
 
         Args:
             z: scaled latents [B, T, W, H, Z].
             caches: what the convolutions keep of the batch before; None for the first.
-            shards: how the width is split.
+            layers: how they are computed.
 
         Returns:
-            Video [B, F, W s, H s, 3] in about -1..1, and the caches for the next batch.
+            Video in about -1..1, [B, F, W s, 3, H s], and the caches for the next batch.
         """
         old = caches or {
             "conv_in": None,
@@ -155,20 +157,17 @@ class VaeDecoder(nnx.Module):
         }
         new: Caches = {"mid": [], "up": []}
         if self.latent_conv is not None:
-            z = vae_ops.pointwise(z, self.latent_conv.weights())
-        x, new["conv_in"] = vae_ops.causal_conv(z, self.conv_in.weights(), old["conv_in"], shards)
+            z = vae_parts.pointwise(z, self.latent_conv.weights())
+        x, new["conv_in"] = layers.first_conv(z, self.conv_in.weights(), old["conv_in"])
         for resnet, cache in zip(self.mid, old["mid"], strict=True):
-            x, cache = resnet(x, z, cache, shards)
+            x, cache = resnet(x, z, cache, layers)
             new["mid"].append(cache)
         for block, cache in zip(self.up, old["up"], strict=True):
-            x, cache = block(x, z, cache, shards)
+            x, cache = block(x, z, cache, layers)
             new["up"].append(cache)
-        video = vae_ops.Video(x, None, shards)
         norm, conv = self.norm_out.weights(), self.conv_out.weights()
-        x, new["conv_out"], _ = vae_ops.norm_conv(
-            video, video.sums(), z, norm, conv, old["conv_out"], self.groups
-        )
-        return x, new
+        video, new["conv_out"] = layers.last_conv(x, z, norm, conv, old["conv_out"])
+        return video, new
 
 
 def _modules_by_diffusers_name(decoder: VaeDecoder) -> Iterator[tuple[str, nnx.Module]]:
@@ -187,9 +186,11 @@ def _modules_by_diffusers_name(decoder: VaeDecoder) -> Iterator[tuple[str, nnx.M
     yield "decoder.conv_out.conv", decoder.conv_out
 
 
-def parameters_by_diffusers_name(decoder: VaeDecoder) -> dict[str, nnx.Param]:
-    """Each of the decoder's parameters under the name of its weight in a VAE folder."""
-    named: dict[str, nnx.Param] = {}
+def parameters_by_diffusers_name(
+    decoder: VaeDecoder,
+) -> dict[str, tuple[nnx.Param, tuple[int, ...]]]:
+    """Each parameter under the name of its weight in a VAE folder, with that weight's shape."""
+    named: dict[str, tuple[nnx.Param, tuple[int, ...]]] = {}
 
     def add(name: str, module: nnx.Module) -> None:
         if isinstance(module, Resnet):
@@ -200,39 +201,17 @@ def parameters_by_diffusers_name(decoder: VaeDecoder) -> dict[str, nnx.Param]:
             if module.shortcut is not None:
                 add(f"{name}.conv_shortcut", module.shortcut)
         elif isinstance(module, SpatialNorm):
-            named[f"{name}.norm_layer.weight"] = module.scale
-            named[f"{name}.norm_layer.bias"] = module.bias
+            named[f"{name}.norm_layer.weight"] = module.scale, module.scale.shape
+            named[f"{name}.norm_layer.bias"] = module.bias, module.bias.shape
             add(f"{name}.conv_y.conv", module.multiplier)
             add(f"{name}.conv_b.conv", module.summand)
         else:
-            named[f"{name}.weight"] = module.kernel
-            named[f"{name}.bias"] = module.bias
+            named[f"{name}.weight"] = module.weight, module.torch_shape
+            named[f"{name}.bias"] = module.bias, module.bias.shape
 
     for name, module in _modules_by_diffusers_name(decoder):
         add(name, module)
     return named
-
-
-def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape diffusers stores for a parameter of ours (see `from_torch`)."""
-    if len(shape) == 1:
-        return shape
-    *spatial, channels, out_channels = shape
-    return (out_channels, channels, *(spatial or (1, 1, 1)))
-
-
-def from_torch(weight: np.ndarray, ndim: int) -> np.ndarray:
-    """diffusers' weight as ours with `ndim` axes.
-
-    Convolutions [C', C, (frames,) height, width] become [(frames,) width, height, C, C'], 1x1x1
-    ones [C, C']; vectors stay.
-    """
-    if weight.ndim == 1:
-        return weight
-    if ndim == 2:
-        return weight[:, :, 0, 0, 0].T
-    frames = tuple(range(2, weight.ndim - 2))
-    return weight.transpose(*frames, weight.ndim - 1, weight.ndim - 2, 1, 0)
 
 
 def _abstract_model(config: VaeConfig) -> VaeDecoder:
@@ -242,8 +221,8 @@ def _abstract_model(config: VaeConfig) -> VaeDecoder:
 def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, model: VaeDecoder) -> Decoder:
     graph, state = nnx.split(model)
 
-    def build_forward(shards: WidthShards) -> Forward:
-        return lambda weights, z, caches: nnx.merge(graph, weights)(z, caches, shards)
+    def build_forward(layers: vae_parts.Layers) -> Forward:
+        return lambda weights, z, caches: nnx.merge(graph, weights)(z, caches, layers)
 
     return Decoder(config, mesh, dtype, state, build_forward)
 
@@ -253,7 +232,7 @@ def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder
     mesh = width_mesh(mesh)
     replicated = NamedSharding(mesh, P())
     model = _abstract_model(config)
-    for parameter in parameters_by_diffusers_name(model).values():
+    for parameter, _ in parameters_by_diffusers_name(model).values():
         parameter.set_value(jax.ShapeDtypeStruct(parameter.shape, dtype, sharding=replicated))
     return _decoder(config, mesh, dtype, model)
 
@@ -274,8 +253,8 @@ def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     replicated = NamedSharding(mesh, P())
     model = _abstract_model(config)
     parameters = parameters_by_diffusers_name(model)
-    arrays = read_weights(vae_folder, {k: torch_shape(p.shape) for k, p in parameters.items()})
-    for name, parameter in parameters.items():
-        array = np.asarray(from_torch(arrays[name], parameter.ndim), dtype=dtype)
+    arrays = read_weights(vae_folder, {name: shape for name, (_, shape) in parameters.items()})
+    for name, (parameter, _) in parameters.items():
+        array = np.asarray(arrange(arrays[name]), dtype=dtype)
         parameter.set_value(jax.device_put(array, replicated))
     return _decoder(config, mesh, dtype, model)

@@ -1,7 +1,8 @@
 """The VAE decoder through TorchAx: diffusers' module tree, its leaves computed in JAX.
 
 `CogVideoXDecoder3D` is built on torch's meta device and called functionally with JAX arrays under
-torchax. What its resnets, upsamplers and convolutions compute comes from `vae_ops`; what remains of
+torchax. What its resnets, upsamplers and convolutions compute comes from
+`vae_parts.Layers`; what remains of
 torch is the structure, the names, the order of the blocks and the way of the caches, none of which
 cares about the layout of the arrays.
 """
@@ -26,10 +27,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torchax import interop
 
-from cogvideox import vae_ops
+from cogvideox import vae_parts
 from cogvideox.vae_decode import Decoder, Forward, width_mesh
-from cogvideox.vae_ops import WidthShards
-from cogvideox.vae_weights import VaeConfig, read_weights
+from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, read_weights
 
 
 class _DecoderWithLatentConv(torch.nn.Module):
@@ -62,63 +62,59 @@ def _meta_module(config: VaeConfig) -> _DecoderWithLatentConv:
         return _DecoderWithLatentConv(config).eval()
 
 
-def _conv(module: torch.nn.Module) -> vae_ops.Conv:
-    """torch's weight [C', C, K...] as [K..., C, C'], with the width before the height.
-
-    Kernels of one voxel become matrices.
-    """
-    weight, bias = interop.jax_view((module.weight, module.bias))
-    if set(weight.shape[2:]) == {1}:
-        return vae_ops.Conv(weight.reshape(weight.shape[:2]).T, bias)
-    frames = tuple(range(2, weight.ndim - 2))
-    order = (*frames, weight.ndim - 1, weight.ndim - 2, 1, 0)
-    return vae_ops.Conv(weight.transpose(order), bias)
+def _conv(module: torch.nn.Module) -> vae_parts.Conv:
+    return vae_parts.Conv(*interop.jax_view((module.weight, module.bias)))
 
 
-def _norm(module: CogVideoXSpatialNorm3D) -> vae_ops.Norm:
+def _norm(module: CogVideoXSpatialNorm3D) -> vae_parts.Norm:
     scale, bias = interop.jax_view((module.norm_layer.weight, module.norm_layer.bias))
-    return vae_ops.Norm(scale, bias, _conv(module.conv_y.conv), _conv(module.conv_b.conv))
+    return vae_parts.Norm(scale, bias, _conv(module.conv_y.conv), _conv(module.conv_b.conv))
 
 
-def _compute_in_jax(module: _DecoderWithLatentConv, shards: WidthShards) -> None:
+def _compute_in_jax(module: _DecoderWithLatentConv, layers: vae_parts.Layers) -> None:
     """Give the modules below `module` their JAX computation; instances only, never classes.
 
-    An upsampler, and the last norm and activation, are computed together with the module that
-    follows them, and themselves pass on what they get.
+    What travels between them as diffusers' hidden states are `vae_parts.Features`. An upsampler,
+    and the last norm and activation, are computed together with the module that follows them, and
+    themselves pass on what they get.
     """
     decoder = module.decoder
     if module.post_quant_conv is not None:
         module.post_quant_conv.forward = _pointwise(module.post_quant_conv)
-    decoder.conv_in.forward = _causal_conv(decoder.conv_in, shards)
+    decoder.conv_in.forward = _first_conv(decoder.conv_in, layers)
     for resnet in decoder.mid_block.resnets:
-        resnet.forward = _resnet(resnet, None, shards)
+        resnet.forward = _resnet(resnet, None, layers)
     upsampler = None
     for block in decoder.up_blocks:
         for resnet in block.resnets:
-            resnet.forward = _resnet(resnet, upsampler, shards)
+            resnet.forward = _resnet(resnet, upsampler, layers)
             upsampler = None
         if block.upsamplers is not None:
             (upsampler,) = block.upsamplers
             upsampler.forward = _pass_on
     decoder.norm_out.forward = _pair_with_latents
     decoder.conv_act.forward = _pass_on
-    decoder.conv_out.forward = _last_conv(decoder.norm_out, decoder.conv_out, shards)
+    decoder.conv_out.forward = _last_conv(decoder.norm_out, decoder.conv_out, layers)
 
 
 def _pass_on(inputs):
     return inputs
 
 
+def _pair_with_latents(f, zq, conv_cache=None):
+    return (f, zq), None
+
+
 def _pointwise(module: CogVideoXSafeConv3d):
     def forward(inputs):
-        return interop.call_jax(lambda x: vae_ops.pointwise(x, _conv(module)), inputs)
+        return interop.call_jax(lambda x: vae_parts.pointwise(x, _conv(module)), inputs)
 
     return forward
 
 
-def _causal_conv(module: CogVideoXCausalConv3d, shards: WidthShards):
-    def compute(x, cache):
-        return vae_ops.causal_conv(x, _conv(module.conv), cache, shards)
+def _first_conv(module: CogVideoXCausalConv3d, layers: vae_parts.Layers):
+    def compute(z, cache):
+        return layers.first_conv(z, _conv(module.conv), cache)
 
     def forward(inputs, conv_cache=None):
         return interop.call_jax(compute, inputs, conv_cache)
@@ -127,12 +123,12 @@ def _causal_conv(module: CogVideoXCausalConv3d, shards: WidthShards):
 
 
 def _resnet(
-    module: CogVideoXResnetBlock3D, upsampler: CogVideoXUpsample3D | None, shards: WidthShards
+    module: CogVideoXResnetBlock3D,
+    upsampler: CogVideoXUpsample3D | None,
+    layers: vae_parts.Layers,
 ):
-    groups = module.norm1.norm_layer.num_groups
-
-    def compute(x, z, caches):
-        weights = vae_ops.Resnet(
+    def compute(features, z, caches):
+        weights = vae_parts.Resnet(
             _norm(module.norm1),
             _conv(module.conv1.conv),
             _norm(module.norm2),
@@ -141,8 +137,8 @@ def _resnet(
         )
         upsample = None
         if upsampler is not None:
-            upsample = vae_ops.Upsample(_conv(upsampler.conv), upsampler.compress_time)
-        return vae_ops.resnet(x, z, weights, caches, groups, shards, upsample)
+            upsample = vae_parts.Upsample(_conv(upsampler.conv), upsampler.compress_time)
+        return layers.resnet(features, z, weights, caches, upsample)
 
     def forward(inputs, temb, zq, conv_cache=None):
         return interop.call_jax(compute, inputs, zq, conv_cache)
@@ -150,18 +146,11 @@ def _resnet(
     return forward
 
 
-def _pair_with_latents(f, zq, conv_cache=None):
-    return (f, zq), None
-
-
-def _last_conv(norm: CogVideoXSpatialNorm3D, module: CogVideoXCausalConv3d, shards: WidthShards):
-    groups = norm.norm_layer.num_groups
-
-    def compute(x, z, cache):
-        video = vae_ops.Video(x, None, shards)
-        weights = _norm(norm), _conv(module.conv)
-        out, cache, _ = vae_ops.norm_conv(video, video.sums(), z, *weights, cache, groups)
-        return out, cache
+def _last_conv(
+    norm: CogVideoXSpatialNorm3D, module: CogVideoXCausalConv3d, layers: vae_parts.Layers
+):
+    def compute(features, z, cache):
+        return layers.last_conv(features, z, _norm(norm), _conv(module.conv), cache)
 
     def forward(inputs, conv_cache=None):
         return interop.call_jax(compute, *inputs, conv_cache)
@@ -169,10 +158,10 @@ def _last_conv(norm: CogVideoXSpatialNorm3D, module: CogVideoXCausalConv3d, shar
     return forward
 
 
-def build_forward(config: VaeConfig, shards: WidthShards) -> Forward:
+def build_forward(config: VaeConfig, layers: vae_parts.Layers) -> Forward:
     """The decoder's computation on one device's columns; weights by diffusers' names."""
     module = _meta_module(config)
-    _compute_in_jax(module, shards)
+    _compute_in_jax(module, layers)
 
     def forward(weights, latents, cache):
         return torch.func.functional_call(module, weights, (latents, cache))
@@ -187,7 +176,7 @@ def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
 
 def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, weights: Any) -> Decoder:
     torchax.default_env()  # torchax changes JAX's configuration when first used
-    return Decoder(config, mesh, dtype, weights, lambda shards: build_forward(config, shards))
+    return Decoder(config, mesh, dtype, weights, lambda layers: build_forward(config, layers))
 
 
 def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
@@ -195,7 +184,7 @@ def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder
     mesh = width_mesh(mesh)
     replicated = NamedSharding(mesh, P())
     weights = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+        name: jax.ShapeDtypeStruct(arranged_shape(shape), dtype, sharding=replicated)
         for name, shape in weight_shapes(config).items()
     }
     return _decoder(config, mesh, dtype, weights)
@@ -217,7 +206,7 @@ def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     arrays = read_weights(vae_folder, weight_shapes(config))
     replicated = NamedSharding(mesh, P())
     weights = {
-        name: jax.device_put(np.asarray(array, dtype=dtype), replicated)
+        name: jax.device_put(np.asarray(arrange(array), dtype=dtype), replicated)
         for name, array in arrays.items()
     }
     return _decoder(config, mesh, dtype, weights)

@@ -78,6 +78,44 @@ class VaeConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+def arrange(weight: np.ndarray) -> np.ndarray:
+    """A decoder's weight from diffusers' order to the one its layers compute with.
+
+    Convolutions become the matrices of the products that compute them, because a TPU pads the
+    small axes of a kernel to whole tiles, and the phases of the upsamplers are summed in float32.
+
+    Args:
+        weight: a vector; or [C', C, 1, 1, 1]; or [C', C, frames, rows, columns] of 3 each; or
+            [C', C, rows, columns] of 3 each, which is an upsampler's.
+
+    Returns:
+        The vector; or [C, C']; or [3 (frames) 3 (columns) C, 3 (rows) C']; or
+        [2 (side), 2 (columns) C, 2 (parity) 2 (rows) C']: for the left or right, even or odd of
+        the pixels that a pixel is doubled to, the weights of the two columns and the two rows that
+        it then reads (for the left or even one the pixel before and the pixel itself).
+    """
+    if weight.ndim == 1:
+        return weight
+    out_channels, channels = weight.shape[:2]
+    if weight.shape[2:] == (1, 1, 1):
+        return weight.reshape(out_channels, channels).T
+    if weight.ndim == 5:
+        return weight.transpose(2, 4, 1, 3, 0).reshape(9 * channels, 3 * out_channels)
+    first, middle, last = np.moveaxis(weight.astype(np.float32), 2, 0)
+    by_row = np.stack([first, middle + last, first + middle, last])  # [parity row, C', C, columns]
+    first, middle, last = np.moveaxis(by_row, 3, 0)
+    both = np.stack(
+        [first, middle + last, first + middle, last]
+    )  # [side column, parity row, C', C]
+    both = both.transpose(0, 3, 1, 2).reshape(2, 2 * channels, 4 * out_channels)
+    return both.astype(weight.dtype)
+
+
+def arranged_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of `arrange`'s result for a weight of this shape."""
+    return arrange(np.broadcast_to(np.float32(0), shape)).shape
+
+
 def _weight_files(vae_folder: Path) -> list[Path]:
     index = vae_folder / INDEX_FILE
     if index.is_file():
