@@ -97,6 +97,7 @@ def _causal_conv_kernel(real_ref, x_ref, cache_ref, left_ref, right_ref, weight_
         lax.fori_loop(0, frames, activate, 0)
         for t in range(2):
             ring[newest, t] = cache_ref[0, t, 0] if call.cached else ring[newest, 2]
+        for t in range(2):
             new_cache_ref[0, t, 0] = ring[newest, frames + t]
 
     @pl.when(step == columns)

@@ -12,8 +12,9 @@ same two bodies.
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cogvideox.vae_by_columns import ColumnLayers
 from cogvideox.vae_by_frames import FrameLayers
+from cogvideox.vae_conv_tpu import LANES
 from cogvideox.vae_parts import Layers, WidthShards
 from cogvideox.vae_weights import VaeConfig
 
@@ -63,8 +66,7 @@ def _to_pixels(video: jax.Array, output: Output) -> jax.Array:
     return jnp.round(video * 255).astype(jnp.uint8) if output == "uint8" else video
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
+class Programs(NamedTuple):
     """The two executables for one shape of latents; `later` is None for a single batch."""
 
     first: jax.stages.Compiled
@@ -94,8 +96,11 @@ class Decoder:
         return WidthShards(AXIS, self.mesh.size, latents_shape[-1])
 
     def _layers(self, shards: WidthShards) -> Layers:
-        """How this mesh computes best."""
-        return FrameLayers(shards, self.config.norm_num_groups)
+        """How this mesh computes best: in Pallas kernels where it is a TPU and they fit."""
+        tpu = self.mesh.devices.flat[0].platform == "tpu"
+        whole_lanes = all(c % LANES == 0 for c in self.config.block_out_channels)
+        kernels = tpu and whole_lanes and self.dtype == jnp.bfloat16
+        return (ColumnLayers if kernels else FrameLayers)(shards, self.config.norm_num_groups)
 
     def _lower(
         self, shape: tuple[int, ...], output: Output, cache: Any
@@ -171,10 +176,10 @@ class Decoder:
         first_frames = batches[0][1]
         key = (b, channels, first_frames, len(batches) > 1, height, width, output)
         if key not in self._programs:
-            first, later = self.lower(latents_shape, output=output)
-            self._programs[key] = Programs(
-                first.compile(), None if later is None else later.compile()
-            )
+            lowered = self.lower(latents_shape, output=output)
+            with ThreadPoolExecutor(2) as pool:  # the compiler holds no lock of Python's
+                compiled = pool.map(lambda program: program and program.compile(), lowered)
+                self._programs[key] = Programs(*compiled)
         return self._programs[key]
 
     def decode(self, latents: jax.Array | np.ndarray, *, output: Output) -> Iterator[np.ndarray]:

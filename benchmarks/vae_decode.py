@@ -1,0 +1,313 @@
+"""The VAE decode: what it costs on a TPU by the compiler's estimate, or on the GPU that is here.
+
+    python benchmarks/vae_decode.py --decoder flax --topology v6e-8 --size 768x1360x81 --json
+    python benchmarks/vae_decode.py --decoder torchax flax diffusers --topology local --json
+
+With a named topology nothing runs and no TPU is needed: both programs of the decoder are compiled
+cold for the published model's shape, side by side as the decoder compiles them, and their cycles
+(XLA's own estimates plus the bundles of the Pallas kernels) and their memory are reported. With
+`local` a decoder of random weights decodes random latents; each decoder in its own process, so that
+one's memory is not the other's.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+from unittest import mock
+
+CLOCK_HZ = 1.75e9  # v6e
+# Topology, shape of a host in chips, accelerator type that libtpu is told.
+TOPOLOGIES = {
+    "v6e-1": ("v6e:1x1", (1, 1, 1), "v6e-8"),
+    "v6e-8": ("v6e:2x4", (2, 4, 1), "v6e-8"),
+}
+DECODERS = ("torchax", "flax", "diffusers")
+# CogVideoX1.5-5B; its other values are the defaults.
+SCALING_FACTOR = 0.7
+RUNS = 3
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--decoder", nargs="+", choices=DECODERS, default=["torchax", "flax"])
+    parser.add_argument("--topology", choices=[*TOPOLOGIES, "local"], default="v6e-8")
+    parser.add_argument(
+        "--size", default="768x1360x81", help="height x width x frames (default %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a decoder")
+    arguments = parser.parse_args()
+    if "diffusers" in arguments.decoder and arguments.topology != "local":
+        parser.error("diffusers is measured with --topology local only")
+    return arguments
+
+
+def latents_shape(size: str) -> tuple[int, ...]:
+    """[B, C, T, H, W] of the published VAE for a video of this size."""
+    height, width, frames = map(int, size.split("x"))
+    return 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if len(arguments.decoder) > 1:
+        for decoder in arguments.decoder:
+            options = ["--topology", arguments.topology, "--size", arguments.size]
+            options += ["--json"] if arguments.json else []
+            subprocess.run([sys.executable, __file__, "--decoder", decoder, *options], check=True)
+        return
+    (decoder,) = arguments.decoder
+    shape = latents_shape(arguments.size)
+    if arguments.topology != "local":
+        numbers = compile_for_tpu(decoder, arguments.topology, shape)
+    elif decoder == "diffusers":
+        numbers = run_diffusers(shape)
+    else:
+        numbers = run_here(decoder, shape)
+    result = {
+        "benchmark": "vae_decode",
+        "decoder": decoder,
+        "topology": arguments.topology,
+        "size": arguments.size,
+        **numbers,
+    }
+    if arguments.json:
+        print(json.dumps(result), flush=True)
+    else:
+        print("\n".join(f"{name:32} {value}" for name, value in result.items()), flush=True)
+
+
+def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Cold compile of both programs, their memory, and the compiler's estimate of a decode."""
+    name, chips_per_host, accelerator = TOPOLOGIES[topology]
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": accelerator,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    import jax.numpy as jnp
+    import numpy as np
+    from hlo_costs import memory, read_costs
+    from jax.experimental import topologies
+    from jax.sharding import Mesh
+
+    from cogvideox.vae_decode import frame_batches
+
+    devices = topologies.get_topology_desc(
+        name, platform="tpu", chips_per_host_bounds=chips_per_host
+    ).devices
+    mesh = Mesh(np.array(devices).reshape(1, -1), ("dp", "tp"))
+    decoder = abstract_decoder(decoder_name, mesh, jnp.bfloat16)
+
+    start, cpu_start = time.perf_counter(), time.process_time()
+    programs = decoder.compile(shape, output="uint8")
+    compile_seconds = time.perf_counter() - start
+    compile_cpu_seconds = time.process_time() - cpu_start
+
+    calls = kernel_calls(decoder, shape)
+    schedules = {call: schedule(call) for call in sorted({c for cs in calls for c in cs}, key=str)}
+    batches = frame_batches(shape[2])
+    times = (1, len(batches) - 1)
+    total, received, parts = 0, 0, []
+    for program, program_calls, count in zip(programs, calls, times, strict=True):
+        if program is None:
+            continue
+        costs = read_costs(program.as_text())
+        if costs.kernel_calls != sum(program_calls.values()):
+            raise RuntimeError(f"{costs.kernel_calls} kernels, traced {program_calls.total()}")
+        kernels = sum(schedules[call].cycles * n for call, n in program_calls.items())
+        xla = sum(costs.cycles.values())
+        total += count * (kernels + xla)
+        received += count * sum(costs.collective_bytes.values())
+        parts.append(
+            {
+                "runs": count,
+                "kernel_cycles": kernels,
+                "xla_cycles": xla,
+                "kernel_calls": costs.kernel_calls,
+                "memory": memory(program),
+            }
+        )
+    return {
+        "compiler_estimate_cycles": total,
+        "compiler_estimate_seconds": total / CLOCK_HZ,
+        "collective_bytes_per_chip": received,
+        "peak_bytes": max(part["memory"]["total"] for part in parts),
+        "compile_seconds": compile_seconds,
+        "compile_cpu_seconds": compile_cpu_seconds,
+        "programs": parts,
+        "kernels": [
+            {
+                **dataclasses.asdict(call),
+                "calls": [program_calls[call] for program_calls in calls],
+                "cycles": found.cycles,
+                "mxu": found.units["MXU"],
+                "spill_stores": found.units["VSTORE:SPILL"],
+                "compile_seconds": found.compile_seconds,
+            }
+            for call, found in schedules.items()
+        ],
+    }
+
+
+def abstract_decoder(name: str, mesh: Any, dtype: Any) -> Any:
+    from importlib import import_module
+
+    from cogvideox.vae_weights import VaeConfig
+
+    module = import_module(f"cogvideox.vae_{name}")
+    return module.abstract_decoder(VaeConfig(scaling_factor=SCALING_FACTOR), mesh, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """One call of a function of `cogvideox.vae_conv_tpu`.
+
+    arrays: name, how many (0: one that is not in a tuple), shape and dtype.
+    options: its other arguments.
+    """
+
+    function: str
+    arrays: tuple[tuple[str, int, tuple[int, ...], str], ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+def kernel_calls(decoder: Any, shape: tuple[int, ...]) -> list[collections.Counter[KernelCall]]:
+    """The kernels that the programs of the first and of the later batches call."""
+    from cogvideox.vae_decode import frame_batches
+
+    _, first_frames = frame_batches(shape[2])[0]
+    first = _calls_while_lowering(decoder, (*shape[:2], first_frames, *shape[3:]))
+    return [first, _calls_while_lowering(decoder, shape) - first]
+
+
+def _calls_while_lowering(decoder: Any, shape: tuple[int, ...]) -> collections.Counter[KernelCall]:
+    import inspect
+
+    from cogvideox import vae_conv_tpu
+
+    calls: collections.Counter[KernelCall] = collections.Counter()
+
+    def recording(name: str) -> Any:
+        function = getattr(vae_conv_tpu, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arrays, options = [], []
+            for key, value in inspect.signature(function).bind(*args, **kwargs).arguments.items():
+                if isinstance(value, tuple):
+                    arrays.append((key, len(value), value[0].shape, value[0].dtype.name))
+                elif hasattr(value, "dtype"):
+                    arrays.append((key, 0, value.shape, value.dtype.name))
+                elif value is not None:
+                    options.append((key, value))
+            calls[KernelCall(name, tuple(arrays), tuple(options))] += 1
+            return function(*args, **kwargs)
+
+        return mock.patch.object(vae_conv_tpu, name, call)
+
+    with recording("causal_conv"), recording("upsample"):
+        decoder.lower(shape, output="uint8")
+    return calls
+
+
+def lower_kernel(sharding: Any, function: str, arrays: Any, options: Any) -> Any:
+    """Lower one kernel alone; runs in a process of its own."""
+    import jax
+
+    from cogvideox import vae_conv_tpu
+
+    def abstract(count: int, shape: tuple[int, ...], dtype: str) -> Any:
+        one = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return (one,) * count if count else one
+
+    operands = {name: abstract(*described) for name, *described in arrays}
+    kernel = getattr(vae_conv_tpu, function)
+    return jax.jit(lambda operands: kernel(**operands, **dict(options))).lower(operands)
+
+
+def schedule(call: KernelCall) -> Any:
+    from kernel_schedule import measure
+
+    (x,) = (shape for name, _, shape, _ in call.arrays if name == "x")
+    return measure(lower_kernel, "v6e", call.function, x[0] * (x[2] + 1), dataclasses.asdict(call))
+
+
+def run_here(decoder_name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Decode random latents with random weights on the devices of this machine."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh
+
+    devices = jax.devices()
+    mesh = Mesh(np.array(devices).reshape(1, -1), ("dp", "tp"))
+    decoder = abstract_decoder(decoder_name, mesh, jnp.bfloat16)
+    random = np.random.default_rng(0)
+
+    def fill(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        # Deviation 1 over the inputs of a product keeps activations of order 1.
+        inputs = abstract.shape[-2] if len(abstract.shape) > 1 else 1
+        values = random.standard_normal(abstract.shape, np.float32) / inputs**0.5
+        return jax.device_put(values.astype(abstract.dtype), abstract.sharding)
+
+    decoder.weights = jax.tree.map(fill, decoder.weights)
+    latents = random.standard_normal(shape, np.float32)
+    start = time.perf_counter()
+    decoder.compile(shape, output="uint8")
+    compile_seconds = time.perf_counter() - start
+    seconds, frames = [], 0
+    for _ in range(1 + RUNS):  # the first touches everything once
+        start = time.perf_counter()
+        frames = sum(batch.shape[1] for batch in decoder.decode(latents, output="uint8"))
+        seconds.append(time.perf_counter() - start)
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    return {
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "seconds": statistics.median(seconds[1:]),
+        "all_seconds": seconds,
+        "frames": frames,
+        "peak_bytes": None if None in peaks else max(peaks),
+        "compile_seconds": compile_seconds,
+    }
+
+
+def run_diffusers(shape: tuple[int, ...]) -> dict[str, Any]:
+    """The same decode by diffusers, on one GPU, untiled, to uint8 frames on the host."""
+    import torch
+    from diffusers import AutoencoderKLCogVideoX
+
+    with torch.device("cuda"):
+        vae = AutoencoderKLCogVideoX(scaling_factor=SCALING_FACTOR).to(torch.bfloat16).eval()
+    latents = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    seconds, frames = [], 0
+    with torch.no_grad():
+        for _ in range(1 + RUNS):
+            start = time.perf_counter()
+            video = vae.decode(latents / SCALING_FACTOR).sample
+            pixels = ((video * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+            seconds.append(time.perf_counter() - start)
+            frames = pixels.shape[2]
+            del video
+    return {
+        "device": torch.cuda.get_device_name(),
+        "seconds": statistics.median(seconds[1:]),
+        "all_seconds": seconds,
+        "frames": frames,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+if __name__ == "__main__":
+    main()
