@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> None:
         parameters = plan.denoiser.load()
         prompt_embeds = plan.denoiser.prompt_embeds(utils.read_tensors(embeddings))
     with timings.phase("compile"):
-        step = plan.denoiser.compile(parameters)
+        step = plan.denoiser.compile()
     print(f"stage 2: {compilations.sentence()}")
 
     profile = jax.profiler.trace(arguments.profile) if arguments.profile else nullcontext()

@@ -1,6 +1,7 @@
 """The attention kernel that each backend runs, behind one interface.
 
-An AttentionKernel takes the q, k and v of one device with the sequence last, [B, N, D, S].
+A kernel works on one device. It takes q and v with the sequence last, [b, R, S] with R = heads x D
+rows, and k with the sequence first, [b, S, R]: what the TPU kernel multiplies without a transpose.
 """
 
 import dataclasses
@@ -10,8 +11,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from cogvideox.qk_norm import Rotary, norm_and_rotate, norm_and_rotate_tpu
 from splash_attention import query_scale, sequence_minor_attention
 from splash_attention.reference import reference_attention
+
+
+def _keys(
+    k: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None, shards: int
+) -> jax.Array:
+    """k normed and rotated, [b, R, s] to [b, shards, s, R / shards]."""
+    k = norm_and_rotate(k, weight, bias, rotary)
+    return jnp.swapaxes(k.reshape(k.shape[0], shards, -1, k.shape[-1]), 2, 3)
+
+
+def _keys_tpu(
+    k: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None, shards: int
+) -> jax.Array:
+    return norm_and_rotate_tpu(k, weight, bias, rotary, keys_for=shards)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +36,19 @@ class AttentionKernel:
 
     Attributes:
         name: as --attention has it.
-        attend: q, k, v [B, N, D, S] and the number of real keys -> [B, N, D, S]; keys past that
-            number take no part.
+        attend: q [b, R, S], k [b, S, R], v [b, R, S], head_dim, real keys -> [b, R, S]; keys past
+            that number take no part.
+        queries: raw q [b, R, s], the norm's weight and bias [D], rotary tables -> q normed and
+            rotated, [b, R, s].
+        keys: the same for k and the number of sp shards -> [b, shards, s, R / shards].
         token_multiple: S of each device should be a multiple of this.
-        query_scale: head_dim -> what the caller multiplies q with before it rounds it.
+        query_scale: head_dim -> what q is multiplied with before it is rounded.
     """
 
     name: str
-    attend: Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+    attend: Callable[[jax.Array, jax.Array, jax.Array, int, int], jax.Array]
+    queries: Callable[..., jax.Array] = norm_and_rotate
+    keys: Callable[..., jax.Array] = _keys
     token_multiple: int = 1
     query_scale: Callable[[int], float] = lambda head_dim: 1.0
 
@@ -56,26 +77,35 @@ def choose_attention(choice: str, backend: str, dtype: str) -> AttentionKernel:
     return KERNELS[choice]
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, keys: int) -> jax.Array:
-    k = jnp.swapaxes(k, -1, -2)
-    return sequence_minor_attention(q, k[..., :keys, :], v[..., :keys])
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int) -> jax.Array:
+    rows = (q.shape[0], -1, head_dim, q.shape[-1])
+    k = jnp.swapaxes(k[:, :keys].reshape(k.shape[0], keys, -1, head_dim), 1, 2)
+    out = sequence_minor_attention(q.reshape(rows), k, v.reshape(rows)[..., :keys])
+    return out.reshape(q.shape)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, keys: int) -> jax.Array:
-    # jax.nn has [B, S, N, D].
-    q, k, v = (x.transpose(0, 3, 1, 2) for x in (q, k[..., :keys], v[..., :keys]))
-    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return out.transpose(0, 2, 3, 1)
+def _natural(x: jax.Array, head_dim: int) -> jax.Array:
+    """[b, R, S] to [b, S, N, D]."""
+    return x.reshape(x.shape[0], -1, head_dim, x.shape[-1]).transpose(0, 3, 1, 2)
 
 
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, keys: int) -> jax.Array:
-    q, k, v = (jnp.swapaxes(x, -1, -2) for x in (q, k[..., :keys], v[..., :keys]))
-    return jnp.swapaxes(reference_attention(q, k, v), -1, -2)
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int) -> jax.Array:
+    k = k[:, :keys].reshape(k.shape[0], keys, -1, head_dim)
+    v = _natural(v[..., :keys], head_dim)
+    out = jax.nn.dot_product_attention(_natural(q, head_dim), k, v, implementation="cudnn")
+    return out.transpose(0, 2, 3, 1).reshape(q.shape)
+
+
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int) -> jax.Array:
+    k = k[:, :keys].reshape(k.shape[0], keys, -1, head_dim)
+    parts = (_natural(q, head_dim), k, _natural(v[..., :keys], head_dim))
+    out = reference_attention(*(jnp.swapaxes(x, 1, 2) for x in parts))
+    return jnp.swapaxes(out, -1, -2).reshape(q.shape)
 
 
 KERNELS = {
     # 128 lanes: a shorter last tile would be padded in every array.
-    "splash": AttentionKernel("splash", _splash, 128, query_scale),
+    "splash": AttentionKernel("splash", _splash, norm_and_rotate_tpu, _keys_tpu, 128, query_scale),
     "cudnn": AttentionKernel("cudnn", _cudnn),
     "reference": AttentionKernel("reference", _reference),
 }

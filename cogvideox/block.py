@@ -17,14 +17,14 @@ pad every row to 128 lanes. Rotary pairs lie half a head apart instead of side b
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-# q, k, v [B, N, D, S] and the number of real keys -> [B, N, D, S]; see cogvideox/attention.py.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+from cogvideox.attention import AttentionKernel
+from cogvideox.qk_norm import Rotary
+
 Weights = Mapping[str, jax.Array]
 
 ACTIVATIONS = {
@@ -38,31 +38,27 @@ class Block:
     """The static facts of a block; the weights are arguments.
 
     Attributes:
-        num_heads: N of the whole model.
         head_dim: D.
-        norm_eps: of the two LayerNorms; the q/k norms have 1e-6, as in diffusers.
+        norm_eps: of the two LayerNorms.
         activation: of the MLP, a key of ACTIVATIONS.
         text_tokens: the first tokens of the sequence are text.
         tokens: text and video tokens, without the padding at the end.
-        query_scale: multiplied into q before its only rounding.
-        attend: the attention kernel of one device.
+        kernel: the attention of one device.
     """
 
-    num_heads: int
     head_dim: int
     norm_eps: float
     activation: str
     text_tokens: int
     tokens: int
-    query_scale: float
-    attend: Attend
+    kernel: AttentionKernel
 
     def __call__(
         self,
         x: jax.Array,
         weights: Weights,
         temb: jax.Array,
-        rotary: tuple[jax.Array, jax.Array] | None,
+        rotary: Rotary | None,
     ) -> jax.Array:
         """One block on one device.
 
@@ -101,49 +97,36 @@ class Block:
         shift, factor, gate = (
             jnp.where(is_text, t, v) for t, v in zip(affine(text), affine(video), strict=True)
         )
-        normed = _normalise(x.astype(jnp.float32), -1, self.norm_eps)
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(
+            jnp.square(centred).mean(-1, keepdims=True) + self.norm_eps
+        )
         return (normed * factor + shift).astype(x.dtype), gate.astype(x.dtype)
 
-    def _attention(
-        self, weights: Weights, x: jax.Array, rotary: tuple[jax.Array, jax.Array] | None
-    ) -> jax.Array:
+    def _attention(self, weights: Weights, x: jax.Array, rotary: Rotary | None) -> jax.Array:
         x = jax.lax.all_gather(x, "tp", axis=1, tiled=True)
         q, k, v = (self._project(weights, name, x) for name in ("to_q", "to_k", "to_v"))
-        q = self._norm_and_rotate(weights, "norm_q", q, rotary, self.query_scale)
-        k = self._norm_and_rotate(weights, "norm_k", k, rotary, 1.0)
-        q, k, v = (jax.lax.all_to_all(a, "sp", 1, 3, tiled=True) for a in (q, k, v))
-        out = self.attend(q, k, v, self.tokens)
-        out = jax.lax.all_to_all(out, "sp", 3, 1, tiled=True)
-        out = out.reshape(out.shape[0], -1, out.shape[-1])
+        norm_q, norm_k = (
+            [weights[f"attn1.{norm}.{kind}"].astype(jnp.float32) for kind in ("weight", "bias")]
+            for norm in ("norm_q", "norm_k")
+        )
+        # The rotation is linear, so what scales the norm's parameters scales q.
+        scale = self.kernel.query_scale(self.head_dim)
+        q = self.kernel.queries(q, norm_q[0] * scale, norm_q[1] * scale, rotary)
+        k = self.kernel.keys(k, *norm_k, rotary, jax.lax.axis_size("sp"))
+        q, v = _heads_for_tokens(q), _heads_for_tokens(v)
+        k = jax.lax.all_to_all(k, "sp", 1, 1, tiled=True)
+        k = k.reshape(k.shape[0], -1, k.shape[-1])
+        out = _tokens_for_heads(self.kernel.attend(q, k, v, self.head_dim, self.tokens))
         out = jnp.einsum("bis,oi->bso", out, weights["attn1.to_out.0.weight"])
         return _sum_shards(out) + weights["attn1.to_out.0.bias"]
 
     def _project(self, weights: Weights, name: str, x: jax.Array) -> jax.Array:
-        """[b, s, E] to the device's heads [b, n, D, s]."""
+        """[b, s, E] to the rows of the device's heads [b, R, s]."""
         out = jnp.einsum("oi,bsi->bos", weights[f"attn1.{name}.weight"], x)
         bias = weights.get(f"attn1.{name}.bias")
-        if bias is not None:
-            out = out + bias[:, None]
-        return out.reshape(out.shape[0], -1, self.head_dim, out.shape[-1])
-
-    def _norm_and_rotate(
-        self,
-        weights: Weights,
-        norm: str,
-        x: jax.Array,
-        rotary: tuple[jax.Array, jax.Array] | None,
-        scale: float,
-    ) -> jax.Array:
-        """q/k norm, rotary embedding and scale of [b, n, D, s], in float32, rounded once."""
-        x32 = _normalise(x.astype(jnp.float32), -2, 1e-6)
-        x32 = x32 * weights[f"attn1.{norm}.weight"][:, None].astype(jnp.float32)
-        x32 = (x32 + weights[f"attn1.{norm}.bias"][:, None].astype(jnp.float32)) * scale
-        if rotary is None:
-            return x32.astype(x.dtype)
-        cos, sin = rotary
-        even, odd = jnp.split(x32, 2, axis=-2)
-        rotated = [even * cos - odd * sin, odd * cos + even * sin]
-        return jnp.concatenate(rotated, axis=-2).astype(x.dtype)
+        return out if bias is None else out + bias[:, None]
 
     def _mlp(self, weights: Weights, x: jax.Array) -> jax.Array:
         x = jax.lax.all_gather(x, "tp", axis=1, tiled=True)
@@ -154,19 +137,20 @@ class Block:
         return _sum_shards(hidden @ weights["ff.net.2.weight"].T) + weights["ff.net.2.bias"]
 
 
-def rotary_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Reorders each head's rows (first axis) from pairs side by side to even half, odd half.
+def _heads_for_tokens(x: jax.Array) -> jax.Array:
+    """All-to-all over sp: all heads of some tokens, [b, R, s], to some of all, [b, R / sp, S]."""
+    shards = jax.lax.axis_size("sp")
+    x = x.reshape(x.shape[0], shards, -1, x.shape[-1])
+    x = jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)
+    return jnp.concatenate([x[:, i] for i in range(shards)], axis=-1)
 
-    q.k does not change when q and k are reordered alike.
-    """
-    paired = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
-    return np.moveaxis(paired, 2, 1).reshape(rows.shape)
 
-
-def _normalise(x: jax.Array, axis: int, eps: float) -> jax.Array:
-    """(x - mean) / sqrt(variance + eps) along an axis, in x's dtype (float32)."""
-    centred = x - x.mean(axis, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis, keepdims=True) + eps)
+def _tokens_for_heads(x: jax.Array) -> jax.Array:
+    """The reverse of `_heads_for_tokens`."""
+    shards = jax.lax.axis_size("sp")
+    x = jnp.stack(jnp.split(x, shards, axis=-1), axis=1)
+    x = jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _sum_shards(x: jax.Array) -> jax.Array:

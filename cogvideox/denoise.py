@@ -46,9 +46,8 @@ class Denoiser:
 
     @cached_property
     def positions(self) -> dict[str, Any]:
-        """The positional tables, replicated (see `transformer.positions`)."""
-        tables = transformer.positions(self.config, self.latents, self.text_tokens)
-        return jax.device_put(tables, self.replicated)
+        """The positional tables, on the host (see `transformer.positions`)."""
+        return transformer.positions(self.config, self.latents, self.text_tokens)
 
     def check_weights(self) -> None:
         """Raises ValueError if the weight files do not fit the config or the sharding table."""
@@ -66,14 +65,20 @@ class Denoiser:
             parts.insert(0, embeddings["negative_prompt_embeds"])
         return jax.device_put(np.concatenate(parts).astype(jnp.dtype(self.dtype)), self.split_batch)
 
-    def compile(self, parameters: Mapping[str, jax.Array]) -> Callable:
-        """Compiles the step, or reads it from the persistent cache.
+    def compile(self) -> Callable:
+        """Compiles the step, or reads it from the persistent cache; needs no weights."""
+        return self.lower().compile()
 
-        Args:
-            parameters: of `load`, or their jax.ShapeDtypeStructs with shardings.
-        """
+    def lower(self) -> jax.stages.Lowered:
+        """The step lowered for abstract arguments, placed as `run` places the real ones."""
+
+        def replicated(array: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=self.replicated)
+
         latents = jax.ShapeDtypeStruct(self.latents.sizes, self.dtype, sharding=self.replicated)
-        x0 = jax.ShapeDtypeStruct(self.latents.sizes, jnp.float32, sharding=self.replicated)
+        x0 = replicated(latents, jnp.float32)
+        parameters = transformer.abstract_parameters(self.config, self.mesh, jnp.dtype(self.dtype))
+        positions = jax.tree.map(replicated, self.positions)
         text = (
             self.latents.batch * (2 if self.guided else 1),
             self.text_tokens,
@@ -84,10 +89,9 @@ class Denoiser:
         step = jax.jit(
             self._step, donate_argnums=(0, 1), out_shardings=(self.replicated, self.replicated)
         )
-        lowered = step.lower(
-            latents, x0, parameters, self.positions, prompt_embeds, latents, *scalars
-        )
-        return lowered.compile()
+        # Pallas asks the abstract mesh which chip it compiles for.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return step.lower(latents, x0, parameters, positions, prompt_embeds, latents, *scalars)
 
     @cached_property
     def _module(self) -> torch.nn.Module:
@@ -135,10 +139,11 @@ class Denoiser:
         latents = jax.device_put(next(noises), self.replicated)
         previous_x0 = jax.device_put(np.zeros(latents.shape, np.float32), self.replicated)
         noise = jax.device_put(next(noises), self.replicated)
+        positions = jax.device_put(self.positions, self.replicated)
         for i, timestep in enumerate(schedule.timesteps):
             scalars = _step_scalars(timestep, schedule.guidance_scales[i], schedule.coefficients[i])
             latents, previous_x0 = compiled_step(
-                latents, previous_x0, parameters, self.positions, prompt_embeds, noise, *scalars
+                latents, previous_x0, parameters, positions, prompt_embeds, noise, *scalars
             )
             # Drawn on the host while the device computes: 50 ms of a step of seconds.
             noise = jax.device_put(next(noises, noise), self.replicated)

@@ -23,8 +23,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cogvideox.attention import AttentionKernel, padded_tokens
-from cogvideox.block import ACTIVATIONS, Block, rotary_halves
+from cogvideox.block import ACTIVATIONS, Block
 from cogvideox.checkpoint import StoredTensor, check_names_and_shapes
+from cogvideox.qk_norm import rotary_halves
 from cogvideox.settings import LatentShape
 from cogvideox.sharding import parameter_spec, parameter_specs
 
@@ -72,14 +73,12 @@ class StackedBlocks(torch.nn.Module):
         shards = self._mesh.shape["sp"] * self._mesh.shape["tp"]
         padding = padded_tokens(tokens, self._kernel, shards) - tokens
         block = Block(
-            num_heads=self._config["num_attention_heads"],
             head_dim=self._config["attention_head_dim"],
             norm_eps=self._config["norm_eps"],
             activation=self._config["activation_fn"],
             text_tokens=text_tokens,
             tokens=tokens,
-            query_scale=self._kernel.query_scale(self._config["attention_head_dim"]),
-            attend=self._kernel.attend,
+            kernel=self._kernel,
         )
 
         def blocks(x, stacked, temb, rotary):
@@ -150,6 +149,17 @@ def stack_shapes(shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> dict
         else:
             stacked[name] = shape
     return stacked
+
+
+def abstract_parameters(
+    config: Mapping[str, Any], mesh: jax.sharding.Mesh, dtype: jnp.dtype
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The stacked parameters as `load_parameters` places them, without any weight."""
+    shapes = stack_shapes(parameter_shapes(config), config["num_layers"])
+    return {
+        name: jax.ShapeDtypeStruct(shapes[name], dtype, sharding=NamedSharding(mesh, spec))
+        for name, spec in parameter_specs(shapes).items()
+    }
 
 
 def load_parameters(

@@ -40,7 +40,7 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     texts = np.random.default_rng(0).normal(size=(2, 1, TOKENS, 32))
     embeds = denoiser.prompt_embeds({"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]})
     schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
-    *_, last = denoiser.run(denoiser.compile(parameters), parameters, embeds, schedule, seed=0)
+    *_, last = denoiser.run(denoiser.compile(), parameters, embeds, schedule, seed=0)
     return np.asarray(last)
 
 
