@@ -44,6 +44,13 @@ class Denoiser:
     def split_batch(self) -> NamedSharding:
         return NamedSharding(self.mesh, P("dp"))
 
+    @property
+    def tokens(self) -> int:
+        """Text and video tokens of one sample, S."""
+        patch = self.config["patch_size"] ** 2 * (self.config["patch_size_t"] or 1)
+        _, frames, _, height, width = self.latents.sizes
+        return self.text_tokens + frames * height * width // patch
+
     @cached_property
     def positions(self) -> dict[str, Any]:
         """The positional tables, on the host (see `transformer.positions`)."""

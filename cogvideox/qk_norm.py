@@ -5,6 +5,7 @@ head apart (`rotary_halves`). Everything is computed in float32 and rounded once
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def norm_and_rotate_tpu(
     head_dim = weight.size
     tables = () if rotary is None else rotary
     tile = min(_TILE_TOKENS, tokens)
-    grid = (batch, rows // _TILE_ROWS, pl.cdiv(tokens, tile))
+    grid = _grid(x.shape)
     if keys_for is None:
         out_shape = x.shape
         out_spec = pl.BlockSpec((1, _TILE_ROWS, tile), lambda b, r, t: (b, r, t))
@@ -118,6 +119,16 @@ def norm_and_rotate_tpu(
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
     )(x, weight[:, None], bias[:, None], *tables)
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    batch, rows, tokens = shape
+    return batch, rows // _TILE_ROWS, pl.cdiv(tokens, min(_TILE_TOKENS, tokens))
+
+
+def grid_steps(shape: tuple[int, ...]) -> int:
+    """How many tiles the kernel cuts x [b, R, s] into."""
+    return math.prod(_grid(shape))
 
 
 def _kernel(x_ref, weight_ref, bias_ref, *refs, transposed: bool) -> None:

@@ -1,0 +1,133 @@
+"""What a compiled TPU program costs, read from its scheduled HLO: cycles, collectives, memory.
+
+XLA writes the cycles it estimates into every fusion; loops count by their trips. Pallas calls carry
+no estimate (their cycles come from the kernel's schedule) and waiting for collectives is in none.
+"""
+
+import collections
+import dataclasses
+import re
+
+import jax
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r" = s32\[\][^ ]* constant\((\d+)\)")
+_CALLED = re.compile(r"(?:body|to_apply|calls)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+_COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Per chip: estimated cycles by kind of operation, bytes received by kind of collective."""
+
+    cycles: dict[str, int]
+    collective_bytes: dict[str, int]
+    kernel_calls: int
+
+
+def read_costs(hlo: str) -> Costs:
+    """Sums the estimates of a scheduled HLO module over its loops."""
+    computations, entry = _computations(hlo)
+    cycles: collections.Counter[str] = collections.Counter()
+    received: collections.Counter[str] = collections.Counter()
+    kernel_calls = 0
+
+    def visit(name: str, times: int) -> None:
+        nonlocal kernel_calls
+        for line in computations[name]:
+            match = _OPERATION.match(line)
+            if not match:
+                continue
+            _, shape, kind = match.groups()
+            base = kind.removesuffix("-start")
+            if base in _COLLECTIVES:
+                received[base] += times * _received(base, shape, line)
+            if kind == "custom-call" and "tpu_custom_call" in line:
+                kernel_calls += times
+            if estimate := _CYCLES.search(line):
+                cycles[_kind(kind, line)] += times * int(estimate[1])
+            elif kind in ("while", "call", "conditional", "async-start"):
+                inner = times * (_trips(computations, line) if kind == "while" else 1)
+                called = _CALLED.findall(line)
+                for branches in _BRANCHES.findall(line):
+                    called += [b.strip().lstrip("%") for b in branches.split(",")]
+                for computation in called:
+                    visit(computation, inner)
+
+    visit(entry, 1)
+    return Costs(dict(cycles), dict(received), kernel_calls)
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """HBM bytes per chip by kind; what is donated counts once."""
+    analysis = compiled.memory_analysis()
+    parts = {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    computations: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        match = _COMPUTATION.match(line)
+        if match and " = " not in line.split("(")[0]:
+            current = computations.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None:
+            current.append(line)
+    return computations, entry
+
+
+def _trips(computations: dict[str, list[str]], line: str) -> int:
+    """Trips of a while loop that counts from 0: the one constant that its condition compares to."""
+    condition = computations[_CONDITION.search(line)[1]]
+    limits = [int(match[1]) for text in condition if (match := _LIMIT.search(text))]
+    if len(limits) != 1:
+        raise ValueError(f"cannot tell the trips of a loop: {limits} in {line.strip()[:80]}")
+    return limits[0]
+
+
+def _kind(kind: str, line: str) -> str:
+    if kind == "fusion" and ("kind=kOutput" in line or "convolution" in line.split(" = ")[0]):
+        return "matmul"
+    if kind == "convolution":
+        return "matmul"
+    if kind in ("copy", "copy-start", "transpose", "bitcast-convert"):
+        return "copy"
+    return "elementwise" if kind == "fusion" else kind
+
+
+def _received(kind: str, shape: str, line: str) -> int:
+    """Bytes a chip receives from others, from the result's shape and the group's size."""
+    groups = re.search(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]+)\})", line)
+    size = 1
+    if groups:
+        size = int(groups[2]) if groups[2] else len(groups[3].split(","))
+    shapes = _SHAPE.findall(shape)
+    # An asynchronous start has operands and results in one tuple.
+    shapes = shapes[len(shapes) // 2 :] if shape.startswith("((") else shapes
+    total = 0
+    for dtype, dims in shapes:
+        count = 1
+        for dim in filter(None, dims.split(",")):
+            count *= int(dim)
+        total += count * _BYTES.get(dtype, 0)
+    if kind == "collective-permute":
+        return total
+    if size == 1:
+        return 0
+    share = {"all-gather": 1, "all-to-all": 1, "reduce-scatter": size, "all-reduce": 2}[kind]
+    return total * share * (size - 1) // size

@@ -1,0 +1,315 @@
+"""One full denoising step (all blocks, guidance, scheduler) at full size, without weights.
+
+    python benchmarks/transformer_step.py --topology v6e-8 --mesh dp=2,sp=4 --json
+    python benchmarks/transformer_step.py --topology local --size 768x1360x81 --json
+
+A named topology compiles for it with libtpu, no TPU needed, and prints what the compiler estimates:
+XLA's cycles of every operation plus the scheduled bundles of the Pallas kernels. Time spent waiting
+for collectives is in neither; their bytes are printed. `local` runs random weights on the devices
+of this machine and prints measured seconds.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# v6e: bundles a second, and bfloat16 flops a second, of one chip.
+CLOCK_HZ, PEAK_FLOPS = 1.75e9, 918e12
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", default="v6e-8", help="v6e-1, -4, -8, -16, or local")
+    parser.add_argument("--model", default="CogVideoX1.5-5B", help="a published transformer")
+    parser.add_argument("--size", default="768x1360x81", help="height x width x frames")
+    parser.add_argument("--mesh", help="such as dp=2,sp=4; default: the stages' own choice")
+    parser.add_argument(
+        "--baseline", action="store_true", help="time diffusers with compiled blocks instead"
+    )
+    parser.add_argument("--steps", type=int, default=3, help="timed steps on local devices")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.baseline:
+        report = run_diffusers(arguments)
+    elif arguments.topology == "local":
+        report = run_here(arguments)
+    else:
+        report = compile_for(arguments)
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        for name, value in report.items():
+            print(f"{name:<28}{value}")
+
+
+def make_denoiser(arguments: argparse.Namespace, devices: Any, attention: str) -> Any:
+    """The stages' own Denoiser for the asked model, size and mesh."""
+    import jax
+    from published_models import TRANSFORMERS
+
+    from cogvideox.attention import KERNELS
+    from cogvideox.denoise import Denoiser
+    from cogvideox.settings import LatentShape
+    from runtime.mesh import AXES, choose_mesh
+
+    config = TRANSFORMERS[arguments.model]
+    height, width, frames = map(int, arguments.size.split("x"))
+    latent_frames = (frames - 1) // 4 + 1
+    latent_frames += -latent_frames % (config["patch_size_t"] or 1)
+    asked = dict(part.split("=") for part in (arguments.mesh or "").split(",") if part)
+    sizes = [int(asked[axis]) if axis in asked else None for axis in AXES]
+    if asked:
+        sizes = [size or 1 for size in sizes]
+    heads = config["num_attention_heads"]
+    shape = choose_mesh(*sizes, batch=2, num_heads=heads, num_devices=devices.size)
+    count = shape[0] * shape[1] * shape[2]
+    mesh = jax.sharding.Mesh(devices.reshape(-1)[:count].reshape(shape), AXES)
+    return Denoiser(
+        config=config,
+        weights={},
+        latents=LatentShape(1, latent_frames, 16, height // 8, width // 8),
+        text_tokens=config["max_text_seq_length"],
+        guided=True,
+        dtype="bfloat16",
+        mesh=mesh,
+        attention=KERNELS[attention],
+    )
+
+
+def flops(denoiser: Any) -> dict[str, float]:
+    """Floating-point operations of one step over all devices: attention, and everything linear."""
+    config, tokens = denoiser.config, denoiser.tokens
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    batch, layers = 2 * denoiser.latents.batch, config["num_layers"]
+    return {
+        "attention": batch * layers * 4.0 * tokens * tokens * width,
+        "linear": batch * layers * 2.0 * tokens * 12 * width * width,
+    }
+
+
+def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the compiler says of the step on a named topology."""
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    from runtime.topology import machine_devices
+
+    denoiser = make_denoiser(arguments, machine_devices(arguments.topology), "splash")
+    import hlo_costs
+
+    start, cpu_start = time.perf_counter(), time.process_time()
+    compiled = denoiser.lower().compile()
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    costs = hlo_costs.read_costs(compiled.as_text())
+    layers = denoiser.config["num_layers"]
+    kernels = kernel_cycles(denoiser)
+    if costs.kernel_calls != layers * len(kernels):
+        raise RuntimeError(f"{costs.kernel_calls} kernel calls in {layers} blocks")
+    by_kind = costs.cycles | {name: cycles * layers for name, cycles in kernels.items()}
+    total = sum(by_kind.values())
+    work = flops(denoiser)
+    hbm = hlo_costs.memory(compiled)
+    peak = sum(work.values()) / denoiser.mesh.size / PEAK_FLOPS
+    return {
+        "topology": arguments.topology,
+        "model": arguments.model,
+        "size": arguments.size,
+        "mesh": dict(denoiser.mesh.shape),
+        "source": "compiler estimate",
+        "estimated_cycles": total,
+        "estimated_seconds": round(total / CLOCK_HZ, 3),
+        "cycles_by_kind": by_kind,
+        "other_cycles_per_block": (total - by_kind["attention"]) // layers,
+        "collective_bytes_per_chip": sum(costs.collective_bytes.values()),
+        "collective_bytes_by_kind": costs.collective_bytes,
+        "hbm_bytes_per_chip": {"weights": hbm["arguments"], **hbm},
+        "code_bytes": hbm["code"],
+        "compile_seconds": round(seconds, 1),
+        "compile_cpu_seconds": round(cpu_seconds, 1),
+        "flops": work,
+        "share_of_arithmetic_floor": round(peak / (total / CLOCK_HZ), 3),
+    }
+
+
+def kernel_cycles(denoiser: Any) -> dict[str, int]:
+    """Bundles of one block's Pallas kernels on one chip, each compiled alone.
+
+    Attention takes the path without a running maximum, as it does for every head whose norms
+    allow it.
+    """
+    from attention_kernel import row
+    from kernel_schedule import measure
+
+    config, shape = denoiser.config, dict(denoiser.mesh.shape)
+    tokens = denoiser.tokens
+    local_heads = config["num_attention_heads"] // shape["tp"]
+    batch = 2 * denoiser.latents.batch // shape["dp"]
+    head_dim = config["attention_head_dim"]
+    from cogvideox.attention import padded_tokens
+    from cogvideox.qk_norm import grid_steps
+
+    attention = row("v6e", "bounded", batch * local_heads // shape["sp"], tokens, head_dim)
+    kernels = {"attention": attention["cycles"]}
+    padded = padded_tokens(tokens, denoiser.attention, shape["sp"] * shape["tp"])
+    for name, keys_for in (("norm_q", None), ("norm_k", shape["sp"])):
+        what = {
+            "shape": (batch, local_heads * head_dim, padded // shape["sp"]),
+            "head_dim": head_dim,
+            "keys_for": keys_for,
+        }
+        steps = grid_steps(what["shape"])
+        kernels[name] = measure(lower_norm, "v6e", "norm_and_rotate", steps, what).cycles
+    return kernels
+
+
+def lower_norm(sharding: Any, shape: tuple[int, ...], head_dim: int, keys_for: int | None) -> Any:
+    """Lowers the q/k norm kernel alone; runs in a process of its own."""
+    import jax
+    import jax.numpy as jnp
+
+    from cogvideox.qk_norm import norm_and_rotate_tpu
+
+    def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    norm = abstract((head_dim,), jnp.float32)
+    table = abstract((head_dim // 2, shape[-1]), jnp.float32)
+    function = jax.jit(norm_and_rotate_tpu, static_argnames="keys_for")
+    return function.lower(
+        abstract(shape, jnp.bfloat16), norm, norm, (table, table), keys_for=keys_for
+    )
+
+
+def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measured seconds a step on the devices of this machine, with random weights."""
+    import jax
+    import numpy as np
+
+    from cogvideox import transformer
+    from cogvideox.attention import choose_attention
+    from cogvideox.scheduler import make_schedule
+    from cogvideox.settings import DenoisingSettings
+
+    attention = choose_attention("auto", jax.default_backend(), "bfloat16").name
+    denoiser = make_denoiser(arguments, np.asarray(jax.devices()), attention)
+    abstract = transformer.abstract_parameters(denoiser.config, denoiser.mesh, np.dtype("bfloat16"))
+    parameters = random_parameters(abstract)
+    start = time.perf_counter()
+    step = denoiser.compile()
+    compile_seconds = time.perf_counter() - start
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(2, 1, denoiser.text_tokens, denoiser.config["text_embed_dim"]))
+    embeds = denoiser.prompt_embeds({"prompt_embeds": text[0], "negative_prompt_embeds": text[1]})
+    height, width, frames = map(int, arguments.size.split("x"))
+    settings = DenoisingSettings(
+        height, width, frames, 16, arguments.steps + 1, 6.0, False, "dpm", 0
+    )
+    schedule = make_schedule(
+        settings,
+        {
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "snr_shift_scale": 1.0,
+            "timestep_spacing": "trailing",
+        },
+    )
+    # The first step pays for the first touch of everything and is not counted.
+    stamps, latents = [], None
+    for latents in denoiser.run(step, parameters, embeds, schedule, settings.seed):  # noqa: B007
+        stamps.append(time.perf_counter())
+    seconds = (stamps[-1] - stamps[0]) / arguments.steps
+    stats = jax.devices()[0].memory_stats() or {}
+    final = np.asarray(latents, np.float32)
+    return {
+        "topology": "local",
+        "device": f"{denoiser.mesh.size} x {jax.devices()[0].device_kind}",
+        "model": arguments.model,
+        "size": arguments.size,
+        "mesh": dict(denoiser.mesh.shape),
+        "attention": attention,
+        "seconds_per_step": round(seconds, 4),
+        "compile_seconds": round(compile_seconds, 1),
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "teraflops_per_device": round(
+            sum(flops(denoiser).values()) / denoiser.mesh.size / seconds / 1e12, 1
+        ),
+        "latents_std": float(final.std()),
+        "latents_sample": [round(float(x), 4) for x in final.ravel()[:: final.size // 8][:8]],
+        "jax": jax.__version__,
+    }
+
+
+def run_diffusers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """diffusers' transformer on one GPU, every block under torch.compile, a guided batch of 2."""
+    import diffusers
+    import torch
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from published_models import TRANSFORMERS
+
+    config = TRANSFORMERS[arguments.model]
+    height, width, frames = map(int, arguments.size.split("x"))
+    height, width, frames = height // 8, width // 8, (frames - 1) // 4 + 1
+    frames += frames % 2
+    torch.set_default_device("cuda")
+    torch.set_default_dtype(torch.bfloat16)
+    model = diffusers.CogVideoXTransformer3DModel.from_config(config).eval()
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=True)
+    grid = (height // 2, width // 2)
+    rotary = get_3d_rotary_pos_embed(
+        64, None, grid, frames // 2, grid_type="slice", max_size=grid, device="cuda"
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, frames, 16, height, width),
+        "encoder_hidden_states": torch.randn(2, 226, 4096),
+        "timestep": torch.tensor([500, 500]),
+        "image_rotary_emb": rotary,
+    }
+    stamps = []
+    with torch.no_grad():
+        for _ in range(arguments.steps + 1):
+            model(**inputs)
+            torch.cuda.synchronize()
+            stamps.append(time.perf_counter())
+    return {
+        "baseline": "diffusers, torch.compile per block",
+        "device": torch.cuda.get_device_name(),
+        "size": arguments.size,
+        "seconds_per_step": round((stamps[-1] - stamps[0]) / arguments.steps, 4),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "torch": torch.__version__,
+    }
+
+
+def random_parameters(abstract: dict[str, Any]) -> dict[str, Any]:
+    """Random weights made on the devices: matrices of unit gain, norms near one."""
+    import jax
+    import jax.numpy as jnp
+
+    def fill(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
+        if "norm" in name and name.endswith("weight") and "linear" not in name:
+            return jnp.ones(shape)
+        fan_in = shape[-1] if name.endswith("weight") else 2500
+        return jax.random.normal(key, shape, jnp.bfloat16) / fan_in**0.5
+
+    made = {}
+    for i, (name, leaf) in enumerate(abstract.items()):
+        make = jax.jit(
+            lambda key, name=name, leaf=leaf: fill(key, name, leaf.shape).astype(leaf.dtype),
+            out_shardings=leaf.sharding,
+        )
+        made[name] = make(jax.random.key(i))
+    return made
+
+
+if __name__ == "__main__":
+    main()
