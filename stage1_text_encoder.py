@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from cogvideox.checkpoint import ModelFolder
 
 STAGE = "stage1_text_encoder"
+_CLASSES = {
+    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+    "text_encoder": ("T5EncoderModel",),
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max_sequence_length",
-        type=utils.integer(1),
+        type=utils.integer(1, 4096),
         help="tokens per prompt (default: the model's, 226 for the published ones)",
     )
 
@@ -60,8 +64,13 @@ def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
     for text in (*arguments.prompt, arguments.negative_prompt):
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError("--prompt or --negative_prompt is not valid UTF-8")
-    utils.check_output_folder(arguments.output_dir)
+    utils.check_output_folder(arguments.output_dir, utils.EMBEDDINGS_FILE)
     model = find_model(arguments.model_id, ["tokenizer", "text_encoder"])
+    for part, known in _CLASSES.items():
+        if model.component_class(part) not in known:
+            raise ValueError(
+                f"the model's {part} is a {model.component_class(part)}, not a {known[0]}"
+            )
     stored_tensors(model.path / "text_encoder")
     return model, text_tokens(arguments.max_sequence_length, model.config("transformer"))
 

@@ -148,7 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
     timings, output_dir = Timings(), arguments.output_dir or arguments.input_dir
     with checking_input():
         embeddings, model = _open_embeddings(arguments)
-        utils.check_output_folder(output_dir)
+        utils.check_output_folder(output_dir, utils.LATENTS_FILE)
         batch, tokens, _ = embeddings.shapes["prompt_embeds"]
         plan = make_plan(arguments, model, batch, tokens)
     mesh, attention = dict(plan.denoiser.mesh.shape), plan.denoiser.attention.name

@@ -138,6 +138,9 @@ def _open_latents(arguments: argparse.Namespace) -> tuple[dict, utils.StageFile]
         arguments.input_dir, utils.LATENTS_FILE, "stage2_transformer", config, {"latents"}
     )
     utils.check_inputs_are_current(file, config, "embeddings", "stage1_text_encoder")
+    # The settings go to ffmpeg as one argument, which Linux limits to 128 KiB.
+    if not arguments.no_metadata and len(json.dumps(config)) > 90_000:
+        raise ValueError("the prompt is too long for the mp4's comment tag; use --no_metadata")
     return config, file
 
 

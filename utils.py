@@ -340,13 +340,19 @@ def numbered(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
 
 
-def check_output_folder(folder: Path, needed_bytes: int = 1 << 30) -> None:
+def check_output_folder(folder: Path, *names: str, needed_bytes: int = 1 << 30) -> None:
     """Refuses a folder that cannot be made, written to, or is short of space.
+
+    Args:
+        names: the files that will be written there.
 
     Raises:
         ValueError: saying which.
     """
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    # os.path.exists, unlike Path.exists, is false for names that no file system takes.
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if any(len(part.encode()) > 255 for part in folder.absolute().parts):
+        raise ValueError(f"{folder} has a part of more than 255 bytes")
     if not existing.is_dir():
         raise ValueError(f"{folder} cannot be a folder: {existing} is a file")
     if not os.access(existing, os.W_OK):
@@ -354,6 +360,9 @@ def check_output_folder(folder: Path, needed_bytes: int = 1 << 30) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise ValueError(f"{folder} has {free >> 20} MiB free; {needed_bytes >> 20} are needed")
+    for name in names:
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a folder; it should be a file")
     if (folder / CONFIG_FILE).exists():
         read_config(folder)
 

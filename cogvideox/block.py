@@ -30,6 +30,7 @@ Weights = Mapping[str, jax.Array]
 ACTIVATIONS = {
     "gelu-approximate": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "linear-silu": jax.nn.silu,
 }
 
 

@@ -6,14 +6,26 @@ headers alone, before any weight is read.
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import huggingface_hub
 import numpy as np
 import safetensors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+
+class Config(dict):
+    """A JSON configuration; reading a key that is not there is an error in the input."""
+
+    def __init__(self, path: Path):
+        super().__init__(_read_json(path))
+        self._path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise ValueError(f"{self._path} has no {key!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +36,9 @@ class ModelFolder:
     revision: str | None  # the hub commit, None for a folder
     path: Path
 
-    def config(self, part: str, name: str = "config.json") -> dict[str, Any]:
+    def config(self, part: str, name: str = "config.json") -> Config:
         """The JSON configuration `name` of `part` ("transformer", "vae", "scheduler", ...)."""
-        return _read_json(self.path / part / name)
+        return Config(self.path / part / name)
 
     def component_class(self, part: str) -> str:
         """The class that model_index.json names for `part`, such as "T5EncoderModel"."""
@@ -49,7 +61,7 @@ def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
         ValueError: there is no such model, or a part of it is missing.
     """
     path = Path(model_id).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, false for names that no file system takes
         model = ModelFolder(str(path.resolve()), None, path.resolve())
     else:
         snapshot = Path(_download(model_id, ["*.json", *(f"{part}/*" for part in parts)]))
@@ -78,8 +90,8 @@ def _download(model_id: str, patterns: list[str]) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -109,8 +121,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        names = sorted(set(_read_json(indices[0]).get("weight_map", {}).values()))
-        files = [folder / name for name in names]
+        weight_map = _read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{indices[0]} has no weight_map")
+        files = [folder / str(name) for name in sorted(set(weight_map.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
