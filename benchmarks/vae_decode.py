@@ -209,7 +209,7 @@ def _calls_while_lowering(decoder: Any, shape: tuple[int, ...]) -> collections.C
                     arrays.append((key, len(value), value[0].shape, value[0].dtype.name))
                 elif hasattr(value, "dtype"):
                     arrays.append((key, 0, value.shape, value.dtype.name))
-                elif value is not None:
+                else:
                     options.append((key, value))
             calls[KernelCall(name, tuple(arrays), tuple(options))] += 1
             return function(*args, **kwargs)

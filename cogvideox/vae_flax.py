@@ -214,7 +214,8 @@ def parameters_by_diffusers_name(
     return named
 
 
-def _abstract_model(config: VaeConfig) -> VaeDecoder:
+def abstract_model(config: VaeConfig) -> VaeDecoder:
+    """The decoder with shapes for parameters."""
     return nnx.eval_shape(lambda: VaeDecoder(config))
 
 
@@ -231,7 +232,7 @@ def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder
     """A decoder that compiles but holds no weights, for any mesh, also of absent devices."""
     mesh = width_mesh(mesh)
     replicated = NamedSharding(mesh, P())
-    model = _abstract_model(config)
+    model = abstract_model(config)
     for parameter, _ in parameters_by_diffusers_name(model).values():
         parameter.set_value(jax.ShapeDtypeStruct(parameter.shape, dtype, sharding=replicated))
     return _decoder(config, mesh, dtype, model)
@@ -251,7 +252,7 @@ def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     config = VaeConfig.from_folder(vae_folder)
     mesh = width_mesh(mesh)
     replicated = NamedSharding(mesh, P())
-    model = _abstract_model(config)
+    model = abstract_model(config)
     parameters = parameters_by_diffusers_name(model)
     arrays = read_weights(vae_folder, {name: shape for name, (_, shape) in parameters.items()})
     for name, (parameter, _) in parameters.items():

@@ -14,13 +14,15 @@ from diffusers.video_processor import VideoProcessor
 from jax.sharding import Mesh
 
 from cogvideox import vae_flax, vae_torchax
+from tests.cogvideox.vae_models import random_vae
 
 TOLERANCE = 2e-5
 DECODERS = {"torchax": vae_torchax, "flax": vae_flax}
 
-# Two generations of the published shape, thinned, and one unlike them in every number.
+# The published shape, thinned, and two unlike it in every number.
 MODELS = {
     "four_levels": dict(
+        levels=4,
         block_out_channels=(8, 16, 16, 24),
         layers_per_block=1,
         norm_num_groups=4,
@@ -28,19 +30,16 @@ MODELS = {
         temporal_compression_ratio=4,
     ),
     "three_levels": dict(
+        levels=3,
         block_out_channels=(6, 12, 9),
-        up_block_types=("CogVideoXUpBlock3D",) * 3,
-        down_block_types=("CogVideoXDownBlock3D",) * 3,
         latent_channels=5,
         layers_per_block=2,
         norm_num_groups=3,
         temporal_compression_ratio=8,
     ),
     "latent_conv": dict(
+        levels=2,
         block_out_channels=(4, 8),
-        up_block_types=("CogVideoXUpBlock3D",) * 2,
-        down_block_types=("CogVideoXDownBlock3D",) * 2,
-        out_channels=3,
         latent_channels=3,
         layers_per_block=1,
         norm_num_groups=2,
@@ -48,47 +47,49 @@ MODELS = {
         use_post_quant_conv=True,
     ),
 }
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def reference(request, tmp_path_factory):
-    """A random diffusers VAE whose every weight matters, and its folder."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLCogVideoX(**MODELS[request.param]).eval()
-    with torch.no_grad():
-        for name, p in vae.named_parameters():
-            # Biases and norm weights start at 0 and 1, which would hide a mix-up.
-            p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.05))
-            assert p.dtype == torch.float32, name
-    folder = tmp_path_factory.mktemp(request.param)
-    vae.save_pretrained(folder)
-    return vae, folder
+# One frame; one batch, even or odd; several, even or odd. All of them with one model, because they
+# are the same code for all.
+CASES = [("four_levels", frames) for frames in (1, 2, 3, 4, 5)]
+CASES += [("three_levels", 5), ("latent_conv", 3)]
 
 
 def reference_frames(vae: AutoencoderKLCogVideoX, latents: np.ndarray) -> np.ndarray:
     """What the diffusers pipeline makes of its latents: [B, F, height, width, 3] in 0..1."""
     with torch.no_grad():
-        video = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample
+        video = vae.decode(1 / vae.config.scaling_factor * torch.from_numpy(latents)).sample
     return VideoProcessor().postprocess_video(video, output_type="np")
 
 
-def random_latents(vae: AutoencoderKLCogVideoX, *shape: int, batch: int = 1) -> np.ndarray:
-    channels = vae.config.latent_channels
-    return np.random.default_rng(1).standard_normal((batch, channels, *shape)).astype(np.float32)
-
-
-def mesh_of(devices: int) -> Mesh:
-    return Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), ("dp", "tp"))
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    return {name: (random_vae(folder, **MODELS[name]), folder) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("frames", [1, 2, 3, 5, 6])
-def test_every_frame_count_equals_diffusers(reference, decoder, frames):
-    vae, folder = reference
-    latents = random_latents(vae, frames, 4, 5)
-    ours = DECODERS[decoder].load_decoder(folder, mesh_of(1), jnp.float32)
+@pytest.mark.parametrize(("model", "frames"), CASES)
+def test_decode_equals_diffusers(models, decoder, model, frames):
+    vae, folder = models[model]
+    shape = (1, vae.config.latent_channels, frames, 4, 5)
+    latents = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("dp", "tp"))
+    ours = DECODERS[decoder].load_decoder(folder, mesh, jnp.float32)
     batches = list(ours.decode(latents, output="float32"))
     assert len(batches) == max(frames // 2, 1)
     np.testing.assert_allclose(
         np.concatenate(batches, axis=1), reference_frames(vae, latents), atol=TOLERANCE, rtol=0
     )
+
+
+def test_uint8_frames_are_those_of_diffusers(models):
+    vae, folder = models["four_levels"]
+    latents = np.random.default_rng(2).standard_normal((2, 16, 1, 3, 4)).astype(np.float32)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
+    decoder = vae_flax.load_decoder(folder, mesh, jnp.float32)
+    (frames,) = decoder.decode(latents, output="uint8")
+    expected = (reference_frames(vae, latents) * 255).round().astype(np.uint8)
+    assert frames.dtype == np.uint8
+    # A value within rounding of k + 1/2 may fall to either side.
+    different = frames != expected
+    assert different.mean() < 1e-3
+    assert np.abs(frames.astype(int) - expected)[different].max(initial=0) <= 1

@@ -1,0 +1,100 @@
+"""Reading a VAE folder: its config, and weights that fit it or an error that says all of why."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import Mesh
+from safetensors.torch import load_file, save_file
+
+from cogvideox import vae_flax, vae_torchax
+from cogvideox.vae_weights import INDEX_FILE, WEIGHTS_FILE, VaeConfig, arrange, arranged_shape
+from tests.cogvideox.vae_models import thin_vae
+
+MODULES = [vae_torchax, vae_flax]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    thin_vae(tmp_path)
+    return tmp_path
+
+
+def load(module, folder, dtype=jnp.float32):
+    return module.load_decoder(folder, Mesh(np.array(jax.devices()[:1]), ("tp",)), dtype)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_weight_that_does_not_fit_is_named(folder, module):
+    tensors = load_file(folder / WEIGHTS_FILE)
+    del tensors["decoder.conv_in.conv.weight"]
+    del tensors["decoder.up_blocks.0.upsamplers.0.conv.bias"]
+    tensors["decoder.mid_block.resnets.9.norm1.norm_layer.weight"] = torch.zeros(2)
+    tensors["decoder.norm_out.conv_y.conv.weight"] = torch.zeros(4, 2, 1, 1, 1)
+    tensors["encoder.anything"] = torch.zeros(1)  # expected, skipped
+    save_file(tensors, folder / WEIGHTS_FILE)
+    with pytest.raises(ValueError) as error:
+        load(module, folder)
+    message = str(error.value)
+    assert "missing decoder.conv_in.conv.weight" in message
+    assert "missing decoder.up_blocks.0.upsamplers.0.conv.bias" in message
+    assert "extra decoder.mid_block.resnets.9.norm1.norm_layer.weight" in message
+    assert "decoder.norm_out.conv_y.conv.weight is [4, 2, 1, 1, 1], not [4, 3, 1, 1, 1]" in message
+    assert message.count(";") == 3
+
+
+def test_both_decoders_want_the_same_weights(folder):
+    config = VaeConfig.from_folder(folder)
+    model = vae_flax.abstract_model(config)
+    flax = {n: shape for n, (_, shape) in vae_flax.parameters_by_diffusers_name(model).items()}
+    assert flax == vae_torchax.weight_shapes(config)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_in_parts_and_in_bfloat16(folder, module):
+    whole = load(module, folder, jnp.bfloat16)
+    tensors = {n: t.to(torch.bfloat16) for n, t in load_file(folder / WEIGHTS_FILE).items()}
+    (folder / WEIGHTS_FILE).unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    in_parts = load(module, folder, jnp.float32)
+    for mine, reference in zip(
+        jax.tree.leaves(in_parts.weights), jax.tree.leaves(whole.weights), strict=True
+    ):
+        assert mine.dtype == jnp.float32
+        # The upsamplers' sums are made before rounding to bfloat16 in one and after in the other.
+        np.testing.assert_allclose(mine, reference.astype(jnp.float32), rtol=2**-6, atol=2**-8)
+
+
+def test_absent_weights(folder):
+    (folder / WEIGHTS_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=WEIGHTS_FILE):
+        load(vae_flax, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up_block_types": ["CogVideoXUpBlock3D"]}, "up_block_types must be 3 times"),
+        ({"act_fn": "gelu"}, "act_fn must be silu, not 'gelu'"),
+        ({"norm_num_groups": 3}, r"block_out_channels \[4, 8, 8\] do not divide"),
+        ({"use_post_quant_conv": True, "out_channels": 4}, "use_post_quant_conv needs"),
+    ],
+)
+def test_configs_that_cannot_be_decoded(folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        VaeConfig.from_folder(folder)
+
+
+@pytest.mark.parametrize("shape", [(4,), (6, 5, 1, 1, 1), (6, 5, 3, 3, 3), (6, 5, 3, 3)])
+def test_arranged_shape(shape):
+    assert arrange(np.zeros(shape, np.float32)).shape == arranged_shape(shape)

@@ -1,0 +1,37 @@
+"""Small random VAEs of diffusers for the tests of the decoders."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+
+def random_vae(folder: Path, levels: int, **config) -> AutoencoderKLCogVideoX:
+    """A VAE whose every weight matters, saved to `folder`."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLCogVideoX(
+        up_block_types=("CogVideoXUpBlock3D",) * levels,
+        down_block_types=("CogVideoXDownBlock3D",) * levels,
+        **config,
+    ).eval()
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            # Biases and norm weights start at 0 and 1, which would hide a mix-up.
+            noise = 0.3 if parameter.ndim == 1 else 0.05
+            parameter.add_(noise * torch.randn_like(parameter))
+    vae.save_pretrained(folder)
+    return vae
+
+
+def thin_vae(folder: Path) -> AutoencoderKLCogVideoX:
+    """The smallest one with every kind of layer, upsampling in time and in space only."""
+    return random_vae(
+        folder,
+        levels=3,
+        block_out_channels=(4, 8, 8),
+        latent_channels=3,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=2,
+        scaling_factor=0.7,
+    )
