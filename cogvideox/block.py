@@ -83,7 +83,7 @@ class Block:
         """CogVideoXLayerNormZero: x normed and modulated [b, s, E], and the gate [b, s, E]."""
         six = jax.nn.silu(temb) @ weights[f"{norm}.linear.weight"].T
         six = six + weights[f"{norm}.linear.bias"]
-        six = jax.lax.all_gather(six, "tp", axis=1, tiled=True).astype(jnp.float32)
+        six = _gather(six).astype(jnp.float32)
         video, text = jnp.split(six[:, None, :], 2, axis=-1)
         scale = weights.get(f"{norm}.norm.weight", 1.0)
         bias = weights.get(f"{norm}.norm.bias", 0.0)
@@ -106,7 +106,7 @@ class Block:
         return (normed * factor + shift).astype(x.dtype), gate.astype(x.dtype)
 
     def _attention(self, weights: Weights, x: jax.Array, rotary: Rotary | None) -> jax.Array:
-        x = jax.lax.all_gather(x, "tp", axis=1, tiled=True)
+        x = _gather(x)
         q, k, v = (self._project(weights, name, x) for name in ("to_q", "to_k", "to_v"))
         norm_q, norm_k = (
             [weights[f"attn1.{norm}.{kind}"].astype(jnp.float32) for kind in ("weight", "bias")]
@@ -117,7 +117,7 @@ class Block:
         q = self.kernel.queries(q, norm_q[0] * scale, norm_q[1] * scale, rotary)
         k = self.kernel.keys(k, *norm_k, rotary, jax.lax.axis_size("sp"))
         q, v = _heads_for_tokens(q), _heads_for_tokens(v)
-        k = jax.lax.all_to_all(k, "sp", 1, 1, tiled=True)
+        k = _exchange(k)
         k = k.reshape(k.shape[0], -1, k.shape[-1])
         out = _tokens_for_heads(self.kernel.attend(q, k, v, self.head_dim, self.tokens))
         out = jnp.einsum("bis,oi->bso", out, weights["attn1.to_out.0.weight"])
@@ -130,7 +130,7 @@ class Block:
         return out if bias is None else out + bias[:, None]
 
     def _mlp(self, weights: Weights, x: jax.Array) -> jax.Array:
-        x = jax.lax.all_gather(x, "tp", axis=1, tiled=True)
+        x = _gather(x)
         hidden = x @ weights["ff.net.0.proj.weight"].T
         if "ff.net.0.proj.bias" in weights:
             hidden = hidden + weights["ff.net.0.proj.bias"]
@@ -142,7 +142,7 @@ def _heads_for_tokens(x: jax.Array) -> jax.Array:
     """All-to-all over sp: all heads of some tokens, [b, R, s], to some of all, [b, R / sp, S]."""
     shards = jax.lax.axis_size("sp")
     x = x.reshape(x.shape[0], shards, -1, x.shape[-1])
-    x = jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)
+    x = _exchange(x)
     return jnp.concatenate([x[:, i] for i in range(shards)], axis=-1)
 
 
@@ -150,12 +150,27 @@ def _tokens_for_heads(x: jax.Array) -> jax.Array:
     """The reverse of `_heads_for_tokens`."""
     shards = jax.lax.axis_size("sp")
     x = jnp.stack(jnp.split(x, shards, axis=-1), axis=1)
-    x = jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)
+    x = _exchange(x)
     return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+# XLA's CPU backend keeps collectives among one device, each a copy; these leave them out.
+
+
+def _exchange(x: jax.Array) -> jax.Array:
+    """All-to-all over sp along axis 1, which has one entry a shard."""
+    return x if jax.lax.axis_size("sp") == 1 else jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)
+
+
+def _gather(x: jax.Array) -> jax.Array:
+    """The parts of axis 1 that lie on the devices along tp, joined."""
+    return x if jax.lax.axis_size("tp") == 1 else jax.lax.all_gather(x, "tp", axis=1, tiled=True)
 
 
 def _sum_shards(x: jax.Array) -> jax.Array:
     """Sums partial products [b, S, E] over tp; each device keeps its share of the tokens."""
+    if jax.lax.axis_size("tp") == 1:
+        return x
     return jax.lax.psum_scatter(x, "tp", scatter_dimension=1, tiled=True)
 
 
