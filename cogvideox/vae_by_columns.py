@@ -6,7 +6,6 @@ attach them.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from cogvideox.vae_parts import (
     Resnet,
     Upsample,
     WidthShards,
-    activate,
     frame_repeat,
     modulation,
 )
@@ -59,7 +57,7 @@ class ColumnLayers:
         pad = ((0, 0),) * 4 + ((0, -channels % vae_conv_tpu.LANES),)
         z = jnp.pad(z, pad)
         cache = None if cache is None else jnp.pad(cache, pad)
-        borders = self._neighbours(z, lambda column: _behind(cache, column, z[:, :, column]))
+        borders = self._neighbours(_behind(cache, _edges(z)), z.shape[2])
         out, cache, sums = vae_conv_tpu.causal_conv(
             z,
             cache,
@@ -108,7 +106,7 @@ class ColumnLayers:
         real = self.shards.real_columns(x.shape[2])
         out, sums = vae_conv_tpu.upsample(
             x,
-            *self._neighbours(x, lambda column: x[:, :, column]),
+            *self._neighbours(_edges(x), x.shape[2]),
             *upsample.conv,
             real,
             upsample.frames(x.shape[1]),
@@ -131,18 +129,13 @@ class ColumnLayers:
         z = jnp.repeat(z, x.shape[3] // z.shape[3], axis=3)
         modulated = modulation(sums, x.shape, z, norm, self.groups, self.shards)
         repeat, offset = frame_repeat(z.shape[1], x.shape[1])
-        shown = [(t + offset) // repeat for t in range(x.shape[1])]
-
-        def edge(column: slice) -> jax.Array:
-            latent = slice(0, 1) if column.start == 0 else slice(-1, None)
-            at = [jnp.stack([v[:, t, latent] for t in shown], axis=1) for v in modulated]
-            activated = jax.vmap(activate, in_axes=1, out_axes=1)(x[:, :, column], *at)
-            return _behind(cache, column, activated)
-
+        # The neighbours get this device's border columns as the kernel would make them.
+        gain, shift = (_show_frames(_edges(v), repeat, offset) for v in modulated)
+        edges = jax.nn.silu(_edges(x).astype(jnp.float32) * gain + shift).astype(x.dtype)
         out, cache, sums = vae_conv_tpu.causal_conv(
             x,
             cache,
-            *self._neighbours(x, edge),
+            *self._neighbours(_behind(cache, edges), x.shape[2]),
             *conv,
             self.shards.real_columns(x.shape[2]),
             modulation=modulated,
@@ -153,18 +146,26 @@ class ColumnLayers:
         )
         return Features(out, sums), cache
 
-    def _neighbours(
-        self, x: jax.Array, edge: Callable[[slice], jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """The columns beside this device's columns of `x`, of what `edge` makes of `x`."""
-        columns = x.shape[2]
+    def _neighbours(self, edges: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+        """The columns beside this device's `columns`, of what it has as `edges` of its own."""
         real = self.shards.real_columns(columns)
-        first = jnp.where(real > 0, edge(slice(0, 1)), 0)
-        last = jnp.where(real == columns, edge(slice(columns - 1, columns)), 0)
-        return self.shards.neighbours(first, last)
+        edges = jnp.where(jnp.stack([real > 0, real == columns])[:, None, None], edges, 0)
+        return self.shards.neighbours(edges[:, :, :1], edges[:, :, 1:])
 
 
-def _behind(cache: jax.Array | None, column: slice, x: jax.Array) -> jax.Array:
-    """Frames [B, F, 1, H, C] of a column behind the two before them."""
-    before = jnp.repeat(x[:, :1], 2, axis=1) if cache is None else cache[:, :, column]
-    return jnp.concatenate([before, x], axis=1)
+def _edges(x: jax.Array) -> jax.Array:
+    """The first and the last column of [B, F, W, H, C]: [B, F, 2, H, C]."""
+    return jnp.concatenate([x[:, :, :1], x[:, :, -1:]], axis=2)
+
+
+def _behind(cache: jax.Array | None, edges: jax.Array) -> jax.Array:
+    """Edges of frames behind those of the two frames before them: [B, F + 2, 2, H, C]."""
+    before = jnp.repeat(edges[:, :1], 2, axis=1) if cache is None else _edges(cache)
+    return jnp.concatenate([before, edges], axis=1)
+
+
+def _show_frames(v: jax.Array, repeat: int, offset: int) -> jax.Array:
+    """[B, T, ...] -> [B, F, ...]; see `cogvideox.vae_parts.frame_repeat`."""
+    if offset == 0:
+        return jnp.repeat(v, repeat, axis=1)
+    return jnp.concatenate([v[:, :1], jnp.repeat(v[:, 1:], repeat, axis=1)], axis=1)
