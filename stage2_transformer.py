@@ -172,10 +172,10 @@ def run(arguments: argparse.Namespace) -> None:
             step, parameters, prompt_embeds, plan.schedule, plan.settings.seed
         )
         bar = utils.progress(steps, total=len(plan.schedule.timesteps), what="denoising")
-        latents = collections.deque(bar, maxlen=1).pop()
+        latents = plan.denoiser.final_latents(collections.deque(bar, maxlen=1).pop())
     with timings.phase("save"):
         # diffusers' [B, T, C, H, W] without the padding frames, turned as the VAE wants it.
-        tensors = {"latents": utils.to_numpy(latents)[:, plan.padding_frames :].swapaxes(1, 2)}
+        tensors = {"latents": latents[:, plan.padding_frames :].swapaxes(1, 2)}
         utils.check_finite(tensors, STAGE)
         section = utils.make_section(
             {

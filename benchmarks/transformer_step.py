@@ -88,7 +88,7 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any, attention: str) -
 
 def flops(denoiser: Any) -> dict[str, float]:
     """Floating-point operations of one step over all devices: attention, and everything linear."""
-    config, tokens = denoiser.config, denoiser.tokens
+    config, tokens = denoiser.config, denoiser.layout.tokens
     width = config["num_attention_heads"] * config["attention_head_dim"]
     batch, layers = 2 * denoiser.latents.batch, config["num_layers"]
     return {
@@ -148,20 +148,18 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     from attention_kernel import row
     from kernel_schedule import measure
 
+    from cogvideox.qk_norm import grid_steps
+
     config, shape = denoiser.config, dict(denoiser.mesh.shape)
-    tokens = denoiser.tokens
+    tokens = denoiser.layout.tokens
     local_heads = config["num_attention_heads"] // shape["tp"]
     batch = 2 * denoiser.latents.batch // shape["dp"]
     head_dim = config["attention_head_dim"]
-    from cogvideox.attention import padded_tokens
-    from cogvideox.qk_norm import grid_steps
-
     attention = row("v6e", "bounded", batch * local_heads // shape["sp"], tokens, head_dim)
     kernels = {"attention": attention["cycles"]}
-    padded = padded_tokens(tokens, denoiser.attention, shape["sp"] * shape["tp"])
     for name, keys_for in (("norm_q", None), ("norm_k", shape["sp"])):
         what = {
-            "shape": (batch, local_heads * head_dim, padded // shape["sp"]),
+            "shape": (batch, local_heads * head_dim, denoiser.layout.padded // shape["sp"]),
             "head_dim": head_dim,
             "keys_for": keys_for,
         }
@@ -223,12 +221,12 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
         },
     )
     # The first step pays for the first touch of everything and is not counted.
-    stamps, latents = [], None
-    for latents in denoiser.run(step, parameters, embeds, schedule, settings.seed):  # noqa: B007
+    stamps, tokens = [], None
+    for tokens in denoiser.run(step, parameters, embeds, schedule, settings.seed):  # noqa: B007
         stamps.append(time.perf_counter())
     seconds = (stamps[-1] - stamps[0]) / arguments.steps
     stats = jax.devices()[0].memory_stats() or {}
-    final = np.asarray(latents, np.float32)
+    final = denoiser.final_latents(tokens).astype(np.float32)
     return {
         "topology": "local",
         "device": f"{denoiser.mesh.size} x {jax.devices()[0].device_kind}",

@@ -5,7 +5,6 @@ rows, and k with the sequence first, [b, S, R]: what the TPU kernel multiplies w
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -113,5 +112,5 @@ KERNELS = {
 
 def padded_tokens(tokens: int, kernel: AttentionKernel, shards: int) -> int:
     """The sequence length that splits evenly into `shards` of the kernel's multiple."""
-    multiple = math.lcm(shards, kernel.token_multiple * shards)
+    multiple = kernel.token_multiple * shards
     return -(-tokens // multiple) * multiple

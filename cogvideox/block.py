@@ -93,8 +93,7 @@ class Block:
             shift, factor, gate = jnp.split(part, 3, axis=-1)
             return [bias * (1 + factor) + shift, scale * (1 + factor), gate]
 
-        first = _shard_index(("sp", "tp")) * x.shape[1]
-        is_text = (first + jnp.arange(x.shape[1]) < self.text_tokens)[:, None]
+        is_text = (row_indices(x.shape[1]) < self.text_tokens)[:, None]
         shift, factor, gate = (
             jnp.where(is_text, t, v) for t, v in zip(affine(text), affine(video), strict=True)
         )
@@ -174,9 +173,22 @@ def _sum_shards(x: jax.Array) -> jax.Array:
     return jax.lax.psum_scatter(x, "tp", scatter_dimension=1, tiled=True)
 
 
-def _shard_index(axes: tuple[str, ...]) -> jax.Array:
-    """This device's position along several mesh axes, the first one slowest."""
-    index = jnp.int32(0)
-    for axis in axes:
-        index = index * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
-    return index
+def row_indices(count: int) -> jax.Array:
+    """Where this device's `count` rows lie in the whole sequence, [count] int32."""
+    shard = jax.lax.axis_index("sp") * jax.lax.axis_size("tp") + jax.lax.axis_index("tp")
+    return shard * count + jnp.arange(count)
+
+
+def text_rows_first(text: jax.Array, video: jax.Array) -> jax.Array:
+    """This device's rows of the joint sequence.
+
+    Args:
+        text: [b, S_text, E], all text tokens.
+        video: [b, s, E], this device's rows, whatever they hold where text belongs.
+    """
+    rows = row_indices(video.shape[1])
+    # Rows of text at and after this device's first one, filled up to s with anything.
+    follow = jnp.pad(text, ((0, 0), (0, video.shape[1]), (0, 0)))
+    first = jnp.minimum(rows[0], text.shape[1])
+    own = jax.lax.dynamic_slice_in_dim(follow, first, video.shape[1], axis=1)
+    return jnp.where((rows < text.shape[1])[:, None], own, video)

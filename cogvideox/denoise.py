@@ -1,4 +1,8 @@
-"""Guidance and the denoising loop: one jitted step, run over a schedule."""
+"""Guidance and the denoising loop: one jitted step, run over a schedule.
+
+The step is one shard_map over the mesh: every device holds some rows of the token sequence, of all
+samples, and runs the transformer on its share of the guided batch.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +17,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cogvideox import transformer
-from cogvideox.attention import AttentionKernel
+from cogvideox.attention import AttentionKernel, padded_tokens
+from cogvideox.block import row_indices
 from cogvideox.checkpoint import StoredTensor
 from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
 from cogvideox.settings import LatentShape
+from cogvideox.tokens import TokenLayout, positions
+
+_TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
+_ROWS = P(("sp", "tp"), None)  # [S, E]
+_ROTARY = P(None, "sp")  # [D / 2, S]: around attention tp splits heads, not tokens
+_BATCH = P("dp")  # the transformer's samples, guidance's included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +48,28 @@ class Denoiser:
     attention: AttentionKernel
 
     @property
-    def replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, P())
-
-    @property
-    def split_batch(self) -> NamedSharding:
-        return NamedSharding(self.mesh, P("dp"))
-
-    @property
-    def tokens(self) -> int:
-        """Text and video tokens of one sample, S."""
-        patch = self.config["patch_size"] ** 2 * (self.config["patch_size_t"] or 1)
-        _, frames, _, height, width = self.latents.sizes
-        return self.text_tokens + frames * height * width // patch
+    def layout(self) -> TokenLayout:
+        """How latents and text become the rows of a sequence."""
+        layout = TokenLayout(
+            self.latents, self.config["patch_size"], self.config["patch_size_t"] or 1,
+            self.text_tokens, padded=0,
+        )  # fmt: skip
+        shards = self.mesh.shape["sp"] * self.mesh.shape["tp"]
+        padded = padded_tokens(layout.tokens, self.attention, shards)
+        return dataclasses.replace(layout, padded=padded)
 
     @cached_property
     def positions(self) -> dict[str, Any]:
-        """The positional tables, on the host (see `transformer.positions`)."""
-        return transformer.positions(self.config, self.latents, self.text_tokens)
+        """The positional tables, on the host (see `tokens.positions`)."""
+        return positions(self.config, self.layout)
+
+    def _sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    @property
+    def _position_specs(self) -> dict[str, Any]:
+        specs = {"rotary": (_ROTARY, _ROTARY), "embedding": _ROWS}
+        return {name: specs[name] for name in self.positions}
 
     def check_weights(self) -> None:
         """Raises ValueError if the weight files do not fit the config or the sharding table."""
@@ -70,7 +85,8 @@ class Denoiser:
         parts = [embeddings["prompt_embeds"]]
         if self.guided:
             parts.insert(0, embeddings["negative_prompt_embeds"])
-        return jax.device_put(np.concatenate(parts).astype(jnp.dtype(self.dtype)), self.split_batch)
+        text = np.concatenate(parts).astype(jnp.dtype(self.dtype))
+        return jax.device_put(text, self._sharding(_BATCH))
 
     def compile(self) -> Callable:
         """Compiles the step, or reads it from the persistent cache; needs no weights."""
@@ -79,54 +95,84 @@ class Denoiser:
     def lower(self) -> jax.stages.Lowered:
         """The step lowered for abstract arguments, placed as `run` places the real ones."""
 
-        def replicated(array: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=self.replicated)
+        def abstract(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(spec))
 
-        latents = jax.ShapeDtypeStruct(self.latents.sizes, self.dtype, sharding=self.replicated)
-        x0 = replicated(latents, jnp.float32)
         parameters = transformer.abstract_parameters(self.config, self.mesh, jnp.dtype(self.dtype))
-        positions = jax.tree.map(replicated, self.positions)
+        position_arrays = jax.tree.map(
+            lambda array, spec: abstract(array.shape, array.dtype, spec),
+            self.positions,
+            self._position_specs,
+        )
+        tokens = abstract(self.layout.shape, self.dtype, _TOKENS)
+        x0 = abstract(self.layout.shape, jnp.float32, _TOKENS)
         text = (
             self.latents.batch * (2 if self.guided else 1),
             self.text_tokens,
             self.config["text_embed_dim"],
         )
-        prompt_embeds = jax.ShapeDtypeStruct(text, self.dtype, sharding=self.split_batch)
+        prompt_embeds = abstract(text, self.dtype, _BATCH)
         scalars = _step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6))
-        step = jax.jit(
-            self._step, donate_argnums=(0, 1), out_shardings=(self.replicated, self.replicated)
+        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, parameters)
+        step = jax.shard_map(
+            self._step,
+            mesh=self.mesh,
+            in_specs=(
+                *(_TOKENS, _TOKENS, specs, self._position_specs, _BATCH, _TOKENS),
+                *jax.tree.map(lambda _: P(), scalars),
+            ),
+            out_specs=(_TOKENS, _TOKENS),
+            check_vma=False,  # pallas_call does not say over which axes its output varies
         )
         # Pallas asks the abstract mesh which chip it compiles for.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return step.lower(latents, x0, parameters, positions, prompt_embeds, latents, *scalars)
-
-    @cached_property
-    def _module(self) -> torch.nn.Module:
-        return transformer.build_module(self.config, self.latents, self.attention, self.mesh)
+            return jax.jit(step, donate_argnums=(0, 1)).lower(
+                tokens, x0, parameters, position_arrays, prompt_embeds, tokens, *scalars
+            )
 
     def _step(
         self,
-        latents: jax.Array,
+        tokens: jax.Array,
         previous_x0: jax.Array,
         parameters: Mapping[str, jax.Array],
-        positions: Mapping[str, Any],
+        position_arrays: Mapping[str, Any],
         prompt_embeds: jax.Array,
         noise: jax.Array,
         timestep: jax.Array,
         guidance_scale: jax.Array,
         weights: StepCoefficients,
     ) -> tuple[jax.Array, jax.Array]:
-        """Transformer, guidance and scheduler; returns the latents and x0, [B, T, C, H, W]."""
-        model_input = jnp.concatenate([latents, latents]) if self.guided else latents
-        model_input = jax.lax.with_sharding_constraint(model_input, self.split_batch)
+        """Transformer, guidance and scheduler on one device.
+
+        Args:
+            tokens, noise: [B, s, C] in the run's dtype, this device's rows of every sample.
+            previous_x0: the same in float32.
+            prompt_embeds: [b, S_text, text_embed_dim], this device's samples; with guidance the
+                samples are the negative prompts, then the prompts.
+
+        Returns:
+            The next tokens and x0, [B, s, C].
+        """
+        samples = jnp.concatenate([tokens, tokens]) if self.guided else tokens
+        own = prompt_embeds.shape[0]
+        samples = jax.lax.dynamic_slice_in_dim(samples, jax.lax.axis_index("dp") * own, own)
         output = transformer.predict(
-            self._module, parameters, positions, model_input, prompt_embeds, timestep
-        ).astype(jnp.float32)
+            self._module, parameters, samples, prompt_embeds, timestep, position_arrays
+        )
+        output = jax.lax.all_gather(output.astype(jnp.float32), "dp", tiled=True)
         if self.guided:
             negative, positive = jnp.split(output, 2)
             output = negative + guidance_scale * (positive - negative)
-        following, x0 = step(latents, output, previous_x0, noise, weights)
-        return following.astype(latents.dtype), x0
+        following, x0 = step(tokens, output, previous_x0, noise, weights)
+        # Rows without a patch stay zero, whatever the transformer makes of them.
+        rows = row_indices(tokens.shape[1])[:, None]
+        is_video = (rows >= self.layout.text) & (rows < self.layout.tokens)
+        following, x0 = (jnp.where(is_video, x, 0) for x in (following, x0))
+        return following.astype(tokens.dtype), x0
+
+    @cached_property
+    def _module(self) -> transformer.TokenTransformer:
+        return transformer.TokenTransformer.abstract(self.config, self.layout, self.attention)
 
     def run(
         self,
@@ -139,22 +185,31 @@ class Denoiser:
         """Runs the denoising loop.
 
         Yields:
-            The latents [B, T, C, H, W] after each step, once the device has computed them. Each
-            is donated to the step after it, so only the last may be kept.
+            The tokens [B, S, C] after each step, once the device has computed them. Each is
+            donated to the step after it, so only the last may be kept.
         """
+        rows = self._sharding(_TOKENS)
         noises = draw_noise(seed, self.latents.sizes, getattr(torch, self.dtype), schedule)
-        latents = jax.device_put(next(noises), self.replicated)
-        previous_x0 = jax.device_put(np.zeros(latents.shape, np.float32), self.replicated)
-        noise = jax.device_put(next(noises), self.replicated)
-        positions = jax.device_put(self.positions, self.replicated)
+        tokens, noise = (
+            jax.device_put(self.layout.from_latents(next(noises)), rows) for _ in range(2)
+        )
+        previous_x0 = jax.device_put(np.zeros(self.layout.shape, np.float32), rows)
+        position_arrays = jax.device_put(
+            self.positions, jax.tree.map(self._sharding, self._position_specs)
+        )
         for i, timestep in enumerate(schedule.timesteps):
             scalars = _step_scalars(timestep, schedule.guidance_scales[i], schedule.coefficients[i])
-            latents, previous_x0 = compiled_step(
-                latents, previous_x0, parameters, positions, prompt_embeds, noise, *scalars
+            tokens, previous_x0 = compiled_step(
+                tokens, previous_x0, parameters, position_arrays, prompt_embeds, noise, *scalars
             )
-            # Drawn on the host while the device computes: 50 ms of a step of seconds.
-            noise = jax.device_put(next(noises, noise), self.replicated)
-            yield jax.block_until_ready(latents)
+            if i + 1 < len(schedule.timesteps):
+                # Drawn on the host while the device computes: 0.1 s of a step of seconds.
+                noise = jax.device_put(self.layout.from_latents(next(noises)), rows)
+            yield jax.block_until_ready(tokens)
+
+    def final_latents(self, tokens: jax.Array) -> np.ndarray:
+        """The last tokens of `run` as latents [B, T, C, H, W], on the host."""
+        return self.layout.to_latents(np.asarray(tokens))
 
 
 def _step_scalars(

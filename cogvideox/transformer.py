@@ -1,14 +1,13 @@
 """The diffusers transformer through TorchAx: abstract parameters, sharded load, one forward.
 
-The module is diffusers' own CogVideoXTransformer3DModel, built without weights; embeddings, final
-norms and patches run as diffusers wrote them. Its blocks are replaced by one JAX block
-(cogvideox/block.py) that `lax.scan` runs over stacked weights of the same names, so that the
-compiler sees a single block however deep the model is.
+The module is diffusers' own CogVideoXTransformer3DModel, built without weights. Its blocks are
+replaced by one JAX block (cogvideox/block.py) that `lax.scan` runs over stacked weights of the same
+names, so that the compiler sees a single block however deep the model is.
 """
 
 import concurrent.futures
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -17,119 +16,96 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchax.interop
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from cogvideox.attention import AttentionKernel, padded_tokens
-from cogvideox.block import ACTIVATIONS, Block
+from cogvideox.attention import AttentionKernel
+from cogvideox.block import ACTIVATIONS, Block, text_rows_first
 from cogvideox.checkpoint import StoredTensor, check_names_and_shapes
 from cogvideox.qk_norm import rotary_halves
-from cogvideox.settings import LatentShape
-from cogvideox.sharding import parameter_spec, parameter_specs
+from cogvideox.sharding import parameter_specs
+from cogvideox.tokens import TokenLayout
 
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 # Rows of these are reordered so that rotary pairs lie half a head apart (see cogvideox/block.py).
 _ROTATED = re.compile(r"transformer_blocks\.attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)")
-_TOKENS = P("dp", ("sp", "tp"), None)  # [B, S, E]
-_ROTARY = P(None, "sp")  # [D / 2, S]
 
 
 class StackedBlocks(torch.nn.Module):
     """All transformer blocks as one `lax.scan` of a JAX block over stacked parameters.
 
-    It stands in diffusers' module where the blocks were, with the names of their parameters, and is
-    called by diffusers' forward as if it were the only block.
+    It stands in diffusers' module where the blocks were, with the names of their parameters.
     """
 
-    def __init__(
-        self, blocks: torch.nn.ModuleList, config: Mapping[str, Any], mesh: jax.sharding.Mesh,
-        kernel: AttentionKernel,
-    ):  # fmt: skip
+    def __init__(self, blocks: torch.nn.ModuleList, block: Block):
         super().__init__()
         for name, child in blocks[0].named_children():
             self.add_module(name, child)
-        self._config, self._mesh, self._kernel = config, mesh, kernel
+        self._block = block
 
-    def __iter__(self) -> Iterator["StackedBlocks"]:
-        yield self
+    def forward(self, hidden_states: torch.Tensor, *shared: Any) -> torch.Tensor:
+        """Tokens [b, s, E] through all blocks; `shared` goes to every `Block` call."""
+
+        def scan(stacked, x, *shared):
+            return jax.lax.scan(lambda x, layer: (self._block(x, layer, *shared), None), x, stacked)
+
+        stacked = dict(self.named_parameters())
+        return torchax.interop.call_jax(scan, stacked, hidden_states, *shared)[0]
+
+
+class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
+    """diffusers' transformer on the tokens of one device, its blocks stacked.
+
+    Parameters and their names are diffusers'; only what cuts latents into patches is left out.
+    """
+
+    @classmethod
+    def abstract(
+        cls, config: Mapping[str, Any], layout: TokenLayout, kernel: AttentionKernel
+    ) -> "TokenTransformer":
+        """The module on the meta device."""
+        with torch.device("meta"):
+            module = cls.from_config(dict(config)).eval()
+        block = Block(
+            head_dim=config["attention_head_dim"],
+            norm_eps=config["norm_eps"],
+            activation=config["activation_fn"],
+            text_tokens=layout.text,
+            tokens=layout.tokens,
+            kernel=kernel,
+        )
+        module.transformer_blocks = StackedBlocks(module.transformer_blocks, block)
+        return module
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        tokens: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_kwargs: None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Video [B, S_video, E] and text [B, S_text, E] tokens through all blocks."""
-        stacked = dict(self.named_parameters())
-        arguments = (stacked, encoder_hidden_states, hidden_states, temb, image_rotary_emb)
-        return torchax.interop.call_jax(self._run, *arguments)
+        timestep: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        embedding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predicts on one device of a mesh, inside shard_map.
 
-    def _run(self, stacked, text, video, temb, rotary):
-        text_tokens, tokens = text.shape[1], text.shape[1] + video.shape[1]
-        shards = self._mesh.shape["sp"] * self._mesh.shape["tp"]
-        padding = padded_tokens(tokens, self._kernel, shards) - tokens
-        block = Block(
-            head_dim=self._config["attention_head_dim"],
-            norm_eps=self._config["norm_eps"],
-            activation=self._config["activation_fn"],
-            text_tokens=text_tokens,
-            tokens=tokens,
-            kernel=self._kernel,
-        )
+        Args:
+            tokens: patches of the noisy latents [b, s, C], the device's rows; text rows are unused.
+            encoder_hidden_states: [b, S_text, text_embed_dim], all of the text.
+            timestep: [b].
+            rotary, embedding: of `tokens.positions`, the device's rows.
 
-        def blocks(x, stacked, temb, rotary):
-            return jax.lax.scan(lambda x, layer: (block(x, layer, temb, rotary), None), x, stacked)[
-                0
-            ]
-
-        specs = {n: parameter_spec(f"transformer_blocks.{n}", p.shape) for n, p in stacked.items()}
-        sharded = jax.shard_map(
-            blocks,
-            mesh=self._mesh,
-            in_specs=(
-                _TOKENS,
-                specs,
-                P("dp"),
-                None if rotary is None else (_ROTARY, _ROTARY),
-            ),
-            out_specs=_TOKENS,
-            check_vma=False,  # pallas_call does not say over which axes its output varies
-        )
-        x = jnp.concatenate([text, video], axis=1)
-        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-        if rotary is not None:
-            rotary = tuple(jnp.pad(table, ((0, 0), (0, padding))) for table in rotary)
-        x = sharded(x, stacked, temb, rotary)
-        return x[:, text_tokens:tokens], x[:, :text_tokens]
-
-
-def build_module(
-    config: Mapping[str, Any],
-    latents: LatentShape,
-    kernel: AttentionKernel,
-    mesh: jax.sharding.Mesh,
-) -> diffusers.CogVideoXTransformer3DModel:
-    """diffusers' transformer on the meta device, with `StackedBlocks` for its blocks.
-
-    The config's sample size becomes the run's, so that the sincos positions of the 1.0-2b model
-    are an input (see `positions`) instead of being made anew in every step.
-    """
-    frames = (latents.frames - 1) * config["temporal_compression_ratio"] + 1
-    sizes = {
-        "sample_height": latents.height,
-        "sample_width": latents.width,
-        "sample_frames": frames,
-    }
-    with torch.device("meta"):
-        module = diffusers.CogVideoXTransformer3DModel.from_config({**config, **sizes})
-    module.transformer_blocks = StackedBlocks(
-        module.transformer_blocks, module.config, mesh, kernel
-    )
-    return module.eval()
+        Returns:
+            [b, s, C], of no meaning in text and padding rows.
+        """
+        temb = self.time_embedding(self.time_proj(timestep).to(tokens.dtype))
+        projection = self.patch_embed.proj  # a strided convolution in 1.0, a linear layer in 1.5
+        weight = projection.weight.flatten(1)
+        video = torch.nn.functional.linear(tokens, weight, projection.bias)
+        text = self.patch_embed.text_proj(encoder_hidden_states)
+        hidden_states = torchax.interop.call_jax(text_rows_first, text, video)
+        if embedding is not None:
+            hidden_states = hidden_states + embedding.to(hidden_states.dtype)
+        hidden_states = self.transformer_blocks(hidden_states, temb, rotary)
+        hidden_states = self.norm_out(self.norm_final(hidden_states), temb=temb)
+        return self.proj_out(hidden_states)
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -200,6 +176,11 @@ def check_weights(config: Mapping[str, Any], stored: Mapping[str, StoredTensor])
             f"the transformer's activation_fn is {config['activation_fn']!r}; "
             f"known: {', '.join(ACTIVATIONS)}"
         )
+    if config["in_channels"] != config["out_channels"]:
+        raise ValueError(
+            f"the transformer makes {config['out_channels']} channels of {config['in_channels']}; "
+            "text-to-video models have as many out as in"
+        )
     shapes = parameter_shapes(config)
     check_names_and_shapes(stored, shapes, what="the transformer")
     parameter_specs(stack_shapes(shapes, config["num_layers"]))
@@ -241,81 +222,21 @@ def _load_sharded(
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def positions(config: Mapping[str, Any], latents: LatentShape, text_tokens: int) -> dict[str, Any]:
-    """What tells the tokens where they are: rotary tables, or the sincos embedding of 1.0-2b.
-
-    The 1.5 tables are a slice from 0 of an unbounded grid, so they do not depend on the sample
-    size in the config, which differs between published revisions.
-
-    Returns:
-        {"rotary": (cos, sin) [D / 2, S] float32, the text's columns rotating by nothing} or
-        {"pos_embedding": [1, S, E] float32}.
-    """
-    if not config["use_rotary_positional_embeddings"]:
-        frames = (latents.frames - 1) * config["temporal_compression_ratio"] + 1
-        with torch.device("meta"):
-            module = diffusers.CogVideoXTransformer3DModel.from_config(dict(config, num_layers=0))
-        embedding = module.patch_embed._get_positional_embeddings(
-            latents.height, latents.width, frames, device="cpu"
-        )
-        return {"pos_embedding": embedding.numpy()}
-    patch, patch_t = config["patch_size"], config["patch_size_t"]
-    grid = (latents.height // patch, latents.width // patch)
-    if patch_t is None:
-        sample = (config["sample_width"] // patch, config["sample_height"] // patch)
-        crops = get_resize_crop_region_for_grid(grid, *sample)
-        kind = {"crops_coords": crops, "temporal_size": latents.frames}
-    else:
-        kind = {
-            "crops_coords": None,
-            "temporal_size": latents.frames // patch_t,
-            "grid_type": "slice",
-            "max_size": grid,
-        }
-    tables = get_3d_rotary_pos_embed(config["attention_head_dim"], grid_size=grid, **kind)
-    # diffusers repeats every angle for the two of a pair.
-    cos, sin = (table.numpy()[:, ::2].T for table in tables)
-    text = (cos.shape[0], text_tokens)
-    cos = np.concatenate([np.ones(text, np.float32), cos], axis=1)
-    sin = np.concatenate([np.zeros(text, np.float32), sin], axis=1)
-    return {"rotary": (cos, sin)}
-
-
 def predict(
-    module: diffusers.CogVideoXTransformer3DModel,
+    module: TokenTransformer,
     parameters: Mapping[str, jax.Array],
-    positions: Mapping[str, Any],
-    latents: jax.Array,
+    tokens: jax.Array,
     prompt_embeds: jax.Array,
     timestep: jax.Array,
+    positions: Mapping[str, Any],
 ) -> jax.Array:
-    """One forward of the transformer; traceable by jax.jit.
+    """`TokenTransformer.forward` on JAX arrays; `timestep` [] is the whole batch's."""
 
-    Args:
-        parameters: the stacked parameters of `load_parameters`.
-        positions: of `positions`.
-        latents: [B, T, C, H, W] in the run's dtype.
-        prompt_embeds: [B, S_text, E_text] in the run's dtype.
-        timestep: [] int32, the same for the whole batch.
-
-    Returns:
-        The model output [B, T, C, H, W] in the run's dtype.
-    """
-    state = dict(parameters)
-    if "pos_embedding" in positions:
-        state["patch_embed.pos_embedding"] = positions["pos_embedding"]
-
-    def forward(state, latents, prompt_embeds, timestep, rotary):
-        arguments = {
-            "hidden_states": latents,
-            "encoder_hidden_states": prompt_embeds,
-            "timestep": timestep,
-            "image_rotary_emb": rotary,
-            "return_dict": False,
-        }
+    def forward(parameters, *arguments, **positions):
         with torch.no_grad():
-            return torch.func.functional_call(module, state, kwargs=arguments)[0]
+            return torch.func.functional_call(module, parameters, arguments, positions)
 
-    timesteps = jnp.full(latents.shape[0], timestep)
-    rotary = positions.get("rotary")
-    return torchax.interop.call_torch(forward, state, latents, prompt_embeds, timesteps, rotary)
+    timesteps = jnp.full(tokens.shape[0], timestep)
+    return torchax.interop.call_torch(
+        forward, dict(parameters), tokens, prompt_embeds, timesteps, **positions
+    )

@@ -41,7 +41,7 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     embeds = denoiser.prompt_embeds({"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]})
     schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
     *_, last = denoiser.run(denoiser.compile(), parameters, embeds, schedule, seed=0)
-    return np.asarray(last)
+    return denoiser.final_latents(last)
 
 
 @pytest.fixture(scope="module", params=["1.5", "1.0-sincos"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from cogvideox import presets, scheduler, transformer
+from cogvideox import presets, scheduler, tokens
 from cogvideox.checkpoint import find_model
 from cogvideox.settings import DenoisingSettings, LatentShape, decoded_frames, latent_shape
 from cogvideox.text_encoder import encode, load_text_encoder
@@ -118,7 +118,8 @@ def test_slice_positions_ignore_the_configs_sample_size(sample):
         "sample_height": sample[0],
         "sample_width": sample[1],
     }
-    cos, sin = transformer.positions(config, LatentShape(1, 6, 16, 8, 10), 7)["rotary"]
+    layout = tokens.TokenLayout(LatentShape(1, 6, 16, 8, 10), 2, 2, text=7, padded=70)
+    cos, sin = (table[:, :67] for table in tokens.positions(config, layout)["rotary"])
     theirs = diffusers.models.embeddings.get_3d_rotary_pos_embed(
         64, None, (4, 5), 3, grid_type="slice", max_size=(sample[0] // 2, sample[1] // 2)
     )
