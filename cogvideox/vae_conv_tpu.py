@@ -61,10 +61,10 @@ class _Call:
     planar: bool
 
 
-def _causal_conv_kernel(real_ref, x_ref, cache_ref, left_ref, right_ref, weight_ref, *refs, call):
+def _causal_conv_kernel(real_ref, x_ref, left_ref, right_ref, weight_ref, bias_ref, *refs, call):
     """One step; see `causal_conv` for the operands."""
     refs = list(refs)
-    bias_ref = refs.pop(0)
+    cache_ref = refs.pop(0) if call.cached else None
     multiplier_ref, summand_ref = (refs.pop(0), refs.pop(0)) if call.modulated else (None, None)
     residual_ref = refs.pop(0) if call.residual else None
     shortcut_ref = refs.pop(0) if call.shortcut else None
@@ -96,7 +96,7 @@ def _causal_conv_kernel(real_ref, x_ref, cache_ref, left_ref, right_ref, weight_
 
         lax.fori_loop(0, frames, activate, 0)
         for t in range(2):
-            ring[newest, t] = cache_ref[0, t, 0] if call.cached else ring[newest, 2]
+            ring[newest, t] = ring[newest, 2] if cache_ref is None else cache_ref[0, t, 0]
         for t in range(2):
             new_cache_ref[0, t, 0] = ring[newest, frames + t]
 
@@ -185,8 +185,6 @@ def causal_conv(
         shortcut=shortcut is not None,
         planar=planar,
     )
-    if cache is None:  # never read, but the new cache takes its place
-        cache = jnp.zeros((batch, 2, columns, height, channels), x.dtype)
 
     def reading(b, step):  # the column that a step brings in
         return b, 0, jnp.minimum(step, columns - 1), 0, 0
@@ -206,12 +204,15 @@ def causal_conv(
     operands = [
         (real_columns[None], pl.BlockSpec(memory_space=pltpu.SMEM)),
         (x, pl.BlockSpec((1, frames, 1, height, channels), reading)),
-        (cache, cache_column),
         (left, border_column),
         (right, border_column),
         (weight, whole(weight)),
         (bias, whole(bias)),
     ]
+    aliases = {}
+    if cache is not None:
+        aliases = {len(operands): 1}
+        operands.append((cache, cache_column))
     if modulation is not None:
         latent_frames, latent_columns = modulation[0].shape[1:3]
         scale = columns // latent_columns
@@ -243,14 +244,14 @@ def causal_conv(
         ],
         out_shape=[
             out,
-            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+            jax.ShapeDtypeStruct((batch, 2, columns, height, channels), x.dtype),
             jax.ShapeDtypeStruct((batch, 2, out_channels), jnp.float32),
         ],
         scratch_shapes=[
             pltpu.VMEM((3, frames + 2, height, channels), x.dtype),
             pltpu.VMEM((height + 2 * _PAD, 3 * out_channels), jnp.float32),
         ],
-        input_output_aliases={2: 1},
+        input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
