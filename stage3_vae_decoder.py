@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         mesh = make_mesh(all_devices(arguments.dp, arguments.tp))
         decoder_module = importlib.import_module(f"cogvideox.{decoder_name}")
 
-    from cogvideox.settings import decoded_frames
+    from cogvideox.settings import decoded_frames, temporal_factor
     from cogvideox.video import wants_float
     from runtime.compilation import CompilationLog
 
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         mesh=dict(mesh.shape),
         decoder=decoder_name,
     )
-    num_frames = decoded_frames(latent_frames, vae["temporal_compression_ratio"])
+    num_frames = decoded_frames(latent_frames, temporal_factor(vae))
     with timings.phase("run and save"):
         recorded = {**config, STAGE: section}
         _write(decoder.decode(latents, output=output), num_frames, videos, arguments, recorded)

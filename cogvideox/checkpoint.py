@@ -5,11 +5,12 @@ headers alone, before any weight is read.
 """
 
 import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -18,14 +19,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 
 class Config(dict):
-    """A JSON configuration; reading a key that is not there is an error in the input."""
+    """A JSON configuration, completed by the defaults of the diffusers class it configures.
+
+    Files from before a key existed lack it: CogVideoX-5b's has no patch_size_t.
+    """
 
     def __init__(self, path: Path):
         super().__init__(_read_json(path))
         self._path = path
 
-    def __missing__(self, key: str) -> NoReturn:
-        raise ValueError(f"{self._path} has no {key!r}")
+    def __missing__(self, key: str) -> Any:
+        import diffusers  # only when it is needed: it takes seconds
+
+        made = getattr(diffusers, str(self.get("_class_name")), None)
+        parameter = inspect.signature(made.__init__).parameters.get(key) if made else None
+        if parameter is None or parameter.default is inspect.Parameter.empty:
+            raise ValueError(f"{self._path} has no {key!r}")
+        return parameter.default
 
 
 @dataclasses.dataclass(frozen=True)

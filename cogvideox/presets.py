@@ -55,7 +55,7 @@ def preset_for(transformer_config: Mapping[str, Any], spatial_factor: int) -> Pr
         transformer_config: the transformer's config.json.
         spatial_factor: pixels per latent along height and width (8 for the published VAEs).
     """
-    is_v1_5 = transformer_config.get("patch_size_t") is not None
+    is_v1_5 = transformer_config["patch_size_t"] is not None
     shape = (transformer_config["num_layers"], transformer_config["num_attention_heads"])
     published = (_PUBLISHED_V1_5 if is_v1_5 else _PUBLISHED).get(shape)
     if published:
@@ -71,7 +71,7 @@ def preset_for(transformer_config: Mapping[str, Any], spatial_factor: int) -> Pr
                 transformer_config["sample_width"] * spatial_factor,
             ),
         ),
-        num_frames=frames if frames % base.frame_step == 1 else base.frame_step + 1,
+        num_frames=frames,
     )
 
 
@@ -106,7 +106,10 @@ def check_frames(preset: Preset, num_frames: int, *, temporal_factor: int, any_s
     """
     step = temporal_factor if any_size else preset.frame_step
     limit = None if any_size else preset.max_frames
-    if num_frames >= 1 and num_frames % step == 1 % step and (not limit or num_frames <= limit):
+    own = num_frames == preset.num_frames and num_frames % temporal_factor == 1 % temporal_factor
+    if own or (
+        num_frames >= 1 and num_frames % step == 1 % step and num_frames <= (limit or num_frames)
+    ):
         return
     below = max(1, (num_frames - 1) // step * step + 1)
     nearest = sorted({min(n, limit or n) for n in (below, below + step)})

@@ -44,6 +44,9 @@ class DenoisingSettings:
         return self.guidance_scale > 1.0
 
 
+# Ten times 161 frames of 768x1360; attention alone would take days beyond.
+_MOST_TOKENS = 1 << 20
+
 # What is None is taken from the model.
 Wishes = Mapping[str, Any]
 
@@ -84,10 +87,21 @@ def complete_settings(wishes: Wishes, model: ModelFolder, *, any_size: bool) -> 
     check_frames(
         preset,
         settings.num_frames,
-        temporal_factor=vae["temporal_compression_ratio"],
+        temporal_factor=temporal_factor(vae),
         any_size=any_size,
     )
-    trained_steps = schedule.get("num_train_timesteps", 1000)
+    tokens = (
+        settings.height
+        * settings.width
+        * settings.num_frames
+        // ((spatial * transformer["patch_size"]) ** 2 * temporal_factor(vae))
+    )
+    if tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"--height {settings.height} --width {settings.width} --num_frames "
+            f"{settings.num_frames} make {tokens} tokens; at most {_MOST_TOKENS} are computed"
+        )
+    trained_steps = schedule["num_train_timesteps"]
     if settings.num_inference_steps > trained_steps:
         raise ValueError(
             f"--num_inference_steps {settings.num_inference_steps} is more than the "
@@ -105,19 +119,31 @@ def latent_shape(
     group are added, denoised along and dropped, all at the front, as diffusers does.
     """
     transformer, vae = model.config("transformer"), model.config("vae")
-    frames = (settings.num_frames - 1) // vae["temporal_compression_ratio"] + 1
-    padding = -frames % (transformer.get("patch_size_t") or 1)
+    frames = (settings.num_frames - 1) // temporal_factor(vae) + 1
+    padding = -frames % (transformer["patch_size_t"] or 1)
     spatial = spatial_factor(vae)
     height, width = settings.height // spatial, settings.width // spatial
     return LatentShape(batch, frames + padding, transformer["in_channels"], height, width), padding
 
 
-def decoded_frames(latent_frames: int, temporal_factor: int) -> int:
-    """Frames that diffusers' VAE makes of latent frames.
+def decoded_frames(latent_frames: int, factor: int) -> int:
+    """Frames that diffusers' VAE makes of latent frames, `factor` of most.
 
     The odd latent frame of the first batch becomes a single frame; an even number has none.
     """
-    return latent_frames * temporal_factor - (temporal_factor - 1) * (latent_frames % 2)
+    return latent_frames * factor - (factor - 1) * (latent_frames % 2)
+
+
+def temporal_factor(vae_config: Mapping[str, Any]) -> int:
+    """Frames per latent frame.
+
+    Raises:
+        ValueError: it is no power of two, which the VAE's doublings cannot make.
+    """
+    factor = vae_config["temporal_compression_ratio"]
+    if factor not in (1, 2, 4, 8, 16):
+        raise ValueError(f"the VAE's temporal_compression_ratio {factor} is no power of two")
+    return int(factor)
 
 
 def spatial_factor(vae_config: Mapping[str, Any]) -> int:
@@ -149,5 +175,5 @@ def _own_scheduler(scheduler_config: Mapping[str, Any]) -> str:
 
 
 def _require_text_to_video(config: Mapping[str, Any]) -> None:
-    if config.get("ofs_embed_dim") or config.get("use_learned_positional_embeddings"):
+    if config["ofs_embed_dim"] or config["use_learned_positional_embeddings"]:
         raise ValueError("this is an image-to-video model; only text-to-video models are supported")

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-INDEX_FILE = WEIGHTS_FILE + ".index.json"
+from cogvideox.checkpoint import StoredTensor, check_names_and_shapes, stored_tensors
 
 # Present in every full VAE, of no use to a decoder.
 _NOT_FOR_DECODING = ("encoder.", "quant_conv.")
@@ -108,7 +106,7 @@ def arrange(weight: np.ndarray) -> np.ndarray:
         [first, middle + last, first + middle, last]
     )  # [side column, parity row, C', C]
     both = both.transpose(0, 3, 1, 2).reshape(2, 2 * channels, 4 * out_channels)
-    return both.astype(weight.dtype)
+    return both  # float32: rounded to the run's dtype once, by the caller
 
 
 def arranged_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -116,12 +114,14 @@ def arranged_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return arrange(np.broadcast_to(np.float32(0), shape)).shape
 
 
-def _weight_files(vae_folder: Path) -> list[Path]:
-    index = vae_folder / INDEX_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [vae_folder / name for name in names]
-    return [vae_folder / WEIGHTS_FILE]
+def decoding_weights(vae_folder: Path) -> dict[str, StoredTensor]:
+    """The headers of a VAE's weights that decoding needs; the encoder's are left out.
+
+    Raises:
+        ValueError: weight files are absent or damaged.
+    """
+    stored = stored_tensors(vae_folder)
+    return {name: t for name, t in stored.items() if not name.startswith(_NOT_FOR_DECODING)}
 
 
 def read_weights(vae_folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -135,29 +135,9 @@ def read_weights(vae_folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dic
         Arrays by name, in the dtype of the files.
 
     Raises:
-        FileNotFoundError: a weight file is absent.
-        ValueError: tensors are missing, extra or of another shape; the message lists all of them.
-            The encoder's are neither.
+        ValueError: files are absent or damaged, or tensors are missing, extra or of another shape;
+            the message lists all of them.
     """
-    weights: dict[str, np.ndarray] = {}
-    problems = []
-    for path in _weight_files(Path(vae_folder)):
-        if not path.is_file():
-            raise FileNotFoundError(f"no VAE weights at {path}")
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():
-                if name.startswith(_NOT_FOR_DECODING):
-                    continue
-                if name not in shapes:
-                    problems.append(f"extra {name}")
-                    continue
-                found = tuple(file.get_slice(name).get_shape())
-                if found != tuple(shapes[name]):
-                    problems.append(f"{name} is {list(found)}, not {list(shapes[name])}")
-                weights[name] = file.get_tensor(name)
-    problems += [f"missing {name}" for name in shapes if name not in weights]
-    if problems:
-        raise ValueError(
-            f"the VAE weights in {vae_folder} do not fit its config: " + "; ".join(sorted(problems))
-        )
-    return weights
+    stored = decoding_weights(Path(vae_folder))
+    check_names_and_shapes(stored, shapes, what="the VAE")
+    return {name: stored[name].read() for name in shapes}

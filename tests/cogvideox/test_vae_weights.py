@@ -11,8 +11,11 @@ from jax.sharding import Mesh
 from safetensors.torch import load_file, save_file
 
 from cogvideox import vae_flax, vae_torchax
-from cogvideox.vae_weights import INDEX_FILE, WEIGHTS_FILE, VaeConfig, arrange, arranged_shape
+from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape
 from tests.cogvideox.vae_models import thin_vae
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+INDEX_FILE = WEIGHTS_FILE + ".index.json"
 
 MODULES = [vae_torchax, vae_flax]
 
@@ -53,6 +56,11 @@ def test_both_decoders_want_the_same_weights(folder):
     assert flax == vae_torchax.weight_shapes(config)
 
 
+def test_upsamplers_of_bfloat16_files_are_summed_in_float32():
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(arrange(weight), arrange(weight.astype(np.float32)))
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_files_in_parts_and_in_bfloat16(folder, module):
     whole = load(module, folder, jnp.bfloat16)
@@ -75,7 +83,7 @@ def test_files_in_parts_and_in_bfloat16(folder, module):
 
 def test_absent_weights(folder):
     (folder / WEIGHTS_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=WEIGHTS_FILE):
+    with pytest.raises(ValueError, match="no .safetensors weights"):
         load(vae_flax, folder)
 
 
