@@ -39,8 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     with checking_input():
         model, tokens = stage1.check(arguments)
         plan = stage2.make_plan(arguments, model, len(arguments.prompt), tokens)
-        fps = plan.settings.fps
-        stage3.output_videos(arguments, arguments.output_dir, len(arguments.prompt), fps)
+        batch, frames, *shape = plan.denoiser.latents.sizes
+        latents = (batch, shape[0], frames - plan.padding_frames, *shape[1:])
+        stage3.check(arguments, model, arguments.output_dir, latents, plan.settings.fps)
 
     stage1.run(arguments)
     arguments.input_dir = arguments.output_dir

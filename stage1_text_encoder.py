@@ -61,6 +61,8 @@ def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
 
     if not all(prompt.strip() for prompt in arguments.prompt):
         raise ValueError("--prompt is empty; describe what the video shows")
+    if sum(map(len, arguments.prompt)) > 20_000:
+        raise ValueError("--prompt is longer than 20,000 characters")
     for text in (*arguments.prompt, arguments.negative_prompt):
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError("--prompt or --negative_prompt is not valid UTF-8")
@@ -71,6 +73,8 @@ def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
             raise ValueError(
                 f"the model's {part} is a {model.component_class(part)}, not a {known[0]}"
             )
+    model.config("text_encoder")
+    model.config("tokenizer", "tokenizer_config.json")
     stored_tensors(model.path / "text_encoder")
     return model, text_tokens(arguments.max_sequence_length, model.config("transformer"))
 
@@ -79,11 +83,13 @@ def run(arguments: argparse.Namespace) -> None:
     with checking_input():
         model, tokens = check(arguments)
 
+        from cogvideox.text_encoder import check_weights, encode, load_text_encoder
+
+        check_weights(model)
+
     timings = Timings()
     with timings.phase("load"):
         import torch
-
-        from cogvideox.text_encoder import encode, load_text_encoder
 
         text_encoder = load_text_encoder(model, getattr(torch, arguments.dtype))
     with timings.phase("run"):

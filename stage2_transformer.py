@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--guidance_scale",
-        type=utils.finite,
+        type=utils.number(0, 1000),
         help="classifier-free guidance; 1 or less turns it off (default: the model's, 6)",
     )
     parser.add_argument(
@@ -149,6 +149,8 @@ def run(arguments: argparse.Namespace) -> None:
     with checking_input():
         embeddings, model = _open_embeddings(arguments)
         utils.check_output_folder(output_dir, utils.LATENTS_FILE)
+        if arguments.profile:
+            utils.check_output_folder(arguments.profile)
         batch, tokens, _ = embeddings.shapes["prompt_embeds"]
         plan = make_plan(arguments, model, batch, tokens)
     mesh, attention = dict(plan.denoiser.mesh.shape), plan.denoiser.attention.name
@@ -208,7 +210,10 @@ def _open_embeddings(arguments: argparse.Namespace) -> tuple[utils.StageFile, Mo
     )
     model = utils.find_same_model(arguments.model_id, file, ["transformer", "scheduler"])
     transformer = model.config("transformer")
-    _, tokens, width = file.shapes["prompt_embeds"]
+    shape = file.shapes["prompt_embeds"]
+    if len(shape) != 3 or 0 in shape or file.shapes["negative_prompt_embeds"] != shape:
+        raise ValueError(f"{file.path} does not hold two equal [batch, tokens, width] tensors")
+    _, tokens, width = shape
     text_tokens(tokens, transformer)
     if width != transformer["text_embed_dim"]:
         raise ValueError(

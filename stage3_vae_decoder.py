@@ -20,6 +20,8 @@ from utils import ArgumentParser, Timings, checking_input
 if TYPE_CHECKING:
     import numpy as np
 
+    from cogvideox.checkpoint import ModelFolder
+
 STAGE = "stage3_vae_decoder"
 
 
@@ -57,17 +59,43 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def output_videos(arguments: argparse.Namespace, folder: Path, batch: int, fps: int) -> list[Path]:
-    """Where the videos of a batch go, checked: one path a prompt.
+def contact_sheet(video: Path) -> Path:
+    """Where the contact sheet of a video goes."""
+    return video.with_name(f"{video.stem}_contact_sheet.png")
+
+
+def check(
+    arguments: argparse.Namespace,
+    model: ModelFolder,
+    folder: Path,
+    latents: tuple[int, ...],
+    fps: int,
+) -> list[Path]:
+    """Checks the VAE's files and where the videos of a batch go: one path a prompt.
+
+    Args:
+        folder: for a video that is not named.
+        latents: their shape [B, C, T, H, W].
 
     Raises:
-        ValueError: an unknown suffix, or a place that cannot be written.
+        ValueError: an unknown suffix, a place that cannot be written, weights that do not fit.
     """
-    from cogvideox.video import check_output_path
+    from cogvideox.settings import decoded_frames, spatial_factor, temporal_factor
+    from cogvideox.vae_weights import decoding_weights
+    from cogvideox.video import check_output_path, wants_float
 
+    batch, channels, latent_frames, height, width = latents
+    vae = model.config("vae")
+    if channels != vae["latent_channels"]:
+        raise ValueError(f"latents of {channels} channels, a VAE of {vae['latent_channels']}")
+    decoding_weights(model.path / "vae")
     videos = utils.numbered(arguments.output_video or folder / utils.VIDEO_FILE, batch)
+    values = 3 * height * width * spatial_factor(vae) ** 2
+    values *= decoded_frames(latent_frames, temporal_factor(vae))
     for video in videos:
         check_output_path(video, fps=fps, quality=arguments.quality)
+        needed = values * (4 if wants_float(video) else 1)
+        utils.check_output_folder(video.parent, contact_sheet(video).name, needed_bytes=needed)
         if video.exists():
             print(f"will replace {video}")
     return videos
@@ -78,15 +106,10 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     timings = Timings()
     with checking_input():
         config, latents_file = _open_latents(arguments)
-        batch, channels, latent_frames, _, _ = latents_file.shapes["latents"]
+        shape = latents_file.shapes["latents"]
         fps = arguments.fps or latents_file.section["fps"]
-        videos = output_videos(arguments, arguments.input_dir, batch, fps)
         model = utils.find_same_model(arguments.model_id, latents_file, ["vae"])
-        vae = model.config("vae")
-        if channels != vae["latent_channels"]:
-            raise ValueError(
-                f"{latents_file.path} has {channels} channels, the VAE {vae['latent_channels']}"
-            )
+        videos = check(arguments, model, arguments.input_dir, shape, fps)
         utils.start_jax(arguments.dtype)
 
         import jax.numpy as jnp
@@ -122,7 +145,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         mesh=dict(mesh.shape),
         decoder=decoder_name,
     )
-    num_frames = decoded_frames(latent_frames, temporal_factor(vae))
+    num_frames = decoded_frames(shape[2], temporal_factor(model.config("vae")))
     with timings.phase("run and save"):
         recorded = {**config, STAGE: section}
         _write(decoder.decode(latents, output=output), num_frames, videos, arguments, recorded)
@@ -138,9 +161,6 @@ def _open_latents(arguments: argparse.Namespace) -> tuple[dict, utils.StageFile]
         arguments.input_dir, utils.LATENTS_FILE, "stage2_transformer", config, {"latents"}
     )
     utils.check_inputs_are_current(file, config, "embeddings", "stage1_text_encoder")
-    # The settings go to ffmpeg as one argument, which Linux limits to 128 KiB.
-    if not arguments.no_metadata and len(json.dumps(config)) > 90_000:
-        raise ValueError("the prompt is too long for the mp4's comment tag; use --no_metadata")
     return config, file
 
 
@@ -181,7 +201,7 @@ def _write(
     prompts = recorded["stage1_text_encoder"]["prompt"]
     prompts = [prompts] if isinstance(prompts, str) else prompts
     for video, sampler, prompt in zip(videos, samplers, prompts, strict=True):
-        sheet = video.with_name(f"{video.stem}_contact_sheet.png")
+        sheet = contact_sheet(video)
         caption = f"{prompt}\n{_settings_line(recorded)}"
         write_contact_sheet(
             sheet, sampler.frames(), indices=sampler.indices, fps=fps, caption=caption

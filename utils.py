@@ -7,13 +7,14 @@ diffusers are loaded.
 import argparse
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
@@ -44,7 +45,9 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     traceback.
     """
     # A terminated run unwinds, so that its temporary files are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    sys.unraisablehook = _stop_again
     try:
         main()
     except InputError as error:
@@ -53,10 +56,35 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except (RunError, FloatingPointError) as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
     sys.exit(0)
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+    def __init__(self, number: int):
+        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
+        self.number = number
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    raise Stopped(number)
+
+
+def _stop_again(unraisable: Any) -> None:
+    """Repeats a signal whose exception was dropped.
+
+    Python drops exceptions in garbage collection callbacks, and JAX registers one: about half of
+    all signals were lost there while stage 2 was starting.
+    """
+    if isinstance(unraisable.exc_value, Stopped):
+        number = unraisable.exc_value.number
+        threading.Timer(0.05, signal.raise_signal, (number,)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 class InputError(ValueError):
@@ -72,7 +100,8 @@ def checking_input() -> Iterator[None]:
     """Turns the ValueErrors of input checks into the one-line error with exit code 2."""
     try:
         yield
-    except ValueError as error:
+    # diffusers' schedulers raise NotImplementedError for settings that they do not know.
+    except (ValueError, NotImplementedError) as error:
         raise InputError(str(error)) from error
 
 
@@ -126,15 +155,20 @@ def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def finite(text: str) -> float:
-    """An argparse type: a finite number, zero or larger."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must be a finite number, 0 or larger")
-    return value
+def number(minimum: float, maximum: float) -> Callable[[str], float]:
+    """An argparse type: a number in [minimum, maximum]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not minimum <= value <= maximum:
+            bounds = f"from {minimum:g} to {maximum:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bounds}")
+        return value
+
+    return parse
 
 
 def add_folders(parser: ArgumentParser) -> None:
@@ -398,12 +432,28 @@ def check_finite(tensors: Mapping[str, Any], stage: str) -> None:
 
 
 def start_jax(dtype: str) -> None:
-    """Sets JAX up for a stage: the compilation cache, and exact matmuls for float32 runs."""
+    """Sets JAX up for a stage: devices, the compilation cache, exact matmuls for float32 runs.
+
+    Raises:
+        ValueError: JAX finds no device, or the cache folder cannot be written.
+    """
+    # libtpu prints five lines of complaint where it finds no TPU.
+    accelerators = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
+    if not any(glob.glob(pattern) for pattern in accelerators):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
     import jax
 
     from runtime.compilation import enable_persistent_cache
 
-    print(f"compilation cache: {enable_persistent_cache()}")
+    try:
+        print(f"compilation cache: {enable_persistent_cache()}")
+    except OSError as error:
+        raise ValueError(f"JAX_COMPILATION_CACHE_DIR: {error}") from error
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise ValueError(f"JAX finds no device: {error}") from error
     if dtype == "float32":
         # TPUs and GPUs otherwise multiply float32 in bfloat16 or TF32.
         jax.config.update("jax_default_matmul_precision", "highest")

@@ -5,7 +5,9 @@ import dataclasses
 import torch
 import transformers
 
-from cogvideox.checkpoint import ModelFolder
+from cogvideox.checkpoint import ModelFolder, check_names_and_shapes, stored_tensors
+
+_SAME_WEIGHT = {"shared.weight", "encoder.embed_tokens.weight"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,19 +18,43 @@ class TextEncoder:
     encoder: transformers.PreTrainedModel
 
 
+def check_weights(model: ModelFolder) -> None:
+    """Holds the encoder's weight headers against its config.
+
+    transformers draws what is missing at random, with a warning.
+
+    Raises:
+        ValueError: listing every missing or misshapen weight; others (a decoder) are not used.
+    """
+    encoder_class = _class(model, "text_encoder")
+    config = encoder_class.config_class.from_pretrained(model.path / "text_encoder")
+    with torch.device("meta"):
+        module = encoder_class(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    stored = stored_tensors(model.path / "text_encoder")
+    if stored.keys() & _SAME_WEIGHT:  # one of the two names is enough
+        expected = {
+            n: shape for n, shape in expected.items() if n in stored or n not in _SAME_WEIGHT
+        }
+    used = {name: stored[name] for name in stored.keys() & expected.keys()}
+    check_names_and_shapes(used, expected, what="the text encoder")
+
+
 def load_text_encoder(model: ModelFolder, dtype: torch.dtype) -> TextEncoder:
     """Loads only `tokenizer/` and `text_encoder/`, with the classes that model_index.json names.
 
     transformers maps the safetensors files and converts tensor by tensor into place, so T5-XXL
     (9.5 GB in bfloat16) is held once.
     """
-    tokenizer_class = getattr(transformers, model.component_class("tokenizer"))
-    encoder_class = getattr(transformers, model.component_class("text_encoder"))
-    tokenizer = tokenizer_class.from_pretrained(model.path / "tokenizer")
-    encoder = encoder_class.from_pretrained(
+    tokenizer = _class(model, "tokenizer").from_pretrained(model.path / "tokenizer")
+    encoder = _class(model, "text_encoder").from_pretrained(
         model.path / "text_encoder", dtype=dtype, use_safetensors=True
     )
     return TextEncoder(tokenizer, encoder.eval())
+
+
+def _class(model: ModelFolder, part: str) -> type:
+    return getattr(transformers, model.component_class(part))
 
 
 def encode(

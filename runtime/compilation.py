@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,10 +11,15 @@ def enable_persistent_cache() -> Path:
     """Turns on JAX's persistent compilation cache for every program, however small.
 
     The folder is `JAX_COMPILATION_CACHE_DIR`, or the user's cache folder.
+
+    Raises:
+        OSError: the folder cannot be made or written.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cogvideox-tpu/jax"
-    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", default)).expanduser()
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or default).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} is not writable")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # The defaults skip programs under 1 s: dozens of small ones would compile on every start.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -62,10 +65,3 @@ class CompilationLog:
             f"{self.compiled} compilations, {self.cache_hits} cache hits, {self.seconds:.1f} s "
             f"compiling or reading the cache"
         )
-
-
-def compile_ahead(function: Callable, *args: object) -> tuple[jax.stages.Compiled, float]:
-    """Lowers and compiles a jitted `function` for `args`; returns it and the seconds it took."""
-    start = time.perf_counter()
-    compiled = function.lower(*args).compile()
-    return compiled, time.perf_counter() - start

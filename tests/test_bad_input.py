@@ -12,9 +12,15 @@ import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 import utils
+from cogvideox.checkpoint import find_model
 from tests.tiny_models import save_tiny_model
 
 PROMPT = ["--prompt", "A red cat"]
+_NEEDED = {
+    *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers"),
+    *("time_embed_dim", "text_embed_dim", "use_rotary_positional_embeddings"),
+    *("block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def refusal(capsys, stage, *arguments: object) -> str:
         (["--num_inference_steps", 0], "--num_inference_steps"),
         (["--num_inference_steps", 1001], "1000"),
         (["--num_inference_steps", "many"], "not an integer"),
-        (["--guidance_scale", "nan"], "finite"),
+        (["--guidance_scale", "nan"], "from 0 to 1000"),
         (["--guidance_scale", -1], "--guidance_scale"),
         (["--seed", -1], "--seed"),
         (["--fps", 0], "--fps"),
@@ -220,6 +226,39 @@ def test_truncated_transformer_weights(models, files, tmp_path, capsys):
     weights = with_weights(models, files, tmp_path, lambda w: None)
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "damaged" in refusal(capsys, stage2, "--input_dir", files)
+
+
+def test_truncated_vae_weights(models, finished, tmp_path, capsys):
+    model = Path(shutil.copytree(models / "good", tmp_path / "model"))
+    weights = model / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    where = ["--model_id", model, "--output_dir", tmp_path / "out"]
+    assert "damaged" in refusal(capsys, generate, *PROMPT, *where)
+
+
+def test_text_encoder_that_transformers_would_fill_up(models, tmp_path, capsys):
+    model = Path(shutil.copytree(models / "good", tmp_path / "model"))
+    config = model / "text_encoder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 3}))
+    where = ["--model_id", model, "--output_dir", tmp_path / "out"]
+    assert "missing encoder.block.2" in refusal(capsys, stage1, *PROMPT, *where)
+
+
+def test_configs_from_before_a_key_existed(models, tmp_path):
+    """CogVideoX-5b's config has no patch_size_t; diffusers' default stands in."""
+    folder = save_tiny_model(tmp_path, "1.0-rope")
+    for part in ("transformer", "vae"):
+        config = folder / part / "config.json"
+        values = json.loads(config.read_text())
+        kept = {k: v for k, v in values.items() if k.startswith("_") or k in _NEEDED}
+        config.write_text(json.dumps(kept))
+    plan = stage2.make_plan(
+        stage2.parse_arguments(["--dtype", "float32", "--allow_unsupported"]),
+        find_model(str(folder), ["transformer"]),
+        batch=1,
+        tokens=226,
+    )
+    assert plan.denoiser.config["patch_size_t"] is None
 
 
 def test_image_to_video_model(models, files, tmp_path, capsys):

@@ -39,3 +39,21 @@ utils.run_main(main)
     assert path.read_text() == '"old"\n'
     write_json(path, "new")
     assert path.read_text() == '"new"\n' and os.listdir(tmp_path) == ["file.json"]
+
+
+def test_a_signal_dropped_by_a_gc_callback_comes_again():
+    program = """
+import gc, os, signal, time, utils
+def callback(phase, _):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+def main():
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(5)
+utils.run_main(main)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 143 and done.stderr == "terminated\n"
