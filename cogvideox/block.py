@@ -17,7 +17,7 @@ pad every row to 128 lanes. Rotary pairs lie half a head apart instead of side b
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,23 @@ from cogvideox.qk_norm import Rotary
 
 Weights = Mapping[str, jax.Array]
 
-ACTIVATIONS = {
+
+def _gated(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Half the columns, times the activation of the other half."""
+
+    def apply(x: jax.Array) -> jax.Array:
+        hidden, gate = jnp.split(x, 2, axis=-1)
+        return hidden * activation(gate)
+
+    return apply
+
+
+# By diffusers' names; every shard of a gated one needs both halves of its columns.
+GATED = {
+    "geglu": _gated(lambda x: jax.nn.gelu(x, approximate=False)),
+    "swiglu": _gated(jax.nn.silu),
+}
+ACTIVATIONS = GATED | {
     "gelu-approximate": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "linear-silu": jax.nn.silu,

@@ -6,8 +6,9 @@ names, so that the compiler sees a single block however deep the model is.
 """
 
 import concurrent.futures
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
@@ -19,14 +20,16 @@ import torchax.interop
 from jax.sharding import NamedSharding
 
 from cogvideox.attention import AttentionKernel
-from cogvideox.block import ACTIVATIONS, Block, text_rows_first
+from cogvideox.block import ACTIVATIONS, GATED, Block, text_rows_first
 from cogvideox.checkpoint import StoredTensor, check_names_and_shapes
 from cogvideox.qk_norm import rotary_halves
 from cogvideox.sharding import parameter_specs
 from cogvideox.tokens import TokenLayout
 
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
-# Rows of these are reordered so that rotary pairs lie half a head apart (see cogvideox/block.py).
+# The rows of these are reordered: each shard needs both halves of its gates, and rotary pairs lie
+# half a head apart (see cogvideox/block.py).
+_GATED = re.compile(r"transformer_blocks\.ff\.net\.0\.proj\.(weight|bias)")
 _ROTATED = re.compile(r"transformer_blocks\.attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)")
 
 
@@ -127,6 +130,26 @@ def stack_shapes(shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> dict
     return stacked
 
 
+# Reads a part of a stored tensor, its rows in the order that the block wants.
+RowOrder = Callable[[StoredTensor, tuple[slice, ...]], np.ndarray]
+
+
+def _in_order(tensor: StoredTensor, index: tuple[slice, ...]) -> np.ndarray:
+    return tensor.read(index)
+
+
+def _rotary_order(head_dim: int, tensor: StoredTensor, index: tuple[slice, ...]) -> np.ndarray:
+    return rotary_halves(tensor.read(index), head_dim)
+
+
+def _gated_order(tensor: StoredTensor, index: tuple[slice, ...]) -> np.ndarray:
+    """Of a shard's rows, one half from each half of the tensor."""
+    start, stop, _ = index[0].indices(tensor.shape[0])
+    middle = tensor.shape[0] // 2
+    halves = [slice(first + start // 2, first + stop // 2) for first in (0, middle)]
+    return np.concatenate([tensor.read((rows, *index[1:])) for rows in halves])
+
+
 def abstract_parameters(
     config: Mapping[str, Any], mesh: jax.sharding.Mesh, dtype: jnp.dtype
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -157,11 +180,15 @@ def load_parameters(
 
     def load(name: str) -> jax.Array:
         sharding = NamedSharding(mesh, specs[name])
-        head_dim = config["attention_head_dim"] if _ROTATED.fullmatch(name) else None
-        return _load_sharded(_sources(name, stored), shapes[name], sharding, dtype, head_dim)
+        order: RowOrder = _in_order
+        if _ROTATED.fullmatch(name):
+            order = functools.partial(_rotary_order, config["attention_head_dim"])
+        elif _GATED.fullmatch(name) and config["activation_fn"] in GATED:
+            order = _gated_order
+        return _load_sharded(_sources(name, stored), shapes[name], sharding, dtype, order)
 
-    # Four readers keep mapped files and host-to-device copies busy at once.
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    # Two readers keep files and device copies busy; more would hold more buffers of up to 3.2 GB.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip(shapes, pool.map(load, shapes), strict=True))
 
 
@@ -202,9 +229,9 @@ def _load_sharded(
     shape: tuple[int, ...],
     sharding: NamedSharding,
     dtype: jnp.dtype,
-    head_dim: int | None,
+    order: RowOrder,
 ) -> jax.Array:
-    """Reads a parameter shard by shard; rows are reordered by `rotary_halves` with a `head_dim`."""
+    """Reads a parameter shard by shard; `order` reads the rows of a stacked one."""
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
@@ -214,8 +241,7 @@ def _load_sharded(
         if isinstance(source, list):
             shard = np.empty(sharding.shard_shape(shape), dtype)
             for layer, tensor in enumerate(source):
-                rows = tensor.read(index[1:])
-                shard[layer] = rotary_halves(rows, head_dim) if head_dim else rows
+                shard[layer] = order(tensor, index[1:])
         else:
             shard = source.read(index).astype(dtype)
         shards += [jax.device_put(shard, device) for device in devices]

@@ -44,10 +44,12 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     return denoiser.final_latents(last)
 
 
-@pytest.fixture(scope="module", params=["1.5", "1.0-sincos"])
+# Gated, the MLP's first layer has twice the columns, and every shard needs both halves of some.
+@pytest.fixture(scope="module", params=[("1.5", "gelu-approximate"), ("1.0-sincos", "geglu")])
 def model(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    return save_tiny_model(folder, request.param, num_attention_heads=8)
+    generation, activation = request.param
+    return save_tiny_model(folder, generation, num_attention_heads=8, activation_fn=activation)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,8 @@ def test_weights_are_split_where_the_table_says(model):
     assert shard("attn1.to_q.bias") == (layers, width // 4)
     assert shard("attn1.to_out.0.weight") == (layers, width, width // 4)
     assert shard("attn1.to_out.0.bias") == (layers, width)
-    assert shard("ff.net.0.proj.weight") == (layers, width, width)
+    hidden = 4 * width * (2 if config["activation_fn"] == "geglu" else 1)
+    assert shard("ff.net.0.proj.weight") == (layers, hidden // 4, width)
     assert shard("ff.net.2.weight") == (layers, width, width)
     for name, parameter in parameters.items():
         if "transformer_blocks" not in name:

@@ -85,7 +85,7 @@ CASES = {
         {"height": 64, "width": 80, "num_frames": 17},
     ),
     "1.0 rope ddim": (
-        {"generation": "1.0-rope", "attention_head_dim": 16},
+        {"generation": "1.0-rope", "attention_head_dim": 16, "activation_fn": "geglu"},
         {"scheduler": "ddim", "steps": 5, "guidance": 6.0, "dynamic": True},
         {"height": 80, "width": 48, "num_frames": 9},
     ),
