@@ -46,15 +46,15 @@ def lower_ours(
 
     from splash_attention.block_sizes import BlockSizes, chip_named
     from splash_attention.kernel import attention_kernel
-    from splash_attention.quantize import depth
 
     block_sizes = BlockSizes(**blocks)
     quantized = kernel == "int8_qk"
     dtype = jnp.dtype("int8" if quantized else "bfloat16")
-    channels = depth(head_dim) if quantized else head_dim
+    # int8 keys end on a tile of 32.
+    keys = -(-length // 32) * 32 if quantized else length
     operands = {
-        "q": ((heads, channels, length), dtype),
-        "k": ((heads, length, channels), dtype),
+        "q": ((heads, head_dim, length), dtype),
+        "k": ((heads, keys, head_dim), dtype),
         "v": ((heads, head_dim, length), jnp.bfloat16),
     }
     if quantized:
@@ -68,7 +68,7 @@ def lower_ours(
             always_valid=length,
             window_size=None,
             block_sizes=block_sizes,
-            vmem_limit_bytes=chip_named(chip).require_vmem(block_sizes, head_dim, channels, dtype),
+            vmem_limit_bytes=chip_named(chip).require_vmem(block_sizes, head_dim, dtype),
             out_dtype=jnp.bfloat16,
             interpret=False,
         )[0]
@@ -159,13 +159,11 @@ def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[
             )
     else:
         from splash_attention.block_sizes import chip_named, choose_block_sizes
-        from splash_attention.quantize import depth
 
-        quantized = kernel == "int8_qk"
-        channels, dtype = (depth(head_dim), "int8") if quantized else (head_dim, "bfloat16")
-        sizes = choose_block_sizes(chip_named(chip), head_dim, length, length, channels, dtype)
+        dtype = "int8" if kernel == "int8_qk" else "bfloat16"
+        sizes = choose_block_sizes(chip_named(chip), head_dim, length, length, dtype)
         blocks = dataclasses.asdict(sizes)
-        vmem = sizes.vmem_bytes(head_dim, channels, dtype)
+        vmem = sizes.vmem_bytes(head_dim, dtype)
         schedule = measure_ours(chip, heads, length, head_dim, kernel, blocks)
     scores = heads * length * length
     return {

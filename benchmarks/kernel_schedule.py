@@ -149,7 +149,7 @@ def _read(folder: Path, kernel_name: str, grid_steps: int, seconds: float) -> Sc
 @dataclasses.dataclass(frozen=True)
 class _Bundle:
     mark: str | None
-    depth: int
+    depth: int | None
     text: str
 
 
@@ -161,37 +161,33 @@ def _bundles(lines: list[str]) -> list[_Bundle]:
             found.append((match, [line]))
         elif found:
             found[-1][1].append(line)
-    bundles: list[_Bundle] = []
-    for match, text in found:
-        # An empty bundle is printed without its depth; it belongs to the loop around it.
-        empty = match.string.startswith("{}", match.end() - 1)
-        depth = bundles[-1].depth if empty and bundles else len(match[2])
-        bundles.append(_Bundle(match[1], depth, "\n".join(text)))
-    return bundles
+    return [
+        # An empty bundle is printed without its depth.
+        _Bundle(m[1], None if m.string.startswith("{}", m.end() - 1) else len(m[2]), "\n".join(t))
+        for m, t in found
+    ]
 
 
 def _weights(bundles: list[_Bundle], grid_steps: int) -> list[int]:
     """How often each bundle runs."""
-    loop_of_region: dict[str, int] = {}
     exit_value: dict[str, int] = {}
+    loop_of_region: dict[str, int] = {}
     trips: dict[int, int] = {}
+    # The loop last begun at each depth, counted from 1. The scheduler moves single bundles of a
+    # loop behind code that follows it, so depths do not nest like brackets.
+    begun: list[int] = []
+    depth = 0
+    loops_around: list[tuple[int, ...]] = []
     for i, bundle in enumerate(bundles):
+        depth = depth if bundle.depth is None else bundle.depth
         if bundle.mark == "LB":
+            begun[depth - 1 :] = [i]
             loop_of_region |= dict.fromkeys(_START_REGION.findall(bundle.text), i)
         exit_value |= {name: int(value) for name, value in _EXIT_TEST.findall(bundle.text)}
         for predicate, region in _BRANCH.findall(bundle.text):
-            if region in loop_of_region and predicate in exit_value:
-                trips[loop_of_region[region]] = exit_value[predicate]
-    weights = []
-    stack: list[int] = []
-    for i, bundle in enumerate(bundles):
-        del stack[bundle.depth :]
-        if bundle.mark == "LB":
-            del stack[bundle.depth - 1 :]
-            # The grid's loop runs a step or two more, to fill and drain the copies; they skip the
-            # kernel.
-            stack.append(grid_steps if bundle.depth == 1 else trips.get(i, 0))
-        if len(stack) != bundle.depth:
-            raise RuntimeError(f"bundle {i:#x} is {bundle.depth} loops deep, seen {len(stack)}")
-        weights.append(math.prod(stack))
-    return weights
+            if region in loop_of_region:
+                trips[loop_of_region[region]] = exit_value.get(predicate, 0)
+        loops_around.append(tuple(begun[:depth]))
+    # The grid's loop runs a step or two more, to fill and drain the copies; they skip the kernel.
+    trips |= {loops[0]: grid_steps for loops in loops_around if loops}
+    return [math.prod(trips[loop] for loop in loops) for loops in loops_around]

@@ -148,8 +148,8 @@ def sequence_minor_attention(
         v = v.astype(jnp.bfloat16)
     chip = current_chip(interpret=bool(interpret))
     if block_sizes is None:
-        block_sizes = choose_block_sizes(chip, head_dim, q_len, kv_len, q.shape[1], q.dtype)
-    out, _ = attention_kernel(
+        block_sizes = choose_block_sizes(chip, head_dim, q_len, kv_len, q.dtype)
+    (out,) = attention_kernel(
         q,
         k,
         v,
@@ -159,7 +159,7 @@ def sequence_minor_attention(
         always_valid=kv_len,
         window_size=window_size,
         block_sizes=block_sizes,
-        vmem_limit_bytes=chip.require_vmem(block_sizes, head_dim, q.shape[1], q.dtype),
+        vmem_limit_bytes=chip.require_vmem(block_sizes, head_dim, q.dtype),
         out_dtype=out_dtype,
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
     )

@@ -43,19 +43,16 @@ class BlockSizes:
                 f"chunk x unroll = {group}"
             )
 
-    def vmem_bytes(self, head_dim: int, depth: int, dtype: jnp.dtype) -> int:
+    def vmem_bytes(self, head_dim: int, dtype: jnp.dtype) -> int:
         """VMEM the kernel needs: two buffers of every operand, the accumulators, temporaries.
 
-        Args:
-            head_dim: of v and of the output.
-            depth: channels of q and k: the head size, or that times the pairs of int8 digits.
-            dtype: of q and k; beside int8, v and the output are bfloat16.
+        `dtype` is that of q and k; beside int8, v and the output are bfloat16.
         """
         item = jnp.dtype(dtype).itemsize
         value_item = max(item, 2)
-        keys = 2 * self.block_kv * _round_up(depth, 128) * item
+        keys = 2 * self.block_kv * _round_up(head_dim, 128) * item
         values = 2 * self.block_kv * head_dim * value_item
-        queries_and_outputs = 2 * self.block_q * (depth * item + head_dim * value_item)
+        queries_and_outputs = 2 * self.block_q * head_dim * (item + value_item)
         # Maximum, denominators, both buffers of their logarithms and of the scales of q: 8 rows.
         accumulators = self.block_q * (head_dim + 6 * 8) * 4
         # Scores of the chunks in flight: two ahead, one being weighed, as float32 and as operand.
@@ -70,11 +67,9 @@ class Chip:
     name: str
     vmem_bytes: int
 
-    def require_vmem(
-        self, block_sizes: BlockSizes, head_dim: int, depth: int, dtype: jnp.dtype
-    ) -> int:
+    def require_vmem(self, block_sizes: BlockSizes, head_dim: int, dtype: jnp.dtype) -> int:
         """The VMEM limit for the compiler, in bytes; ValueError when the tiles need more."""
-        need = block_sizes.vmem_bytes(head_dim, depth, dtype)
+        need = block_sizes.vmem_bytes(head_dim, dtype)
         if need > self.vmem_bytes:
             raise ValueError(
                 f"{block_sizes} at head size {head_dim} in {jnp.dtype(dtype).name} needs "
@@ -99,7 +94,7 @@ def current_chip(*, interpret: bool) -> Chip:
 
 
 def choose_block_sizes(
-    chip: Chip, head_dim: int, q_len: int, kv_len: int, depth: int, dtype: jnp.dtype
+    chip: Chip, head_dim: int, q_len: int, kv_len: int, dtype: jnp.dtype
 ) -> BlockSizes:
     """Block sizes for a chip and a shape: the whole head in VMEM where it fits."""
     most_unrolled = 64
@@ -111,7 +106,7 @@ def choose_block_sizes(
         groups = math.ceil(chunks / most_unrolled)
         unroll = math.ceil(chunks / groups)
         sizes = BlockSizes(block_q, groups * unroll * chunk, chunk, unroll)
-        if sizes.vmem_bytes(head_dim, depth, dtype) <= chip.vmem_bytes:
+        if sizes.vmem_bytes(head_dim, dtype) <= chip.vmem_bytes:
             return sizes
     raise ValueError(
         f"no block of keys of head size {head_dim} fits the {chip.vmem_bytes / _MIB:.1f} MiB of "
