@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
         batch, tokens, _ = embeddings.shapes["prompt_embeds"]
         plan = make_plan(arguments, model, batch, tokens)
     mesh, attention = dict(plan.denoiser.mesh.shape), plan.denoiser.attention.name
-    print(f"{plan.settings}\nmesh {mesh}, attention {attention}, {arguments.dtype}")
+    print(f"{plan.settings.describe()}\nmesh {mesh}, attention {attention}, {arguments.dtype}")
 
     import jax
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 from collections.abc import Iterable
@@ -173,6 +174,7 @@ def _write(
 ) -> None:
     """Streams the frames of every video of the batch to its file; contact sheets at the end."""
     from cogvideox.contact_sheet import FrameSampler, write_contact_sheet
+    from cogvideox.settings import DenoisingSettings
     from cogvideox.video import open_video_writer
 
     fps = recorded[STAGE]["fps"]
@@ -198,24 +200,18 @@ def _write(
                 sampler.add(own)
             bar.update(frames.shape[1])
         bar.close()
+    made = recorded["stage2_transformer"] | {"fps": fps}
+    fields = dataclasses.fields(DenoisingSettings)
+    settings = DenoisingSettings(**{field.name: made[field.name] for field in fields})
     prompts = recorded["stage1_text_encoder"]["prompt"]
     prompts = [prompts] if isinstance(prompts, str) else prompts
     for video, sampler, prompt in zip(videos, samplers, prompts, strict=True):
         sheet = contact_sheet(video)
-        caption = f"{prompt}\n{_settings_line(recorded)}"
+        caption = f"{prompt}\n{settings.describe()}"
         write_contact_sheet(
             sheet, sampler.frames(), indices=sampler.indices, fps=fps, caption=caption
         )
         print(f"video: {video}\ncontact sheet: {sheet}")
-
-
-def _settings_line(recorded: dict) -> str:
-    made, fps = recorded["stage2_transformer"], recorded[STAGE]["fps"]
-    return (
-        f"{made['width']}x{made['height']}, {made['num_frames']} frames at {fps} fps, "
-        f"{made['num_inference_steps']} {made['scheduler']} steps, "
-        f"guidance {made['guidance_scale']:g}, seed {made['seed']}"
-    )
 
 
 if __name__ == "__main__":

@@ -43,6 +43,15 @@ class DenoisingSettings:
         """Whether classifier-free guidance doubles the batch, as in diffusers."""
         return self.guidance_scale > 1.0
 
+    def describe(self) -> str:
+        """One line for people."""
+        dynamic = " dynamic" if self.use_dynamic_cfg else ""
+        return (
+            f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps, "
+            f"{self.num_inference_steps} {self.scheduler} steps,{dynamic} guidance "
+            f"{self.guidance_scale:g}, seed {self.seed}"
+        )
+
 
 # Ten times 161 frames of 768x1360; attention alone would take days beyond.
 _MOST_TOKENS = 1 << 20
