@@ -21,7 +21,9 @@ SHAPES = (
     (12, 87778, 64),
     (6, 45106, 128),
 )
-KERNELS = ("bounded", "online", "int8_qk", "jax_splash", "jax_flash")
+# "_beside": the keys of all heads side by side, as a projection makes them and stage 2 passes them.
+OURS = ("bounded", "bounded_beside", "online", "online_beside", "int8_qk", "int8_qk_beside")
+KERNELS = (*OURS, "jax_splash", "jax_flash")
 UNITS = {
     "mxu": "MXU",
     "xlu": "XLU",
@@ -48,13 +50,14 @@ def lower_ours(
     from splash_attention.kernel import attention_kernel
 
     block_sizes = BlockSizes(**blocks)
-    quantized = kernel == "int8_qk"
+    quantized = kernel.startswith("int8_qk")
     dtype = jnp.dtype("int8" if quantized else "bfloat16")
     # int8 keys end on a tile of 32.
     keys = -(-length // 32) * 32 if quantized else length
+    beside = kernel.endswith("_beside")
     operands = {
         "q": ((heads, head_dim, length), dtype),
-        "k": ((heads, keys, head_dim), dtype),
+        "k": ((1, keys, heads * head_dim) if beside else (heads, keys, head_dim), dtype),
         "v": ((heads, head_dim, length), jnp.bfloat16),
     }
     if quantized:
@@ -63,9 +66,10 @@ def lower_ours(
     def call(**arrays: jax.Array) -> jax.Array:
         return attention_kernel(
             **arrays,
-            bounded=kernel != "online",
+            bounded=not kernel.startswith("online"),
             kv_len=jnp.array([length], jnp.int32),
             always_valid=length,
+            most_valid=length,
             window_size=None,
             block_sizes=block_sizes,
             vmem_limit_bytes=chip_named(chip).require_vmem(block_sizes, head_dim, dtype),
@@ -160,7 +164,7 @@ def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[
     else:
         from splash_attention.block_sizes import chip_named, choose_block_sizes
 
-        dtype = "int8" if kernel == "int8_qk" else "bfloat16"
+        dtype = "int8" if kernel.startswith("int8_qk") else "bfloat16"
         sizes = choose_block_sizes(chip_named(chip), head_dim, length, length, dtype)
         blocks = dataclasses.asdict(sizes)
         vmem = sizes.vmem_bytes(head_dim, dtype)

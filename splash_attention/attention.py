@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from splash_attention.block_sizes import BlockSizes, choose_block_sizes, current_chip
-from splash_attention.kernel import attention_kernel
+from splash_attention.kernel import attention_kernel, can_lie_side_by_side
 from splash_attention.quantize import quantize
 from splash_attention.reference import check_shapes
 
@@ -94,6 +94,8 @@ def sequence_minor_attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    kv_len: int | None = None,
+    bounds: jax.Array | None = None,
     window_size: int | None = None,
     block_sizes: BlockSizes | None = None,
     precision: str = "bf16",
@@ -105,8 +107,15 @@ def sequence_minor_attention(
     Args:
         q: [..., D, S], already multiplied by `query_scale` before it was rounded; D is a multiple
             of 64, at most 256.
-        k: [..., K, D].
+        k: [..., K, D]; or, with q [..., N, D, S], [..., K, N x D], the keys of N heads side by side
+            as a projection makes them. These are read as they are for D = 64 with N even and for
+            D = 128 and 256, and transposed first for others. Two heads of 64 share a product, so a
+            NaN or infinity in the keys of one reaches both.
         v: [..., D, K].
+        kv_len: keys that count; those from it on are padding, whatever they hold. K when None.
+        bounds: [...] float32, for each head a number that no |score| exceeds, in powers of two, as
+            q.k comes out. Spares reading q and k for their norms; too low a number lets softmax
+            overflow. From the norms when None.
         window_size, block_sizes, precision, smooth_k, interpret: as in `splash_attention`.
 
     Returns:
@@ -116,15 +125,21 @@ def sequence_minor_attention(
         TypeError, ValueError: as `splash_attention`.
     """
     *leading, head_dim, q_len = q.shape
-    kv_len = k.shape[-2] if k.ndim > 1 else 0
-    if v.shape[-2:] != (head_dim, kv_len):
+    heads = math.prod(leading)
+    beside = leading[-1] if leading and k.ndim == q.ndim - 1 else 1
+    batch = leading[:-1] if k.ndim == q.ndim - 1 else leading
+    keys = k.shape[-2] if k.ndim > 1 else 0
+    if k.shape != (*batch, keys, beside * head_dim) or v.shape != (*leading, head_dim, keys):
         raise ValueError(
-            f"attention needs q [..., D, S], k [..., K, D], v [..., D, K]; "
-            f"got {q.shape}, {k.shape}, {v.shape}"
+            "attention needs q [..., D, S], k [..., K, D], v [..., D, K], or with q [..., N, D, S] "
+            f"k [..., K, N x D]; got {q.shape}, {k.shape}, {v.shape}"
         )
-    check_shapes(
-        (*leading, q_len, head_dim), k.shape, (*v.shape[:-2], kv_len, head_dim), window_size
-    )
+    if kv_len is None:
+        kv_len = keys
+    if not 0 < kv_len <= keys:
+        raise ValueError(f"kv_len is {kv_len}; k and v have {keys} keys")
+    valid = (*leading, kv_len, head_dim)
+    check_shapes((*leading, q_len, head_dim), valid, valid, window_size)
     if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
         raise ValueError(
             f"head size is {head_dim}; this entry takes multiples of {_HEAD_DIM_STEP} up to "
@@ -137,14 +152,19 @@ def sequence_minor_attention(
             "q, k and v must all be bfloat16 or all float32; "
             f"got {q.dtype.name}, {k.dtype.name}, {v.dtype.name}"
         )
-    heads = math.prod(leading)
-    q, k, v = (x.reshape(heads, *x.shape[-2:]) for x in (q, k, v))
+    if bounds is not None and bounds.shape != tuple(leading):
+        raise ValueError(f"bounds are {bounds.shape}; q has heads {tuple(leading)}")
+    q, v = (x.reshape(heads, head_dim, -1) for x in (q, v))
+    k = k.reshape(heads // beside, keys, beside * head_dim)
+    if beside > 1 and not can_lie_side_by_side(head_dim, beside):
+        k = k.reshape(-1, keys, beside, head_dim).swapaxes(1, 2).reshape(heads, keys, head_dim)
     if smooth_k:
-        k = smooth(k)
-    bounded = bounded_heads(q, k, v)
+        k = smooth(k, kv_len)
+    largest = largest_scores(q, k, kv_len) if bounds is None else bounds.reshape(heads)
+    bounded = bounded_heads(largest, v, kv_len)
     out_dtype, q_scale = q.dtype, None
     if precision == "int8_qk":
-        q, k, q_scale = quantize(q, k)
+        q, k, q_scale = quantize(q, k, kv_len)
         v = v.astype(jnp.bfloat16)
     chip = current_chip(interpret=bool(interpret))
     if block_sizes is None:
@@ -157,6 +177,7 @@ def sequence_minor_attention(
         jnp.array([kv_len], jnp.int32),
         q_scale=q_scale,
         always_valid=kv_len,
+        most_valid=kv_len,
         window_size=window_size,
         block_sizes=block_sizes,
         vmem_limit_bytes=chip.require_vmem(block_sizes, head_dim, q.dtype),
@@ -166,35 +187,48 @@ def sequence_minor_attention(
     return out.reshape(*leading, head_dim, q_len)
 
 
-def smooth(k: jax.Array) -> jax.Array:
-    """k [N, K, D] less its mean over the keys, in its own dtype.
+def smooth(k: jax.Array, kv_len: int) -> jax.Array:
+    """k [B, K, N x D] less the mean of its first `kv_len` keys, in its own dtype.
 
     q.(k - mean) differs from q.k by the same number for every key, which softmax ignores
     (SageAttention, Zhang et al. 2024).
     """
-    k32 = k.astype(jnp.float32)
-    return (k32 - jnp.mean(k32, axis=1, keepdims=True)).astype(k.dtype)
+    mean = jnp.mean(k[:, :kv_len].astype(jnp.float32), axis=1, keepdims=True)
+    return (k.astype(jnp.float32) - mean).astype(k.dtype)
 
 
-def bounded_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Which heads need no running maximum, from the norms of their operands: [N] int32.
-
-    By Cauchy and Schwarz every score s, in powers of two, has |s| <= B = max|q| max|k|. Then
-    2^-B <= exp2(s) <= 2^B, and neither the denominator nor the sum of weighed values overflows
-    while B + log2(keys) + log2(max|v|) stays below 127. At the other end the smallest weight times
-    a value 2^-24 of the largest must still be a normal number, above 2^-126. A head with NaN or
-    infinity compares false, and takes the online path.
+def largest_scores(q: jax.Array, k: jax.Array, kv_len: int) -> jax.Array:
+    """What no |score| of a head exceeds, by Cauchy and Schwarz: max|q| max|k|, [N] float32.
 
     Args:
         q: [N, D, S] with `query_scale` folded in.
-        k: [N, K, D].
-        v: [N, D, K].
+        k: [B, K, N / B x D].
+        kv_len: keys that count.
     """
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    q_norm = jnp.sqrt(jnp.max(jnp.sum(q * q, axis=1), axis=1))
-    k_norm = jnp.sqrt(jnp.max(jnp.sum(k * k, axis=2), axis=1))
-    bound = q_norm * k_norm
-    log_v = jnp.log2(jnp.max(jnp.abs(v), axis=(1, 2)))
-    above = bound + math.log2(k.shape[1]) + jnp.maximum(log_v, 0) <= 126
-    below = bound + jnp.maximum(-log_v, 0) <= 126 - 24
+    heads, head_dim, _ = q.shape
+    q_squares = jnp.square(q.astype(jnp.float32))
+    k_squares = jnp.square(k[:, :kv_len].astype(jnp.float32))
+    k_squares = k_squares.reshape(k.shape[0], kv_len, -1, head_dim)
+    q_norm = jnp.sqrt(jnp.max(jnp.sum(q_squares, axis=1), axis=1))
+    k_norm = jnp.sqrt(jnp.max(jnp.sum(k_squares, axis=3), axis=1))
+    return q_norm * k_norm.reshape(heads)
+
+
+def bounded_heads(largest: jax.Array, v: jax.Array, kv_len: int) -> jax.Array:
+    """Which heads need no running maximum: [N] int32.
+
+    Where every score s, in powers of two, has |s| <= B, 2^-B <= exp2(s) <= 2^B, and neither the
+    denominator nor the sum of weighed values overflows while B + log2(keys) + log2(max|v|) stays
+    below 127. At the other end the smallest weight times a value 2^-24 of the largest must still be
+    a normal number, above 2^-126. A head with NaN or infinity compares false, and takes the online
+    path.
+
+    Args:
+        largest: B, [N] float32.
+        v: [N, D, K].
+        kv_len: keys that count.
+    """
+    log_v = jnp.log2(jnp.max(jnp.abs(v[..., :kv_len]), axis=(1, 2)).astype(jnp.float32))
+    above = largest + math.log2(kv_len) + jnp.maximum(log_v, 0) <= 126
+    below = largest + jnp.maximum(-log_v, 0) <= 126 - 24
     return (above & below).astype(jnp.int32)

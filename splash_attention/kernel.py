@@ -40,7 +40,7 @@ _NO_SCORE = -1e38
 # it, p <= 2^32, and a sum over 2^24 keys of values up to 2^71 still fits float32.
 _MAX_RISE = 32.0
 
-_SUBLANES = 8
+_SUBLANES, _LANES = 8, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,8 @@ class _Plan:
     window_size: int | None
     quantized: bool
     with_log_total: bool
+    # Heads whose keys share the lanes of one block of k; the queries of the others are zeros.
+    packed: int
 
     @property
     def group(self) -> int:
@@ -81,9 +83,9 @@ class _Refs:
     """What a body reads and writes in VMEM and SMEM."""
 
     kv_len: jax.Ref  # SMEM [1] int32
-    q: jax.Ref  # [D, block_q]
+    q: jax.Ref  # [packed x D, block_q]
     q_scale: jax.Ref | None  # [1, block_q] bfloat16, of int8 operands
-    k: jax.Ref  # [block_kv, D]
+    k: jax.Ref  # [block_kv, packed x D]
     v: jax.Ref  # [D, block_kv]
     shift: jax.Ref  # [1, block_q] float32, the running maximum
     total: jax.Ref  # [8, block_q] float32, the denominators, to be summed over the 8
@@ -318,6 +320,16 @@ def _chunks_in_window(plan: _Plan) -> tuple[jax.Array, jax.Array]:
     return first, jnp.clip(last_key // plan.chunk + 1, first, chunks)
 
 
+def _place_queries(plan: _Plan, q_ref: jax.Ref, wide_q_ref: jax.Ref) -> None:
+    """The queries [D, block_q] on the rows of this head's lanes, zeros on its neighbours' rows."""
+    head_dim = q_ref.shape[0]
+    place = pl.program_id(0) % plan.packed
+    for i in range(plan.packed):
+        wide_q_ref[i * head_dim : (i + 1) * head_dim, :] = jnp.where(
+            place == i, q_ref[...], jnp.zeros_like(q_ref)
+        )
+
+
 def _attend_bounded(plan: _Plan, refs: _Refs) -> None:
     first, last = 0, plan.groups
     if plan.window_size is not None:
@@ -349,7 +361,8 @@ def _kernel_body(kv_len_ref: jax.Ref, *refs: jax.Ref, plan: _Plan, bounded: bool
     q_scale_ref = next(refs) if plan.quantized else None
     q_ref, k_ref, v_ref, out_ref = (next(refs) for _ in range(4))
     log_total_ref = next(refs) if plan.with_log_total else None
-    refs = _Refs(kv_len_ref, q_ref, q_scale_ref, k_ref, v_ref, *refs)
+    wide_q_ref = next(refs) if plan.packed > 1 else q_ref
+    refs = _Refs(kv_len_ref, wide_q_ref, q_scale_ref, k_ref, v_ref, *refs)
     if bounded is None:
         bounded = bounded_ref[pl.program_id(0)] != 0
 
@@ -359,6 +372,8 @@ def _kernel_body(kv_len_ref: jax.Ref, *refs: jax.Ref, plan: _Plan, bounded: bool
         refs.shift[...] = jnp.full_like(refs.shift, jnp.where(bounded, 0.0, _NO_SCORE))
         refs.total[...] = jnp.zeros_like(refs.total)
         refs.acc[...] = jnp.zeros_like(refs.acc)
+        if plan.packed > 1:
+            _place_queries(plan, q_ref, wide_q_ref)
 
     if bounded is True:
         _attend_bounded(plan, refs)
@@ -376,6 +391,15 @@ def _kernel_body(kv_len_ref: jax.Ref, *refs: jax.Ref, plan: _Plan, bounded: bool
             log_total_ref[...] = refs.shift[...] + jnp.log2(total)
 
 
+def can_lie_side_by_side(head_dim: int, heads: int) -> bool:
+    """Whether the kernel reads the keys of `heads` heads from one array [K, heads x D].
+
+    A block of keys is whole registers of 128 lanes, so two heads of 64 share one: a contraction
+    over 128 takes the MXU no longer than one over 64.
+    """
+    return head_dim % _LANES == 0 or (2 * head_dim == _LANES and heads % 2 == 0)
+
+
 def attention_kernel(
     q: jax.Array,
     k: jax.Array,
@@ -385,6 +409,7 @@ def attention_kernel(
     *,
     q_scale: jax.Array | None = None,
     always_valid: int,
+    most_valid: int,
     window_size: int | None,
     block_sizes: BlockSizes,
     vmem_limit_bytes: int,
@@ -396,15 +421,17 @@ def attention_kernel(
 
     Args:
         q: [N, D, S], scale x log2(e) folded in; bfloat16, float32, or int8 from `quantize`.
-        k: [N, K, D], the dtype of `q`.
+        k: [B, K, N / B x D], the dtype of `q`: the keys of N / B heads side by side, more than one
+            if they `can_lie_side_by_side`.
         v: [N, D, K], the dtype of `q`; bfloat16 beside int8.
         bounded: [N] int32, nonzero for the heads that need no running maximum; True or False when
             it is the same for all and known when compiling, which leaves out the other path.
-        kv_len: [1] int32, keys that count: `always_valid` <= kv_len <= K.
+        kv_len: [1] int32, keys that count: `always_valid` <= kv_len <= `most_valid` <= K.
         q_scale: [N, 1, S] bfloat16 powers of two, of int8 operands: what a product is
             worth.
         always_valid: lower bound of `kv_len`, known when compiling; only the chunks past it are
             masked.
+        most_valid: upper bound of `kv_len`, known when compiling; keys past it are not looked at.
         window_size: query i sees the keys within this distance; all when None.
         block_sizes: tiles of queries and of keys.
         vmem_limit_bytes: VMEM the compiler may use.
@@ -417,7 +444,8 @@ def attention_kernel(
         with which parts of one attention over disjoint keys can be merged.
     """
     heads, head_dim, q_len = q.shape
-    kv_len_padded = v.shape[2]
+    heads_beside = heads // k.shape[0]
+    packed = max(1, _LANES // head_dim) if heads_beside > 1 else 1
     block_q, block_kv = block_sizes.block_q, block_sizes.block_kv
     plan = _Plan(
         block_q=block_q,
@@ -425,11 +453,12 @@ def attention_kernel(
         chunk=block_sizes.chunk,
         unroll=block_sizes.unroll,
         q_len=q_len,
-        kv_blocks=pl.cdiv(kv_len_padded, block_kv),
+        kv_blocks=pl.cdiv(most_valid, block_kv),
         always_valid=always_valid,
         window_size=window_size,
         quantized=q_scale is not None,
         with_log_total=with_log_total,
+        packed=packed,
     )
     one_path = isinstance(bounded, bool)
 
@@ -438,7 +467,7 @@ def attention_kernel(
 
     scalars = [kv_len] if one_path else [kv_len, bounded]
     operands = ([q_scale] if plan.quantized else []) + [q, k, v]
-    scores = heads * q_len * kv_len_padded
+    scores = heads * q_len * most_valid
     return pl.pallas_call(
         functools.partial(_kernel_body, plan=plan, bounded=bounded if one_path else None),
         out_shape=[
@@ -451,11 +480,15 @@ def attention_kernel(
             in_specs=([of_queries(1)] if plan.quantized else [])
             + [
                 of_queries(head_dim),
-                pl.BlockSpec((None, block_kv, head_dim), lambda h, i, j, *_: (h, j, 0)),
+                pl.BlockSpec(
+                    (None, block_kv, packed * head_dim),
+                    lambda h, i, j, *_: (h // heads_beside, j, h % heads_beside // packed),
+                ),
                 pl.BlockSpec((None, head_dim, block_kv), lambda h, i, j, *_: (h, 0, j)),
             ],
             out_specs=[of_queries(head_dim), of_queries(1)][: 1 + with_log_total],
-            scratch_shapes=[
+            scratch_shapes=[pltpu.VMEM((packed * head_dim, block_q), q.dtype)] * (packed > 1)
+            + [
                 pltpu.VMEM((1, block_q), jnp.float32),
                 pltpu.VMEM((_SUBLANES, block_q), jnp.float32),
                 pltpu.VMEM((head_dim, block_q), jnp.float32),

@@ -11,7 +11,9 @@ _TILE = 32
 _MOST = 127
 
 
-def quantize(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def quantize(
+    q: jax.Array, k: jax.Array, kv_len: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Round q and k to int8, and say what a product of the two is worth.
 
     The step of k is one number a head, that of q one a query, such that the product of the two
@@ -20,18 +22,23 @@ def quantize(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arra
 
     Args:
         q: [N, D, S], scale x log2(e) folded in.
-        k: [N, K, D], smoothed where it has channels with a common offset.
+        k: [B, K, N / B x D], smoothed where it has channels with a common offset.
+        kv_len: keys that count.
 
     Returns:
-        q [N, D, S] int8, k [N, K rounded up to 32, D] int8, scales [N, 1, S] bfloat16.
+        q [N, D, S] int8, k [B, K rounded up to 32, N / B x D] int8, scales [N, 1, S] bfloat16.
     """
     q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     # An operand of zeros has any step.
     tiny = jnp.float32(2.0**-60)
-    k_step = jnp.maximum(jnp.max(jnp.abs(k), axis=(1, 2), keepdims=True) / _MOST, tiny)
+    heads, head_dim, _ = q.shape
+    k_most = jnp.max(jnp.abs(k[:, :kv_len]), axis=1).reshape(heads, head_dim).max(axis=1)
+    k_step = jnp.maximum(k_most / _MOST, tiny)
     q_step = jnp.maximum(jnp.max(jnp.abs(q), axis=1, keepdims=True) / _MOST, tiny)
+    lanes = jnp.repeat(k_step, head_dim).reshape(k.shape[0], 1, k.shape[2])
+    k_step = k_step[:, None, None]
     scale = jnp.exp2(jnp.ceil(jnp.log2(q_step * k_step)))
     q8 = jnp.round(q * (k_step / scale)).astype(jnp.int8)
-    k8 = jnp.round(k / k_step).astype(jnp.int8)
+    k8 = jnp.round(k / lanes).astype(jnp.int8)
     k8 = jnp.pad(k8, ((0, 0), (0, -k.shape[1] % _TILE), (0, 0)))
     return q8, k8, scale.astype(jnp.bfloat16)
