@@ -76,10 +76,13 @@ def choose_attention(choice: str, backend: str, dtype: str) -> AttentionKernel:
     return KERNELS[choice]
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int) -> jax.Array:
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, interpret: bool = False
+) -> jax.Array:
     rows = (q.shape[0], -1, head_dim, q.shape[-1])
-    k = jnp.swapaxes(k[:, :keys].reshape(k.shape[0], keys, -1, head_dim), 1, 2)
-    out = sequence_minor_attention(q.reshape(rows), k, v.reshape(rows)[..., :keys])
+    out = sequence_minor_attention(
+        q.reshape(rows), k, v.reshape(rows), kv_len=keys, interpret=interpret
+    )
     return out.reshape(q.shape)
 
 

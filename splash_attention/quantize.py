@@ -11,9 +11,7 @@ _TILE = 32
 _MOST = 127
 
 
-def quantize(
-    q: jax.Array, k: jax.Array, kv_len: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def quantize(q: jax.Array, k: jax.Array, kv_len: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Round q and k to int8, and say what a product of the two is worth.
 
     The step of k is one number a head, that of q one a query, such that the product of the two
