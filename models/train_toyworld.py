@@ -59,7 +59,7 @@ class Recipe:
     vae_batch: int = 4
     vae_learning_rate: float = 2e-3
     kl_weight: float = 5e-4
-    text_steps: int = 3000
+    text_steps: int = 4000
     text_batch: int = 128
     text_learning_rate: float = 2e-3
     videos: int = 40_000
@@ -304,9 +304,14 @@ def train_text_encoder(recipe: Recipe, tokenizer, device: torch.device, log: Log
             log.add("text", step=number + 1, loss=loss.item(), right=right.item())
     text_encoder = text_encoder.to(torch.bfloat16).float().eval().requires_grad_(False)
     with torch.no_grad():
-        for name, prompts in (("one", held_out_captions(200)), ("two", two_thing_captions(200))):
-            right = ask([(prompt.text, prompt.scene) for prompt in prompts])[1]
-            log.add(f"text, held out, {name} thing", right=right.item())
+        right = {
+            name: ask([(prompt.text, prompt.scene) for prompt in prompts])[1].item()
+            for name, prompts in (
+                ("held_out_one_thing", held_out_captions(200)),
+                ("held_out_two_things", two_thing_captions(200)),
+            )
+        }
+    log.add("text", step=recipe.text_steps, **right)
     return text_encoder
 
 
@@ -419,7 +424,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument(
-        "--resume", action="store_true", help="take the autoencoder that a run left in the folder"
+        "--resume",
+        action="store_true",
+        help="take the autoencoder and the text encoder that an earlier run left in the folder",
     )
     for name, default in asdict(Recipe()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -433,15 +440,26 @@ def main() -> None:
 
     tokenizer = parts.make_tokenizer(recipe.seed)
     if resume:
+        earlier = json.loads((folder / "training_log.json").read_text())
+        log.content |= {phase: earlier[phase] for phase in ("vae", "text") if phase in earlier}
+
+    if "vae" in log.content:
         vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae", torch_dtype=torch.float32)
         vae = vae.to(device).eval().requires_grad_(False)
-        log.content["vae"] = json.loads((folder / "training_log.json").read_text())["vae"]
     else:
         vae = train_vae(recipe, device, log)
         parts.copy_in_bfloat16(vae).save_pretrained(folder / "vae")
         log.write(folder)
 
-    text_encoder = train_text_encoder(recipe, tokenizer, device, log)
+    if "text" in log.content:
+        text_encoder = T5EncoderModel.from_pretrained(
+            folder / "text_encoder", dtype=torch.float32
+        ).to(device)
+        text_encoder = text_encoder.eval().requires_grad_(False)
+    else:
+        text_encoder = train_text_encoder(recipe, tokenizer, device, log)
+        parts.copy_in_bfloat16(text_encoder).save_pretrained(folder / "text_encoder")
+        log.write(folder)
 
     def snapshot(transformer: torch.nn.Module) -> None:
         parts.save(folder, tokenizer, text_encoder, vae, transformer)
