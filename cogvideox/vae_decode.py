@@ -177,7 +177,10 @@ class Decoder:
         key = (b, channels, first_frames, len(batches) > 1, height, width, output)
         if key not in self._programs:
             lowered = self.lower(latents_shape, output=output)
-            with ThreadPoolExecutor(2) as pool:  # the compiler holds no lock of Python's
+            # The compiler holds no lock of Python's. For GPUs it times candidates on the device,
+            # where two at once would disturb each other, and the second program reuses its choices.
+            gpu = self.mesh.devices.flat[0].platform == "gpu"
+            with ThreadPoolExecutor(1 if gpu else 2) as pool:
                 compiled = pool.map(lambda program: program and program.compile(), lowered)
                 self._programs[key] = Programs(*compiled)
         return self._programs[key]
