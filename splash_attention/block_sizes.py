@@ -6,6 +6,8 @@ import math
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from splash_attention.tuned_tables import TABLES
+
 _MIB = 2**20
 
 # VMEM of a core; what the compiler keeps for itself and for the code around the kernel is left out
@@ -52,12 +54,14 @@ class BlockSizes:
         value_item = max(item, 2)
         keys = 2 * self.block_kv * _round_up(head_dim, 128) * item
         values = 2 * self.block_kv * head_dim * value_item
+        # Queries beside the rows of a neighbour.
+        placed = self.block_q * 128 * item if head_dim < 128 else 0
         queries_and_outputs = 2 * self.block_q * head_dim * (item + value_item)
         # Maximum, denominators, both buffers of their logarithms and of the scales of q: 8 rows.
         accumulators = self.block_q * (head_dim + 6 * 8) * 4
         # Scores of the chunks in flight: two ahead, one being weighed, as float32 and as operand.
         temporaries = 4 * self.chunk * self.block_q * (4 + value_item)
-        return keys + values + queries_and_outputs + accumulators + temporaries
+        return keys + values + placed + queries_and_outputs + accumulators + temporaries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +100,35 @@ def current_chip(*, interpret: bool) -> Chip:
 def choose_block_sizes(
     chip: Chip, head_dim: int, q_len: int, kv_len: int, dtype: jnp.dtype
 ) -> BlockSizes:
-    """Block sizes for a chip and a shape: the whole head in VMEM where it fits."""
-    most_unrolled = 64
-    block_q = min(512, _round_up(q_len, 128))
-    chunk = min(256, _round_up(kv_len, 128))
+    """Block sizes for a chip and a shape, from the tuned tables.
+
+    Raises:
+        ValueError: a head size over those of the tables, or keys that fit VMEM in no block.
+    """
+    tables = TABLES[chip.name]
+    if head_dim > max(tables):
+        raise ValueError(f"head size is {head_dim}; the tables of {chip.name} end at {max(tables)}")
+    rows = tables[min(tabled for tabled in tables if tabled >= head_dim)]
+    _, *tuned = next((row for row in rows if kv_len <= row[0]), rows[-1])
+    return fit_block_sizes(chip, tuple(tuned), head_dim, q_len, kv_len, dtype)
+
+
+def fit_block_sizes(
+    chip: Chip,
+    tuned: tuple[int, int, int],
+    head_dim: int,
+    q_len: int,
+    kv_len: int,
+    dtype: jnp.dtype,
+) -> BlockSizes:
+    """Tuned (block_q, chunk, unroll at most) cut to a shape.
+
+    As few blocks of keys as fit VMEM, best the whole head in one; the bodies of a block are of
+    equal length, so that few keys are padding.
+    """
+    block_q, chunk, most_unrolled = tuned
+    block_q = min(block_q, _round_up(q_len, 128))
+    chunk = min(chunk, _round_up(kv_len, 128))
     all_chunks = math.ceil(kv_len / chunk)
     for kv_blocks in range(1, all_chunks + 1):
         chunks = math.ceil(all_chunks / kv_blocks)
@@ -109,8 +138,9 @@ def choose_block_sizes(
         if sizes.vmem_bytes(head_dim, dtype) <= chip.vmem_bytes:
             return sizes
     raise ValueError(
-        f"no block of keys of head size {head_dim} fits the {chip.vmem_bytes / _MIB:.1f} MiB of "
-        f"VMEM of {chip.name}"
+        f"tiles {tuned} of {jnp.dtype(dtype).name} at head size {head_dim} need "
+        f"{sizes.vmem_bytes(head_dim, dtype) / _MIB:.1f} MiB of VMEM with a single chunk of keys; "
+        f"{chip.name} offers {chip.vmem_bytes / _MIB:.1f} MiB"
     )
 
 

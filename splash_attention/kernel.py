@@ -36,9 +36,10 @@ from splash_attention.block_sizes import BlockSizes
 # Stands for "no key seen yet" and for a masked score. Finite, so that differences are never NaN.
 _NO_SCORE = -1e38
 
-# A group is done again when a score leaves its shift by more than this many powers of two. Below
-# it, p <= 2^32, and a sum over 2^24 keys of values up to 2^71 still fits float32.
+# A group is done again when a score leaves its shift by more than this many powers of two, where
+# its values could hide the others' below float32, or when what it adds up is over _MAX_SUM.
 _MAX_RISE = 32.0
+_MAX_SUM = 2.0**120
 
 _SUBLANES, _LANES = 8, 128
 
@@ -268,7 +269,8 @@ def _online_group(plan: _Plan, refs: _Refs, group: jax.Array, first: jax.Array) 
     # The first group holds the score it is shifted by, so it cannot fall below it but by rounding.
     lowest = jnp.where(first, -_MAX_RISE, -jnp.inf)
     # Written so that NaN counts as unsafe.
-    safe = (rise <= _MAX_RISE) & (rise >= lowest)
+    largest = jnp.max(jnp.abs(acc), axis=0, keepdims=True)
+    safe = (rise <= _MAX_RISE) & (rise >= lowest) & (largest <= _MAX_SUM)
     query = pl.program_id(1) * plan.block_q + jax.lax.broadcasted_iota(jnp.int32, rise.shape, 1)
     unsafe = jnp.max(jnp.where(safe | (query >= plan.q_len), 0.0, 1.0)) > 0
 
