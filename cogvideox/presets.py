@@ -40,12 +40,25 @@ _V1_5 = Preset(
     fps=16,
 )
 
-# (num_layers, num_attention_heads) of the transformers that THUDM / zai-org published.
+# By (num_layers, num_attention_heads) of the transformer: those that THUDM / zai-org published.
 _PUBLISHED = {
     (30, 30): dataclasses.replace(_V1_0, name="CogVideoX-2b"),
     (42, 48): dataclasses.replace(_V1_0, name="CogVideoX-5b"),
 }
-_PUBLISHED_V1_5 = {(42, 48): dataclasses.replace(_V1_5, name="CogVideoX1.5-5B")}
+_PUBLISHED_V1_5 = {
+    (42, 48): dataclasses.replace(_V1_5, name="CogVideoX1.5-5B"),
+    # The small model in models/toyworld; its card has the scores behind these defaults.
+    (6, 4): Preset(
+        name="toyworld",
+        sizes=((96, 160),),
+        frame_step=16,
+        max_frames=17,
+        num_frames=17,
+        fps=16,
+        num_inference_steps=25,
+        guidance_scale=3.0,
+    ),
+}
 
 
 def preset_for(transformer_config: Mapping[str, Any], spatial_factor: int) -> Preset:

@@ -1,0 +1,78 @@
+"""Held-out captions through the stage scripts on this machine, read back from the videos.
+
+    python benchmarks/toyworld_through_stages.py --captions 200
+
+Runs stage 1, stage 2 and both decoders of stage 3 as the scripts do (float32, the model's default
+steps and guidance), in batches, and prints the percentages of attributes read right as JSON.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np  # noqa: E402
+
+import stage1_text_encoder as stage1  # noqa: E402
+import stage2_transformer as stage2  # noqa: E402
+import stage3_vae_decoder as stage3  # noqa: E402
+from models.captions import held_out_captions  # noqa: E402
+from models.reader import evaluate_video, truth_of  # noqa: E402
+
+MODEL = Path(__file__).parents[1] / "models/toyworld"
+ATTRIBUTES = ("color", "shape", "motion", "background")
+
+
+def generate(texts: list[str], seed: int, decoder: str, options: list[str]) -> list[np.ndarray]:
+    """Videos [F, height, width, 3] in 0..1 of a batch of prompts, through the three stages."""
+    with tempfile.TemporaryDirectory() as folder:
+        stage1.run(
+            stage1.parse_arguments(
+                ["--model_id", str(MODEL), "--dtype=float32", "--output_dir", folder]
+                + ["--prompt", *texts]
+            )
+        )
+        common = ["--input_dir", folder, "--dtype=float32"]
+        stage2.run(stage2.parse_arguments([*common, f"--seed={seed}", *options]))
+        video = Path(folder, "video.npy")
+        stage3.run(stage3.parse_arguments([*common, "--output_video", str(video)]), decoder)
+        names = [video.with_stem(f"video-{i}") for i in range(len(texts))]
+        return [np.load(name) for name in (names if len(texts) > 1 else [video])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--captions", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--decoder", choices=("vae_torchax", "vae_flax"), default="vae_torchax")
+    parser.add_argument("--guidance_scale", type=float, help="default: the model's")
+    arguments = parser.parse_args()
+    options = []
+    if arguments.guidance_scale is not None:
+        options = [f"--guidance_scale={arguments.guidance_scale}"]
+    prompts = held_out_captions(arguments.captions)
+    right: list[dict[str, bool]] = []
+    for first in range(0, len(prompts), arguments.batch):
+        batch = prompts[first : first + arguments.batch]
+        texts = [prompt.text for prompt in batch]
+        videos = generate(texts, first, arguments.decoder, options)
+        for prompt, video in zip(batch, videos, strict=True):
+            truth, seen = truth_of(prompt.scene), evaluate_video(video)
+            right.append({name: seen[name] == truth[name] for name in ATTRIBUTES})
+        print(f"{len(right)} captions", file=sys.stderr, flush=True)
+    percent = {name: 100 * np.mean([row[name] for row in right]) for name in ATTRIBUTES}
+    percent["all four"] = 100 * np.mean([all(row.values()) for row in right])
+    report = {
+        "captions": len(right),
+        "decoder": arguments.decoder,
+        "guidance_scale": arguments.guidance_scale or "default",
+        "percent": {name: round(float(value), 1) for name, value in percent.items()},
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
