@@ -105,6 +105,9 @@ def write_table(tables: dict[str, dict[int, list[tuple[int, ...]]]]) -> None:
         for head_dim, rows in sorted((TABLES[chip] | by_head_dim).items()):
             # Neighbours that agree are one row.
             kept = [a for a, b in zip(rows, rows[1:], strict=False) if a[1:] != b[1:]]
+            if not kept:
+                lines.append(f"        {head_dim}: ({tuple(rows[-1])},),")
+                continue
             lines.append(f"        {head_dim}: (")
             lines += [f"            {tuple(row)}," for row in [*kept, rows[-1]]]
             lines.append("        ),")
