@@ -39,8 +39,8 @@ class AttentionKernel:
 
     Attributes:
         name: as --attention has it.
-        attend: q [b, R, S], k [b, S, R], v [b, R, S], head_dim, real keys -> [b, R, S]; keys past
-            that number take no part.
+        attend: q [b, R, S], k [b, S, R], v [b, R, S], head_dim, real keys, bound -> [b, R, S];
+            keys past that number take no part, and no score exceeds the bound [] in magnitude.
         queries: raw q [b, R, s], the norm's weight and bias [D], rotary tables -> q normed and
             rotated, [b, R, s].
         keys: the same for k and the number of sp shards -> [b, shards, s, R / shards].
@@ -49,7 +49,7 @@ class AttentionKernel:
     """
 
     name: str
-    attend: Callable[[jax.Array, jax.Array, jax.Array, int, int], jax.Array]
+    attend: Callable[[jax.Array, jax.Array, jax.Array, int, int, jax.Array], jax.Array]
     queries: Callable[..., jax.Array] = norm_and_rotate
     keys: Callable[..., jax.Array] = _keys
     token_multiple: int = 1
@@ -81,13 +81,18 @@ def choose_attention(choice: str, backend: str, dtype: str) -> AttentionKernel:
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    head_dim: int,
+    keys: int,
+    score_bound: jax.Array,
+    interpret: bool = False,
 ) -> jax.Array:
-    rows = (q.shape[0], -1, head_dim, q.shape[-1])
-    out = sequence_minor_attention(
-        q.reshape(rows), k, v.reshape(rows), kv_len=keys, interpret=interpret
-    )
-    return out.reshape(q.shape)
+    q, v = (x.reshape(x.shape[0], -1, head_dim, x.shape[-1]) for x in (q, v))
+    bounds = jnp.broadcast_to(score_bound, q.shape[:2])
+    out = sequence_minor_attention(q, k, v, kv_len=keys, bounds=bounds, interpret=interpret)
+    return out.reshape(out.shape[0], -1, out.shape[-1])
 
 
 def _natural(x: jax.Array, head_dim: int) -> jax.Array:
@@ -95,7 +100,9 @@ def _natural(x: jax.Array, head_dim: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, head_dim, x.shape[-1]).transpose(0, 3, 1, 2)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, _: jax.Array
+) -> jax.Array:
     """cuDNN on whole blocks of keys, the last few added outside.
 
     On an H200 a block of 2 x 48 heads x 45,106 tokens takes 119.9 ms in one call (116.6 with the
@@ -135,7 +142,9 @@ def add_keys(
     return ((out.astype(jnp.float32) * so_far + added) / total).astype(q.dtype)
 
 
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int) -> jax.Array:
+def _reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, _: jax.Array
+) -> jax.Array:
     k = k[:, :keys].reshape(k.shape[0], keys, -1, head_dim)
     parts = (_natural(q, head_dim), k, _natural(v[..., :keys], head_dim))
     out = reference_attention(*(jnp.swapaxes(x, 1, 2) for x in parts))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from cogvideox.attention import AttentionKernel
-from cogvideox.qk_norm import Rotary
+from cogvideox.qk_norm import Rotary, longest_row
 
 Weights = Mapping[str, jax.Array]
 
@@ -128,13 +128,14 @@ class Block:
             for norm in ("norm_q", "norm_k")
         )
         # The rotation is linear, so what scales the norm's parameters scales q.
-        scale = self.kernel.query_scale(self.head_dim)
-        q = self.kernel.queries(q, norm_q[0] * scale, norm_q[1] * scale, rotary)
+        norm_q = [part * self.kernel.query_scale(self.head_dim) for part in norm_q]
+        bound = longest_row(*norm_q) * longest_row(*norm_k)
+        q = self.kernel.queries(q, *norm_q, rotary)
         k = self.kernel.keys(k, *norm_k, rotary, jax.lax.axis_size("sp"))
         q, v = _heads_for_tokens(q), _heads_for_tokens(v)
         k = _exchange(k)
         k = k.reshape(k.shape[0], -1, k.shape[-1])
-        out = _tokens_for_heads(self.kernel.attend(q, k, v, self.head_dim, self.tokens))
+        out = _tokens_for_heads(self.kernel.attend(q, k, v, self.head_dim, self.tokens, bound))
         out = jnp.einsum("bis,oi->bso", out, weights["attn1.to_out.0.weight"])
         return _sum_shards(out) + weights["attn1.to_out.0.bias"]
 

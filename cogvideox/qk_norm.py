@@ -50,6 +50,16 @@ def norm_and_rotate(
     return out.reshape(x.shape).astype(x.dtype)
 
 
+def longest_row(weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """A bound on the norm of what `norm_and_rotate` makes of any one head's row, [] float32.
+
+    A normed row is at most sqrt(D) long before weight and bias, and rotating keeps its length; 1%
+    covers the rounding to bfloat16.
+    """
+    longest = jnp.abs(weight).max() * math.sqrt(weight.size) + jnp.linalg.norm(bias)
+    return 1.01 * longest
+
+
 def _norm_and_rotate(
     x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None
 ) -> jax.Array:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cogvideox.attention import _reference, _splash
+from cogvideox.qk_norm import longest_row, norm_and_rotate
 from splash_attention import query_scale
 
 HEAD_DIM, TOKENS, KEYS = 64, 384, 301
@@ -24,8 +25,22 @@ def test_splash_equals_reference(heads, poison):
     padded_v[..., KEYS:] = poison
     scaled = jnp.asarray(q * np.float32(query_scale(HEAD_DIM)))
 
-    got = _splash(scaled, padded_k, padded_v, HEAD_DIM, KEYS, interpret=True)
-    expected = np.asarray(_reference(jnp.asarray(q), k, v, HEAD_DIM, KEYS))
+    # Loose enough for any of these inputs; a kernel told 1e6 must take the other path.
+    for bound in (np.float32(100), np.float32(1e6)):
+        got = _splash(scaled, padded_k, padded_v, HEAD_DIM, KEYS, bound, interpret=True)
+        expected = np.asarray(_reference(jnp.asarray(q), k, v, HEAD_DIM, KEYS, bound))
+        assert got.shape == q.shape
+        assert np.linalg.norm(got - expected) <= 2e-6 * np.linalg.norm(expected)
 
-    assert got.shape == q.shape
-    assert np.linalg.norm(got - expected) <= 2e-6 * np.linalg.norm(expected)
+
+def test_bound_on_the_length_of_a_row():
+    """Holds for the longest row there can be, and is not much longer."""
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(2, HEAD_DIM)).astype(np.float32)
+    weight[0] = 5  # the longest row has all its variance here
+    x = rng.normal(size=(1, HEAD_DIM, 1000)).astype(np.float32)
+    x[..., 0] = 0
+    x[0, 0, 0] = 1000
+    rows = norm_and_rotate(jnp.asarray(x), weight, bias, None)
+    longest = float(jnp.linalg.norm(rows, axis=1).max())
+    assert longest <= longest_row(weight, bias) < 1.5 * longest
