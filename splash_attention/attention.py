@@ -54,7 +54,7 @@ def splash_attention(
         block_sizes: tiles of the kernel; chosen from the tuned table of the chip when None.
         precision: "bf16" multiplies in the dtype of the inputs: bfloat16 operands with float32
             accumulation, float32 operands without loss. "int8_qk" rounds q (one step a query) and k
-            (one step a head) to int8 for Q.K and keeps P.V in bfloat16: a sixth fewer cycles, a
+            (one step a head) to int8 for Q.K and keeps P.V in bfloat16: a fifth fewer cycles, a
             relative error of 1.5e-2 of unit normal inputs instead of 3e-3. Never without
             `smooth_k` where keys have a common offset, as trained models have.
         smooth_k: subtract the mean key of a head from its keys first. Softmax does not change;
