@@ -42,7 +42,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def add_arguments(parser: ArgumentParser) -> None:
     """The arguments that only this stage has."""
     parser.add_argument(
-        "--prompt", nargs="+", required=True, help="what the video shows; several make a batch"
+        "--prompt",
+        action="append",
+        required=True,
+        help="what the video shows; give it again for a batch of videos",
     )
     parser.add_argument(
         "--negative_prompt", default="", help="what classifier-free guidance leads away from"

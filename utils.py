@@ -4,6 +4,8 @@ Light on purpose: importing this costs milliseconds, so bad input is refused bef
 diffusers are loaded.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
@@ -19,11 +21,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import safetensors
 
 from runtime.files import atomic_path, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 FORMAT_VERSION = "1"
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
@@ -401,18 +407,14 @@ def check_output_folder(folder: Path, *names: str, needed_bytes: int = 1 << 30) 
         read_config(folder)
 
 
-def to_numpy(array: Any) -> Any:
-    """A JAX array or CPU torch tensor as numpy; bfloat16 as ml_dtypes has it."""
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU torch tensor as numpy; bfloat16 as ml_dtypes has it."""
     import ml_dtypes
-    import numpy as np
+    import torch
 
-    if hasattr(array, "detach"):
-        import torch
-
-        if array.dtype == torch.bfloat16:
-            return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return array.numpy()
-    return np.asarray(array)
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def check_finite(tensors: Mapping[str, Any], stage: str) -> None:

@@ -32,7 +32,7 @@ def generate(texts: list[str], seed: int, decoder: str, options: list[str]) -> l
         stage1.run(
             stage1.parse_arguments(
                 ["--model_id", str(MODEL), "--dtype=float32", "--output_dir", folder]
-                + ["--prompt", *texts]
+                + [f"--prompt={text}" for text in texts]
             )
         )
         common = ["--input_dir", folder, "--dtype=float32"]

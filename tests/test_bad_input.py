@@ -116,6 +116,7 @@ def test_stage2_settings(arguments, said, files, capsys):
         (["--prompt", ""], "--prompt is empty"),
         (["--prompt", "   "], "--prompt is empty"),
         ([], "--prompt"),
+        (["--prompt", "A", "red", "cat"], "red cat"),
         ([*PROMPT, "--max_sequence_length", 0], "--max_sequence_length"),
         (["--prompt", "\udcff"], "UTF-8"),
     ],

@@ -20,7 +20,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
     texts = [prompt.text for prompt in held_out_captions(4)]
     where = ["--model_id", str(MODEL), "--output_dir", str(folder), "--dtype=float32"]
-    stage1.run(stage1.parse_arguments([*where, "--prompt", *texts]))
+    stage1.run(stage1.parse_arguments([*where, *(f"--prompt={text}" for text in texts)]))
     stage2.run(stage2.parse_arguments(["--input_dir", str(folder), "--dtype=float32", "--seed=0"]))
     return folder
 
