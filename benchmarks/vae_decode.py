@@ -119,7 +119,8 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
     schedules = {call: schedule(call) for call in sorted({c for cs in calls for c in cs}, key=str)}
     batches = frame_batches(shape[2])
     times = (1, len(batches) - 1)
-    total, received, parts = 0, 0, []
+    by_kind: collections.Counter[str] = collections.Counter()
+    received, parts = 0, []
     for program, program_calls, count in zip(programs, calls, times, strict=True):
         if program is None:
             continue
@@ -128,7 +129,8 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
             raise RuntimeError(f"{costs.kernel_calls} kernels, traced {program_calls.total()}")
         kernels = sum(schedules[call].cycles * n for call, n in program_calls.items())
         xla = sum(costs.cycles.values())
-        total += count * (kernels + xla)
+        by_kind["kernels"] += count * kernels
+        by_kind.update({kind: count * cycles for kind, cycles in costs.cycles.items()})
         received += count * sum(costs.collective_bytes.values())
         parts.append(
             {
@@ -139,11 +141,16 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
                 "memory": memory(program),
             }
         )
+    total = sum(by_kind.values())
+    larger = max((part["memory"] for part in parts), key=lambda hbm: hbm["total"])
     return {
-        "compiler_estimate_cycles": total,
-        "compiler_estimate_seconds": total / CLOCK_HZ,
+        "source": "compiler estimate",
+        "estimated_cycles": total,
+        "estimated_seconds": round(total / CLOCK_HZ, 3),
+        "cycles_by_kind": dict(by_kind),
         "collective_bytes_per_chip": received,
-        "peak_bytes": max(part["memory"]["total"] for part in parts),
+        "hbm_bytes_per_chip": {"weights": decoder_bytes(decoder), **larger},
+        "code_bytes": sum(part["memory"]["code"] for part in parts),
         "compile_seconds": compile_seconds,
         "compile_cpu_seconds": compile_cpu_seconds,
         "programs": parts,
@@ -159,6 +166,13 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
             for call, found in schedules.items()
         ],
     }
+
+
+def decoder_bytes(decoder: Any) -> int:
+    """Bytes of the weights, which every chip holds whole."""
+    import jax
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder.weights))
 
 
 def abstract_decoder(name: str, mesh: Any, dtype: Any) -> Any:

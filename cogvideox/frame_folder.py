@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from runtime.files import flush
+
 _OUR_NAME = re.compile(r"frame_\d{5,}\.png")
 
 
@@ -44,12 +46,12 @@ def atomic_frame_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
+            flush(file)
+        flush(temporary)
         if path.exists():
             os.rename(path, retired)
         os.rename(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         if temporary.exists():
             _remove_folder(temporary)
@@ -82,11 +84,3 @@ def _remove_folder(folder: Path) -> None:
         if _is_frame(entry):
             entry.unlink()
     folder.rmdir()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

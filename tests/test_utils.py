@@ -1,0 +1,35 @@
+"""What the stages share: finite results, sections that survive, files as numpy gave them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import utils
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_end_the_run(bad):
+    latents = np.zeros((1, 2, 3), np.float32)
+    utils.check_finite({"latents": latents}, "stage2_transformer")
+    latents[0, 1, 2] = bad
+    with pytest.raises(utils.RunError, match="1 of 6 values of latents"):
+        utils.check_finite({"latents": latents}, "stage2_transformer")
+
+
+def test_a_stage_keeps_the_sections_of_the_others(tmp_path: Path):
+    for stage in ("stage1_text_encoder", "stage2_transformer", "stage1_text_encoder"):
+        section = utils.make_section({"model_id": "m", "seed": 0})
+        utils.record_section(tmp_path, stage, section, inherited=tmp_path)
+    config = json.loads((tmp_path / utils.CONFIG_FILE).read_text())
+    assert {"stage1_text_encoder", "stage2_transformer"} <= config.keys()
+
+
+def test_transposed_arrays_are_written_as_they_read(tmp_path: Path):
+    """safetensors writes memory as it lies; a transposed array's lies otherwise."""
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4).swapaxes(0, 2)
+    section = utils.make_section({"model_id": "m"})
+    utils.write_stage_file(tmp_path / "file.safetensors", "stage", {"array": array}, section)
+    np.testing.assert_array_equal(load_file(tmp_path / "file.safetensors")["array"], array)
