@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 class Config(dict):
     """A JSON configuration, completed by the defaults of the diffusers class it configures.
 
-    Files from before a key existed lack it: CogVideoX-5b's has no patch_size_t.
+    Files from before a key existed lack it, those of 1.0 models patch_size_t, for example.
     """
 
     def __init__(self, path: Path):

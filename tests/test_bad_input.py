@@ -246,7 +246,7 @@ def test_text_encoder_that_transformers_would_fill_up(models, tmp_path, capsys):
 
 
 def test_configs_from_before_a_key_existed(models, tmp_path):
-    """CogVideoX-5b's config has no patch_size_t; diffusers' default stands in."""
+    """A config may have no patch_size_t; diffusers' default stands in."""
     folder = save_tiny_model(tmp_path, "1.0-rope")
     for part in ("transformer", "vae"):
         config = folder / part / "config.json"
