@@ -1,0 +1,143 @@
+"""Claims: which process works on a job, on a folder that several machines may share.
+
+The claims of a job are numbered files in one folder, and the highest number counts. A process takes
+a job by making the next number, which link(2) lets only one process do, and keeps it by touching
+the file. The job is free again when its claim is released, too old, or of a dead process of this
+machine. Numbers never come back, so a process that was taken for dead and wakes up finds a higher
+one than its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import threading
+import uuid
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CLAIMS_FOLDER = "claims"
+DEFAULT_EXPIRY = 120.0  # seconds without a sign of life; signs come four times as often
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One taken job."""
+
+    path: Path  # JOB/claims/NUMBER
+
+
+class Claims:
+    """The claims that this process holds; a thread keeps them alive. Use it in a `with`."""
+
+    def __init__(self, expiry: float = DEFAULT_EXPIRY):
+        """Args: expiry: seconds without a sign of life after which others may take over."""
+        self._expiry = expiry
+        self._held: set[Claim] = set()
+        self._closed = threading.Event()
+        self._keeper = threading.Thread(target=self._keep_alive, daemon=True)
+
+    def __enter__(self) -> Claims:
+        self._keeper.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._keeper.join()
+        for claim in list(self._held):
+            self.release(claim)
+
+    def take(self, job_folder: Path) -> Claim | None:
+        """Takes the job of this folder, or returns None because another process has it."""
+        folder = job_folder / CLAIMS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        latest = _latest(folder)
+        temporary = folder / f".{uuid.uuid4().hex}"
+        try:
+            temporary.write_text(json.dumps(_this_process() | {"expiry": self._expiry}), "utf-8")
+            # The file server's clock: those of the machines may differ by minutes.
+            now = temporary.stat().st_mtime
+            if latest and _is_alive(folder / str(latest), now):
+                return None
+            claim = Claim(folder / str(latest + 1))
+            try:
+                os.link(temporary, claim.path)
+            except FileExistsError:
+                # Over NFS a link that was made can be reported so when the first reply was lost.
+                if temporary.stat().st_nlink != 2:
+                    return None
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._held.add(claim)
+        return claim
+
+    def holds(self, claim: Claim) -> bool:
+        """Whether the job is still this process's; not so after it slept past the expiry."""
+        return claim in self._held and _latest(claim.path.parent) == int(claim.path.name)
+
+    def release(self, claim: Claim) -> None:
+        """Frees the job."""
+        self._held.discard(claim)
+        if claim.path.exists():  # else someone deleted the job's folder
+            os.utime(claim.path, (0, 0))
+
+    def _keep_alive(self) -> None:
+        while not self._closed.wait(self._expiry / 4):
+            for claim in list(self._held):
+                try:
+                    os.utime(claim.path)
+                except OSError as error:
+                    # The next sign of life may get through; `holds` tells whether it came too late.
+                    print(f"warning: {claim.path} could not be kept alive: {error}")
+
+
+def is_claimed(job_folder: Path, now: float) -> bool:
+    """Whether a living process works on the job; `now` in seconds since 1970."""
+    folder = job_folder / CLAIMS_FOLDER
+    latest = _latest(folder) if folder.is_dir() else 0
+    return latest > 0 and _is_alive(folder / str(latest), now)
+
+
+def _latest(folder: Path) -> int:
+    return max((int(name) for name in os.listdir(folder) if name.isdecimal()), default=0)
+
+
+def _is_alive(path: Path, now: float) -> bool:
+    touched = path.stat().st_mtime
+    owner = json.loads(path.read_text("utf-8"))
+    if touched == 0:  # released
+        return False
+    if owner["machine"] == _machine() and _start_time(owner["pid"]) != owner["started"]:
+        return False
+    return now - touched < owner["expiry"]
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": pid,
+        "started": _start_time(pid),
+    }
+
+
+@cache
+def _machine() -> str:
+    """This boot of this machine and, in it, the namespace that process numbers belong to."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _start_time(pid: int) -> str | None:
+    """When a living process started, in ticks since boot; None for a dead one."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name before the last parenthesis can hold anything.
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state == "Z" else fields[18]

@@ -1,0 +1,183 @@
+"""A batch's folder on disk: what each job is, and what became of each of its stages.
+
+    DIR/NAME-ID/job.json                          the job, written before any work
+                stage1_record.json, stage2_..., stage3_...   what became of the stage
+                the stages' own files, as the stage scripts write them
+                claims/                           see claims.py
+
+Every file is written atomically. A record says "running" from before its stage starts until it
+ends, so a record that says so without a living claim is of a process that was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import utils
+from cogvideox.settings import DenoisingSettings
+from jobs.claims import is_claimed
+from runtime.files import write_json
+
+JOB_FILE = "job.json"
+CONTACT_SHEET_FILE = f"{Path(utils.VIDEO_FILE).stem}_contact_sheet.png"
+
+# What each stage leaves in a job's folder, beside its section in generation_config.json.
+OUTPUTS = {
+    "stage1_text_encoder": (utils.EMBEDDINGS_FILE,),
+    "stage2_transformer": (utils.LATENTS_FILE,),
+    "stage3_vae_decoder": (utils.VIDEO_FILE, CONTACT_SHEET_FILE),
+}
+STAGES = tuple(OUTPUTS)
+
+StageStatus = Literal["running", "done", "failed", "interrupted"]
+JobStatus = Literal["done", "failed", "running", "interrupted", "pending"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One video to make, every setting filled in."""
+
+    id: str  # of everything that decides the output; see identity.py
+    name: str  # for people; given, or made of the prompt
+    line: int  # of the job file
+    prompt: str
+    negative_prompt: str
+    max_sequence_length: int
+    settings: DenoisingSettings
+    model_id: str
+    revision: str | None  # the hub commit, None for a folder
+    dtype: str
+    decoder: str  # "torchax" or "flax"
+    quality: int | None
+    no_metadata: bool
+
+    @property
+    def folder(self) -> str:
+        """The name of the job's folder in the batch's."""
+        return f"{self.name}-{self.id}"
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRecord:
+    """What became of one stage of one job."""
+
+    stage: str  # a key of OUTPUTS
+    status: StageStatus
+    attempt: int  # 1 for the first time that the stage was begun
+    worker: str  # host:process
+    started: float  # seconds since 1970
+    seconds: float = 0.0  # from start to end, without what other jobs share (loading, compiling)
+    error: str | None = None  # one line
+    traceback: str | None = None
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)  # file name -> sha256
+    outputs: dict[str, str] = dataclasses.field(default_factory=dict)  # file name -> sha256
+    section: dict[str, Any] = dataclasses.field(default_factory=dict)  # in generation_config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class JobState:
+    """A job as its folder shows it."""
+
+    job: Job
+    folder: Path
+    records: dict[str, StageRecord]  # by stage; a stage that was never begun has none
+    claimed: bool  # a living process works on it
+
+    @property
+    def failure(self) -> StageRecord | None:
+        """The record of the stage that failed."""
+        return next((r for r in self.records.values() if r.status == "failed"), None)
+
+    @property
+    def status(self) -> JobStatus:
+        """ "done" with all three stages; "pending" between stages and before the first."""
+        statuses = {record.status for record in self.records.values()}
+        if self.claimed:
+            return "running"
+        if "failed" in statuses:
+            return "failed"
+        if statuses & {"running", "interrupted"}:
+            return "interrupted"
+        return "done" if self.stages_done == len(STAGES) else "pending"
+
+    @property
+    def stages_done(self) -> int:
+        return sum(record.status == "done" for record in self.records.values())
+
+    @property
+    def seconds(self) -> float:
+        """Spent in the stages that are done."""
+        return sum(r.seconds for r in self.records.values() if r.status == "done")
+
+
+def read_batch(output_dir: Path) -> list[JobState]:
+    """Every job in a batch's folder, in the order of the job file.
+
+    Raises:
+        utils.InputError: the folder or a job in it cannot be read.
+    """
+    if not output_dir.is_dir():
+        raise utils.InputError(f"{output_dir} is not a folder")
+    now = time.time()
+    states = [
+        JobState(read_job(path.parent), path.parent, read_records(path.parent),
+                 is_claimed(path.parent, now))
+        for path in output_dir.glob(f"*/{JOB_FILE}")
+    ]  # fmt: skip
+    return sorted(states, key=lambda state: (state.job.line, state.folder.name))
+
+
+def write_job(folder: Path, job: Job) -> None:
+    write_json(folder / JOB_FILE, dataclasses.asdict(job))
+
+
+def read_job(folder: Path) -> Job:
+    """Raises utils.InputError for a file that is missing, damaged or of another version."""
+    path = folder / JOB_FILE
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        return Job(**fields | {"settings": DenoisingSettings(**fields["settings"])})
+    except OSError as error:
+        raise utils.InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise utils.InputError(f"{path} does not describe a job: {error!r}") from error
+
+
+def write_record(folder: Path, record: StageRecord) -> None:
+    write_json(_record_path(folder, record.stage), dataclasses.asdict(record))
+
+
+def read_records(folder: Path) -> dict[str, StageRecord]:
+    """The records in a job's folder, by stage; one that cannot be read counts as missing."""
+    records = {}
+    for stage in STAGES:
+        try:
+            record = StageRecord(**json.loads(_record_path(folder, stage).read_text("utf-8")))
+        except FileNotFoundError:
+            continue
+        except (ValueError, TypeError) as error:
+            print(f"warning: {_record_path(folder, stage)} is no record: {error!r}")
+            continue
+        records[stage] = record
+    return records
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def worker_name() -> str:
+    """This process, for people: host:process number."""
+    return f"{os.uname().nodename}:{os.getpid()}"
+
+
+def _record_path(folder: Path, stage: str) -> Path:
+    return folder / f"{stage.partition('_')[0]}_record.json"
