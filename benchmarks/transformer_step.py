@@ -103,7 +103,7 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
     from runtime.topology import machine_devices
 
     denoiser = make_denoiser(arguments, machine_devices(arguments.topology), "splash")
-    import hlo_costs
+    from runtime import hlo_costs
 
     start, cpu_start = time.perf_counter(), time.process_time()
     compiled = denoiser.lower().compile()

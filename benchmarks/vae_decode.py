@@ -98,11 +98,11 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
     }
     import jax.numpy as jnp
     import numpy as np
-    from hlo_costs import memory, read_costs
     from jax.experimental import topologies
     from jax.sharding import Mesh
 
     from cogvideox.vae_decode import frame_batches
+    from runtime.hlo_costs import memory, read_costs
 
     devices = topologies.get_topology_desc(
         name, platform="tpu", chips_per_host_bounds=chips_per_host
