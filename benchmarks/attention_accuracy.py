@@ -56,7 +56,7 @@ def error(path: str, case: str, tokens: int) -> float:
         scaled = (q.astype(jnp.float32) * query_scale(HEAD_DIM)).astype(q.dtype)
         minor = scaled.swapaxes(1, 2), k, v.swapaxes(1, 2)
         bounds = jnp.full(HEADS, jnp.inf)
-        out = sequence_minor_attention(*minor, bounds=bounds, interpret=True).swapaxes(1, 2)
+        out = sequence_minor_attention(*minor, largest_score=bounds, interpret=True).swapaxes(1, 2)
     else:
         q = q if path == "float32" else q.astype(jnp.bfloat16)
         options: dict[str, Any] = {"smooth_k": path.endswith("smooth_k")}

@@ -11,6 +11,7 @@ of this machine and prints measured seconds.
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -19,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# v6e: bundles a second, and bfloat16 flops a second, of one chip.
-CLOCK_HZ, PEAK_FLOPS = 1.75e9, 918e12
+# Of one v6e chip: bundles, bfloat16 flops, and bytes of HBM a second.
+CLOCK_HZ, PEAK_FLOPS, HBM_BYTES_PER_SECOND = 1.75e9, 918e12, 1.64e12
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -140,49 +141,59 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def kernel_cycles(denoiser: Any) -> dict[str, int]:
-    """Bundles of one block's Pallas kernels on one chip, each compiled alone.
+    """Cycles of one block's Pallas kernels on one chip, each compiled alone.
 
-    Attention takes the path without a running maximum, as it does for every head whose norms
-    allow it.
+    The scheduled bundles, or the time to read and write HBM where that is longer. Attention takes
+    the path without a running maximum, as it does for every head whose norms allow it.
     """
     from attention_kernel import row
     from kernel_schedule import measure
 
-    from cogvideox.qk_norm import grid_steps
+    from cogvideox.attention_layout_tpu import Tiles
 
     config, shape = denoiser.config, dict(denoiser.mesh.shape)
-    tokens = denoiser.layout.tokens
-    local_heads = config["num_attention_heads"] // shape["tp"]
+    head_dim, shards = config["attention_head_dim"], shape["sp"]
+    rows = config["num_attention_heads"] * head_dim // (shape["tp"] * shards)
     batch = 2 * denoiser.latents.batch // shape["dp"]
-    head_dim = config["attention_head_dim"]
-    attention = row("v6e", "bounded", batch * local_heads // shape["sp"], tokens, head_dim)
-    kernels = {"attention": attention["cycles"]}
-    for name, keys_for in (("norm_q", None), ("norm_k", shape["sp"])):
-        what = {
-            "shape": (batch, local_heads * head_dim, denoiser.layout.padded // shape["sp"]),
-            "head_dim": head_dim,
-            "keys_for": keys_for,
-        }
-        steps = grid_steps(what["shape"])
-        kernels[name] = measure(lower_norm, "v6e", "norm_and_rotate", steps, what).cycles
-    return kernels
+    heads = batch * rows // head_dim
+    attention = row("v6e", "bounded", heads, denoiser.layout.tokens, head_dim)
+    cycles = {"attention": attention["cycles"]}
+    x = (batch, shards, rows, denoiser.layout.padded // shards)
+    kernels = {"norm_q": "norm_and_rotate", "norm_k": "norm_and_rotate"}
+    if shards > 1:
+        kernels |= {"join_values": "join_values", "part_tokens": "part_tokens"}
+    steps = math.prod(Tiles(*x).grid)
+    for kind, name in kernels.items():
+        bundles = measure(
+            lower_layout, "v6e", name, steps, {"kind": kind, "shape": x, "head_dim": head_dim}
+        ).cycles
+        cycles[kind] = max(
+            bundles, math.ceil(2 * 2 * math.prod(x) / HBM_BYTES_PER_SECOND * CLOCK_HZ)
+        )
+    return cycles
 
 
-def lower_norm(sharding: Any, shape: tuple[int, ...], head_dim: int, keys_for: int | None) -> Any:
-    """Lowers the q/k norm kernel alone; runs in a process of its own."""
+def lower_layout(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int) -> Any:
+    """Lowers one of the kernels around attention alone; runs in a process of its own."""
     import jax
     import jax.numpy as jnp
 
-    from cogvideox.qk_norm import norm_and_rotate_tpu
+    from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu, part_tokens_tpu
 
     def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    batch, shards, rows, tokens = shape
+    if kind == "join_values":
+        return jax.jit(join_values_tpu).lower(abstract(shape, jnp.bfloat16))
+    if kind == "part_tokens":
+        joined = abstract((batch, rows, shards * tokens), jnp.bfloat16)
+        return jax.jit(part_tokens_tpu, static_argnums=1).lower(joined, shards)
     norm = abstract((head_dim,), jnp.float32)
-    table = abstract((head_dim // 2, shape[-1]), jnp.float32)
-    function = jax.jit(norm_and_rotate_tpu, static_argnames="keys_for")
+    table = abstract((head_dim // 2, shards * tokens), jnp.float32)
+    function = jax.jit(norm_and_rotate_tpu, static_argnames="transposed")
     return function.lower(
-        abstract(shape, jnp.bfloat16), norm, norm, (table, table), keys_for=keys_for
+        abstract(shape, jnp.bfloat16), norm, norm, (table, table), transposed=kind == "norm_k"
     )
 
 

@@ -8,50 +8,82 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cogvideox.qk_norm import Rotary, norm_and_rotate, norm_and_rotate_tpu
+from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu, part_tokens_tpu
+from cogvideox.qk_norm import Rotary, norm_and_rotate
 from splash_attention import query_scale, sequence_minor_attention
 from splash_attention.reference import reference_attention
 
 _CUDNN_TILE = 128
 
 
-def _keys(
-    k: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None, shards: int
-) -> jax.Array:
-    """k normed and rotated, [b, R, s] to [b, shards, s, R / shards]."""
-    k = norm_and_rotate(k, weight, bias, rotary)
-    return jnp.swapaxes(k.reshape(k.shape[0], shards, -1, k.shape[-1]), 2, 3)
+class Bounds(NamedTuple):
+    """What no number of a head exceeds in magnitude; kernels may leave out checks by it."""
+
+    scores: jax.Array  # [] float32, of all heads
+    values: jax.Array  # [b, R], of each row of v
 
 
-def _keys_tpu(
-    k: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None, shards: int
-) -> jax.Array:
-    return norm_and_rotate_tpu(k, weight, bias, rotary, keys_for=shards)
+def _join(x: jax.Array) -> jax.Array:
+    """[b, shards, R, s] to [b, R, shards x s]."""
+    return jnp.concatenate([x[:, i] for i in range(x.shape[1])], axis=-1)
+
+
+def _queries(x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None) -> jax.Array:
+    return norm_and_rotate(_join(x), weight, bias, rotary)
+
+
+def _keys(x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None) -> jax.Array:
+    return jnp.swapaxes(_queries(x, weight, bias, rotary), 1, 2)
+
+
+def _values(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = _join(x)
+    return x, jnp.abs(x).max(-1)
+
+
+def _part(x: jax.Array, shards: int) -> jax.Array:
+    """[b, R, S] to [b, shards, R, S / shards]."""
+    return jnp.stack(jnp.split(x, shards, axis=-1), axis=1)
+
+
+def _values_tpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _values(x) if x.shape[1] == 1 else join_values_tpu(x)
+
+
+def _part_tpu(x: jax.Array, shards: int) -> jax.Array:
+    return _part(x, shards) if shards == 1 else part_tokens_tpu(x, shards)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKernel:
-    """One way to attend.
+    """One way to attend, from what an all-to-all leaves to what the next one takes.
+
+    Tokens come and go in shards, [b, shards, R, s]; attention sees them joined, S = shards x s.
 
     Attributes:
         name: as --attention has it.
-        attend: q [b, R, S], k [b, S, R], v [b, R, S], head_dim, real keys, bound -> [b, R, S];
-            keys past that number take no part, and no score exceeds the bound [] in magnitude.
-        queries: raw q [b, R, s], the norm's weight and bias [D], rotary tables -> q normed and
-            rotated, [b, R, s].
-        keys: the same for k and the number of sp shards -> [b, shards, s, R / shards].
-        token_multiple: S of each device should be a multiple of this.
+        attend: q [b, R, S], k [b, S, R], v [b, R, S], head_dim, real keys, Bounds -> [b, R, S];
+            keys past that number take no part.
+        queries: raw q [b, shards, R, s], the norm's weight and bias [D], rotary tables [D / 2, S]
+            -> q normed and rotated, [b, R, S].
+        keys: the same for k -> [b, S, R].
+        values: v [b, shards, R, s] -> [b, R, S], and the largest magnitude of each row [b, R].
+        part: [b, R, S] and the number of shards -> [b, shards, R, s].
+        token_multiple: s should be a multiple of this.
         query_scale: head_dim -> what q is multiplied with before it is rounded.
     """
 
     name: str
-    attend: Callable[[jax.Array, jax.Array, jax.Array, int, int, jax.Array], jax.Array]
-    queries: Callable[..., jax.Array] = norm_and_rotate
+    attend: Callable[[jax.Array, jax.Array, jax.Array, int, int, Bounds], jax.Array]
+    queries: Callable[..., jax.Array] = _queries
     keys: Callable[..., jax.Array] = _keys
+    values: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = _values
+    part: Callable[[jax.Array, int], jax.Array] = _part
     token_multiple: int = 1
     query_scale: Callable[[int], float] = lambda head_dim: 1.0
 
@@ -86,12 +118,17 @@ def _splash(
     v: jax.Array,
     head_dim: int,
     keys: int,
-    score_bound: jax.Array,
+    bounds: Bounds,
     interpret: bool = False,
 ) -> jax.Array:
     q, v = (x.reshape(x.shape[0], -1, head_dim, x.shape[-1]) for x in (q, v))
-    bounds = jnp.broadcast_to(score_bound, q.shape[:2])
-    out = sequence_minor_attention(q, k, v, kv_len=keys, bounds=bounds, interpret=interpret)
+    out = sequence_minor_attention(
+        *(q, k, v),
+        kv_len=keys,
+        largest_score=jnp.broadcast_to(bounds.scores, q.shape[:2]),
+        largest_value=bounds.values.reshape(*q.shape[:2], head_dim).max(-1),
+        interpret=interpret,
+    )
     return out.reshape(out.shape[0], -1, out.shape[-1])
 
 
@@ -101,7 +138,7 @@ def _natural(x: jax.Array, head_dim: int) -> jax.Array:
 
 
 def _cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, _: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, _: Bounds
 ) -> jax.Array:
     """cuDNN on whole blocks of keys, the last few added outside.
 
@@ -143,7 +180,7 @@ def add_keys(
 
 
 def _reference(
-    q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, _: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, _: Bounds
 ) -> jax.Array:
     k = k[:, :keys].reshape(k.shape[0], keys, -1, head_dim)
     parts = (_natural(q, head_dim), k, _natural(v[..., :keys], head_dim))
@@ -153,7 +190,16 @@ def _reference(
 
 KERNELS = {
     # 128 lanes: a shorter last tile would be padded in every array.
-    "splash": AttentionKernel("splash", _splash, norm_and_rotate_tpu, _keys_tpu, 128, query_scale),
+    "splash": AttentionKernel(
+        "splash",
+        _splash,
+        queries=norm_and_rotate_tpu,
+        keys=functools.partial(norm_and_rotate_tpu, transposed=True),
+        values=_values_tpu,
+        part=_part_tpu,
+        token_multiple=128,
+        query_scale=query_scale,
+    ),
     "cudnn": AttentionKernel("cudnn", _cudnn, token_multiple=_CUDNN_TILE),
     "reference": AttentionKernel("reference", _reference),
 }

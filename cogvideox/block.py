@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from cogvideox.attention import AttentionKernel
+from cogvideox.attention import AttentionKernel, Bounds
 from cogvideox.qk_norm import Rotary, longest_row
 
 Weights = Mapping[str, jax.Array]
@@ -83,7 +83,7 @@ class Block:
             x: [b, s, E], this device's batch and tokens (split over sp, then tp).
             weights: of one layer, by diffusers' names inside the block, split over tp.
             temb: [b, time_embed_dim], the time embedding.
-            rotary: cos and sin [D / 2, S / sp] float32 for the tokens of this sp shard.
+            rotary: cos and sin [D / 2, S] float32.
 
         Returns:
             [b, s, E].
@@ -122,28 +122,29 @@ class Block:
 
     def _attention(self, weights: Weights, x: jax.Array, rotary: Rotary | None) -> jax.Array:
         x = _gather(x)
-        q, k, v = (self._project(weights, name, x) for name in ("to_q", "to_k", "to_v"))
+        q, k, v = (_exchange(self._project(weights, name, x)) for name in ("to_q", "to_k", "to_v"))
         norm_q, norm_k = (
             [weights[f"attn1.{norm}.{kind}"].astype(jnp.float32) for kind in ("weight", "bias")]
             for norm in ("norm_q", "norm_k")
         )
         # The rotation is linear, so what scales the norm's parameters scales q.
         norm_q = [part * self.kernel.query_scale(self.head_dim) for part in norm_q]
-        bound = longest_row(*norm_q) * longest_row(*norm_k)
+        scores = longest_row(*norm_q) * longest_row(*norm_k)
         q = self.kernel.queries(q, *norm_q, rotary)
-        k = self.kernel.keys(k, *norm_k, rotary, jax.lax.axis_size("sp"))
-        q, v = _heads_for_tokens(q), _heads_for_tokens(v)
-        k = _exchange(k)
-        k = k.reshape(k.shape[0], -1, k.shape[-1])
-        out = _tokens_for_heads(self.kernel.attend(q, k, v, self.head_dim, self.tokens, bound))
+        k = self.kernel.keys(k, *norm_k, rotary)
+        v, values = self.kernel.values(v)
+        out = self.kernel.attend(q, k, v, self.head_dim, self.tokens, Bounds(scores, values))
+        out = _exchange(self.kernel.part(out, jax.lax.axis_size("sp")))
+        out = out.reshape(out.shape[0], -1, out.shape[-1])
         out = jnp.einsum("bis,oi->bso", out, weights["attn1.to_out.0.weight"])
         return _sum_shards(out) + weights["attn1.to_out.0.bias"]
 
     def _project(self, weights: Weights, name: str, x: jax.Array) -> jax.Array:
-        """[b, s, E] to the rows of the device's heads [b, R, s]."""
+        """[b, s, E] to the rows of each sp shard's heads [b, sp, R, s]."""
         out = jnp.einsum("oi,bsi->bos", weights[f"attn1.{name}.weight"], x)
         bias = weights.get(f"attn1.{name}.bias")
-        return out if bias is None else out + bias[:, None]
+        out = out if bias is None else out + bias[:, None]
+        return out.reshape(out.shape[0], jax.lax.axis_size("sp"), -1, out.shape[-1])
 
     def _mlp(self, weights: Weights, x: jax.Array) -> jax.Array:
         x = _gather(x)
@@ -154,27 +155,14 @@ class Block:
         return _sum_shards(hidden @ weights["ff.net.2.weight"].T) + weights["ff.net.2.bias"]
 
 
-def _heads_for_tokens(x: jax.Array) -> jax.Array:
-    """All-to-all over sp: all heads of some tokens, [b, R, s], to some of all, [b, R / sp, S]."""
-    shards = jax.lax.axis_size("sp")
-    x = x.reshape(x.shape[0], shards, -1, x.shape[-1])
-    x = _exchange(x)
-    return jnp.concatenate([x[:, i] for i in range(shards)], axis=-1)
-
-
-def _tokens_for_heads(x: jax.Array) -> jax.Array:
-    """The reverse of `_heads_for_tokens`."""
-    shards = jax.lax.axis_size("sp")
-    x = jnp.stack(jnp.split(x, shards, axis=-1), axis=1)
-    x = _exchange(x)
-    return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
 # XLA's CPU backend keeps collectives among one device, each a copy; these leave them out.
 
 
 def _exchange(x: jax.Array) -> jax.Array:
-    """All-to-all over sp along axis 1, which has one entry a shard."""
+    """All-to-all over sp along axis 1, which has one entry a shard.
+
+    All heads of some tokens become some heads of all tokens, or the reverse.
+    """
     return x if jax.lax.axis_size("sp") == 1 else jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)
 
 

@@ -26,7 +26,6 @@ from cogvideox.tokens import TokenLayout, positions
 
 _TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
 _ROWS = P(("sp", "tp"), None)  # [S, E]
-_ROTARY = P(None, "sp")  # [D / 2, S]: around attention tp splits heads, not tokens
 _BATCH = P("dp")  # the transformer's samples, guidance's included
 
 
@@ -68,7 +67,7 @@ class Denoiser:
 
     @property
     def _position_specs(self) -> dict[str, Any]:
-        specs = {"rotary": (_ROTARY, _ROTARY), "embedding": _ROWS}
+        specs = {"rotary": (P(), P()), "embedding": _ROWS}  # attention sees all tokens
         return {name: specs[name] for name in self.positions}
 
     def check_weights(self) -> None:

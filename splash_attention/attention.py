@@ -131,7 +131,7 @@ def attention_part(
         block_sizes = choose_block_sizes(chip, head_dim, q.shape[-2], keys, q.dtype)
     out, log_total = attention_kernel(
         *minor,
-        bounded_heads(largest_scores(*minor[:2], keys), minor[2], keys),
+        bounded_heads(largest_scores(*minor[:2], keys), largest_values(minor[2], keys), keys),
         kv_len.reshape(1),
         always_valid=0,
         most_valid=keys,
@@ -152,7 +152,8 @@ def sequence_minor_attention(
     v: jax.Array,
     *,
     kv_len: int | None = None,
-    bounds: jax.Array | None = None,
+    largest_score: jax.Array | None = None,
+    largest_value: jax.Array | None = None,
     window_size: int | None = None,
     block_sizes: BlockSizes | None = None,
     precision: str = "bf16",
@@ -170,9 +171,10 @@ def sequence_minor_attention(
             NaN or infinity in the keys of one reaches both.
         v: [..., D, K].
         kv_len: keys that count; those from it on are padding, whatever they hold. K when None.
-        bounds: [...] float32, for each head a number that no |score| exceeds, in powers of two, as
+        largest_score: [...], for each head a number that no |score| exceeds, in powers of two, as
             q.k comes out. Spares reading q and k for their norms; too low a number lets softmax
             overflow. From the norms when None.
+        largest_value: [...], for each head a number that no |v| exceeds; spares reading v.
         window_size, block_sizes, precision, smooth_k, interpret: as in `splash_attention`.
 
     Returns:
@@ -209,16 +211,22 @@ def sequence_minor_attention(
             "q, k and v must all be bfloat16 or all float32; "
             f"got {q.dtype.name}, {k.dtype.name}, {v.dtype.name}"
         )
-    if bounds is not None and bounds.shape != tuple(leading):
-        raise ValueError(f"bounds are {bounds.shape}; q has heads {tuple(leading)}")
+    for name, largest in (("largest_score", largest_score), ("largest_value", largest_value)):
+        if largest is not None and largest.shape != tuple(leading):
+            raise ValueError(f"{name} is {largest.shape}; q has heads {tuple(leading)}")
     q, v = (x.reshape(heads, head_dim, -1) for x in (q, v))
     k = k.reshape(heads // beside, keys, beside * head_dim)
     if beside > 1 and not can_lie_side_by_side(head_dim, beside):
         k = k.reshape(-1, keys, beside, head_dim).swapaxes(1, 2).reshape(heads, keys, head_dim)
     if smooth_k:
         k = smooth(k, kv_len)
-    largest = largest_scores(q, k, kv_len) if bounds is None else bounds.reshape(heads)
-    bounded = bounded_heads(largest, v, kv_len)
+    largest_score = (
+        largest_scores(q, k, kv_len) if largest_score is None else largest_score.reshape(heads)
+    )
+    largest_value = (
+        largest_values(v, kv_len) if largest_value is None else largest_value.reshape(heads)
+    )
+    bounded = bounded_heads(largest_score, largest_value, kv_len)
     out_dtype, q_scale = q.dtype, None
     if precision == "int8_qk":
         q, k, q_scale = quantize(q, k, kv_len)
@@ -271,7 +279,12 @@ def largest_scores(q: jax.Array, k: jax.Array, kv_len: int) -> jax.Array:
     return q_norm * k_norm.reshape(heads)
 
 
-def bounded_heads(largest: jax.Array, v: jax.Array, kv_len: int) -> jax.Array:
+def largest_values(v: jax.Array, kv_len: int) -> jax.Array:
+    """max|v| over the first `kv_len` keys of v [N, D, K], [N]."""
+    return jnp.max(jnp.abs(v[..., :kv_len]), axis=(1, 2))
+
+
+def bounded_heads(largest_score: jax.Array, largest_value: jax.Array, kv_len: int) -> jax.Array:
     """Which heads need no running maximum: [N] int32.
 
     Where every score s, in powers of two, has |s| <= B, 2^-B <= exp2(s) <= 2^B, and neither the
@@ -281,11 +294,11 @@ def bounded_heads(largest: jax.Array, v: jax.Array, kv_len: int) -> jax.Array:
     path. NaN may take either: it comes out in the same places.
 
     Args:
-        largest: B, [N] float32.
-        v: [N, D, K].
+        largest_score: B, [N].
+        largest_value: max|v|, [N].
         kv_len: keys that count.
     """
-    log_v = jnp.log2(jnp.max(jnp.abs(v[..., :kv_len]), axis=(1, 2)).astype(jnp.float32))
-    above = largest + math.log2(kv_len) + jnp.maximum(log_v, 0) <= 126
-    below = largest + jnp.maximum(-log_v, 0) <= 126 - 24
+    log_v = jnp.log2(largest_value.astype(jnp.float32))
+    above = largest_score + math.log2(kv_len) + jnp.maximum(log_v, 0) <= 126
+    below = largest_score + jnp.maximum(-log_v, 0) <= 126 - 24
     return (above & below).astype(jnp.int32)

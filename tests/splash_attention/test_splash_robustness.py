@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from splash_attention import BlockSizes, sequence_minor_attention
-from splash_attention.attention import bounded_heads, largest_scores
+from splash_attention.attention import bounded_heads, largest_scores, largest_values
 from splash_attention.kernel import attention_kernel
 from tests.splash_attention.softmax import attend, relative_error
 
@@ -119,12 +119,15 @@ def test_adversarial(make):
 def test_the_path_is_chosen_head_by_head():
     q, k, v = map(jnp.asarray, heads_differ())
     largest = largest_scores(q, k, KEYS)
-    assert bounded_heads(largest, v, KEYS).tolist() == [1, 0]
+
+    def paths(scores, v):
+        return bounded_heads(scores, largest_values(v, KEYS), KEYS).tolist()
+
+    assert paths(largest, v) == [1, 0]
     # No head is bounded when its values leave no room, or anything is infinite.
-    assert bounded_heads(largest, v * 2.0**120, KEYS).tolist() == [0, 0]
-    assert bounded_heads(largest, v.at[0, 0, 0].set(jnp.inf), KEYS).tolist() == [0, 0]
-    infinite = largest_scores(q.at[0, 0, 0].set(jnp.inf), k, KEYS)
-    assert bounded_heads(infinite, v, KEYS).tolist() == [0, 0]
+    assert paths(largest, v * 2.0**120) == [0, 0]
+    assert paths(largest, v.at[0, 0, 0].set(jnp.inf)) == [0, 0]
+    assert paths(largest_scores(q.at[0, 0, 0].set(jnp.inf), k, KEYS), v) == [0, 0]
     # The bound holds, and is no wider than its formula.
     scores = np.abs(np.einsum("nds,nkd->nks", q, k)).max((1, 2))
     assert (scores <= np.asarray(largest)).all()
@@ -134,9 +137,9 @@ def test_bounds_of_the_caller_choose_the_path():
     """Scores over 128 overflow the bounded path, so the two paths can be told apart."""
     q, k, v = large_norms()
     call = dict(block_sizes=SIZES, interpret=True)
-    high = sequence_minor_attention(q, k, v, bounds=jnp.array([1e6, 1e6]), **call)
+    high = sequence_minor_attention(q, k, v, largest_score=jnp.array([1e6, 1e6]), **call)
     assert relative_error(high, attend(q, k, v)) <= FLOAT32
-    wrong = sequence_minor_attention(q, k, v, bounds=jnp.array([1.0, 1e6]), **call)
+    wrong = sequence_minor_attention(q, k, v, largest_score=jnp.array([1.0, 1e6]), **call)
     assert not np.isfinite(wrong[0]).all()
     np.testing.assert_array_equal(wrong[1], high[1])
 
@@ -239,7 +242,7 @@ def test_what_cannot_be_is_refused():
     )
     refused(ValueError, "kv_len is 301; k and v have 300", q, k, v, kv_len=301)
     refused(ValueError, "kv_len is 0", q, k, v, kv_len=0)
-    refused(ValueError, r"bounds are \(3,\)", q, k, v, bounds=jnp.zeros(3))
+    refused(ValueError, r"largest_score is \(3,\)", q, k, v, largest_score=jnp.zeros(3))
     refused(ValueError, "'int4'", q, k, v, precision="int4")
     refused(ValueError, r"got .*\(2, 299, 64\)", q, k[:, 1:], v)
     refused(ValueError, "query 139 sees no key", q, k, v, kv_len=100, window_size=39)

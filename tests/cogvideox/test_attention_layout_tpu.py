@@ -1,0 +1,46 @@
+"""The TPU kernels around attention, in interpret mode, equal the plain JAX that other backends run.
+
+float32; 2e-6 of the largest number is a few roundings of the norm's sums over 64 rows.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cogvideox.attention import _keys, _part, _queries, _values
+from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu, part_tokens_tpu
+
+HEAD_DIM = 64
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 128, 128), (1, 3, 192, 1408), (1, 1, 256, 1408)],
+    ids=["short", "more than a chunk", "one shard"],
+)
+def test_layout_kernels(shape, rotated):
+    batch, shards, rows, tokens = shape
+    x, weight, bias, *tables = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(0), 5),
+            [shape, (HEAD_DIM,), (HEAD_DIM,), *[(HEAD_DIM // 2, shards * tokens)] * 2],
+            strict=True,
+        )
+    )
+    rotary = tuple(tables) if rotated else None
+    q = norm_and_rotate_tpu(x, weight, bias, rotary, interpret=True)
+    k = norm_and_rotate_tpu(x, weight, bias, rotary, transposed=True, interpret=True)
+    expected = _queries(x, weight, bias, rotary)
+    tolerance = 2e-6 * float(jnp.abs(expected).max())
+    np.testing.assert_allclose(q, expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(k, _keys(x, weight, bias, rotary), rtol=0, atol=tolerance)
+
+    if shards == 1:
+        return  # nothing to join
+    (v, largest), (joined, expected) = join_values_tpu(x, interpret=True), _values(x)
+    np.testing.assert_array_equal(v, joined)
+    np.testing.assert_array_equal(largest, expected)
+    np.testing.assert_array_equal(part_tokens_tpu(v, shards, interpret=True), _part(joined, shards))
