@@ -14,7 +14,10 @@ import utils
 from utils import ArgumentParser, Timings, checking_input
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cogvideox.checkpoint import ModelFolder
+    from cogvideox.text_encoder import TextEncoder
 
 STAGE = "stage1_text_encoder"
 _CLASSES = {
@@ -57,18 +60,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def check_prompts(prompts: list[str], negative_prompt: str) -> None:
+    """Raises ValueError for texts that say nothing, are too long or are no Unicode."""
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("--prompt is empty; describe what the video shows")
+    if sum(map(len, prompts)) > 20_000:
+        raise ValueError("--prompt is longer than 20,000 characters")
+    for text in (*prompts, negative_prompt):
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("--prompt or --negative_prompt is not valid UTF-8")
+
+
 def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
     """The model, and the tokens per prompt; raises ValueError for what cannot be encoded."""
     from cogvideox.checkpoint import find_model, stored_tensors
     from cogvideox.settings import text_tokens
 
-    if not all(prompt.strip() for prompt in arguments.prompt):
-        raise ValueError("--prompt is empty; describe what the video shows")
-    if sum(map(len, arguments.prompt)) > 20_000:
-        raise ValueError("--prompt is longer than 20,000 characters")
-    for text in (*arguments.prompt, arguments.negative_prompt):
-        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError("--prompt or --negative_prompt is not valid UTF-8")
+    check_prompts(arguments.prompt, arguments.negative_prompt)
     utils.check_output_folder(arguments.output_dir, utils.EMBEDDINGS_FILE)
     model = find_model(arguments.model_id, ["tokenizer", "text_encoder"])
     for part, known in _CLASSES.items():
@@ -82,29 +90,30 @@ def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
     return model, text_tokens(arguments.max_sequence_length, model.config("transformer"))
 
 
-def run(arguments: argparse.Namespace) -> None:
-    with checking_input():
-        model, tokens = check(arguments)
+def embed(
+    text_encoder: TextEncoder, arguments: argparse.Namespace, tokens: int
+) -> dict[str, np.ndarray]:
+    """The tensors of this stage's file; warns of words that do not fit into `tokens`."""
+    from cogvideox.text_encoder import encode
 
-        from cogvideox.text_encoder import check_weights, encode, load_text_encoder
-
-        check_weights(model)
-
-    timings = Timings()
-    with timings.phase("load"):
-        import torch
-
-        text_encoder = load_text_encoder(model, getattr(torch, arguments.dtype))
-    with timings.phase("run"):
-        prompt_embeds, dropped = encode(text_encoder, arguments.prompt, tokens)
-        negatives = [arguments.negative_prompt] * len(arguments.prompt)
-        negative_prompt_embeds, negative_dropped = encode(text_encoder, negatives, tokens)
+    prompt_embeds, dropped = encode(text_encoder, arguments.prompt, tokens)
+    negatives = [arguments.negative_prompt] * len(arguments.prompt)
+    negative_prompt_embeds, negative_dropped = encode(text_encoder, negatives, tokens)
     for name, words in [("prompt", "; ".join(filter(None, dropped)))] + [
         ("negative_prompt", negative_dropped[0])
     ]:
         if words:
             print(f"warning: --{name} is longer than {tokens} tokens; lost: {words!r}")
+    return {
+        "prompt_embeds": utils.to_numpy(prompt_embeds),
+        "negative_prompt_embeds": utils.to_numpy(negative_prompt_embeds),
+    }
 
+
+def save(
+    tensors: dict[str, np.ndarray], arguments: argparse.Namespace, model: ModelFolder, tokens: int
+) -> Path:
+    """Writes this stage's file and section into `arguments.output_dir`."""
     section = utils.make_section(
         {
             "model_id": model.model_id,
@@ -115,15 +124,30 @@ def run(arguments: argparse.Namespace) -> None:
             "dtype": arguments.dtype,
         }
     )
+    path = arguments.output_dir / utils.EMBEDDINGS_FILE
+    utils.check_finite(tensors, STAGE)
+    utils.write_stage_file(path, STAGE, tensors, section)
+    utils.record_section(arguments.output_dir, STAGE, section, inherited=arguments.output_dir)
+    return path
+
+
+def run(arguments: argparse.Namespace) -> None:
+    with checking_input():
+        model, tokens = check(arguments)
+
+        from cogvideox.text_encoder import check_weights, load_text_encoder
+
+        check_weights(model)
+
+    timings = Timings()
+    with timings.phase("load"):
+        import torch
+
+        text_encoder = load_text_encoder(model, getattr(torch, arguments.dtype))
+    with timings.phase("run"):
+        tensors = embed(text_encoder, arguments, tokens)
     with timings.phase("save"):
-        path = arguments.output_dir / utils.EMBEDDINGS_FILE
-        tensors = {
-            "prompt_embeds": utils.to_numpy(prompt_embeds),
-            "negative_prompt_embeds": utils.to_numpy(negative_prompt_embeds),
-        }
-        utils.check_finite(tensors, STAGE)
-        utils.write_stage_file(path, STAGE, tensors, section)
-        utils.record_section(arguments.output_dir, STAGE, section, inherited=arguments.output_dir)
+        path = save(tensors, arguments, model, tokens)
     print(f"{path}: {len(arguments.prompt)} prompt(s) of {tokens} tokens")
     timings.report(arguments.output_dir / "stage1_timings.json")
 

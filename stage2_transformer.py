@@ -7,22 +7,26 @@ Reads stage1_embeddings.safetensors, writes stage2_latents.safetensors.
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import utils
 from utils import ArgumentParser, Timings, checking_input
 
 if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
     from cogvideox.checkpoint import ModelFolder
     from cogvideox.denoise import Denoiser
     from cogvideox.scheduler import Schedule
     from cogvideox.settings import DenoisingSettings
 
 STAGE = "stage2_transformer"
+CHECKPOINT_FILE = "stage2_checkpoint.safetensors"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,6 +81,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="kernel; auto takes splash on TPU, cudnn on NVIDIA GPUs, reference on CPU",
     )
     parser.add_argument("--profile", type=Path, help="write a JAX profile of the loop here")
+    parser.add_argument(
+        "--checkpoint_every",
+        type=utils.integer(1),
+        help="save the loop's state every so many steps; the same command goes on from there "
+        "(default: never)",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +166,6 @@ def run(arguments: argparse.Namespace) -> None:
     mesh, attention = dict(plan.denoiser.mesh.shape), plan.denoiser.attention.name
     print(f"{plan.settings.describe()}\nmesh {mesh}, attention {attention}, {arguments.dtype}")
 
-    import jax
-
     from runtime.compilation import CompilationLog
 
     compilations = CompilationLog()
@@ -168,35 +176,113 @@ def run(arguments: argparse.Namespace) -> None:
         step = plan.denoiser.compile()
     print(f"stage 2: {compilations.sentence()}")
 
-    profile = jax.profiler.trace(arguments.profile) if arguments.profile else nullcontext()
-    with timings.phase("run"), profile:
-        steps = plan.denoiser.run(
-            step, parameters, prompt_embeds, plan.schedule, plan.settings.seed
-        )
-        bar = utils.progress(steps, total=len(plan.schedule.timesteps), what="denoising")
-        latents = plan.denoiser.final_latents(collections.deque(bar, maxlen=1).pop())
+    section = make_section(plan, arguments, model, embeddings)
+    with timings.phase("run"), _profile(arguments.profile):
+        checkpoints = Checkpoints(output_dir, section, arguments.checkpoint_every)
+        latents = denoise(plan, step, parameters, prompt_embeds, checkpoints)
     with timings.phase("save"):
-        # diffusers' [B, T, C, H, W] without the padding frames, turned as the VAE wants it.
-        tensors = {"latents": latents[:, plan.padding_frames :].swapaxes(1, 2)}
-        utils.check_finite(tensors, STAGE)
-        section = utils.make_section(
-            {
-                "model_id": model.model_id,
-                "revision": model.revision,
-                "embeddings": embeddings.section["fingerprint"],
-                **dataclasses.asdict(plan.settings),
-                "dtype": arguments.dtype,
-            },
-            mesh=mesh,
-            attention=attention,
-            device=jax.devices()[0].device_kind,
-            guidance_scales=list(plan.schedule.guidance_scales),
-        )
-        path = output_dir / utils.LATENTS_FILE
-        utils.write_stage_file(path, STAGE, tensors, section, vae_scaling_applied="false")
-        utils.record_section(output_dir, STAGE, section, inherited=arguments.input_dir)
-    print(f"{path}: latents {list(tensors['latents'].shape)}")
+        path = save(latents, section, arguments.input_dir, output_dir)
+    print(f"{path}: latents {list(latents.shape)}")
     timings.report(output_dir / "stage2_timings.json", compilation=compilations.summary())
+
+
+def _profile(folder: Path | None) -> Any:
+    import jax
+
+    return jax.profiler.trace(folder) if folder else nullcontext()
+
+
+def make_section(
+    plan: Plan, arguments: argparse.Namespace, model: ModelFolder, embeddings: utils.StageFile
+) -> dict[str, Any]:
+    """What generation_config.json says of this stage."""
+    import jax
+
+    return utils.make_section(
+        {
+            "model_id": model.model_id,
+            "revision": model.revision,
+            "embeddings": embeddings.section["fingerprint"],
+            **dataclasses.asdict(plan.settings),
+            "dtype": arguments.dtype,
+        },
+        mesh=dict(plan.denoiser.mesh.shape),
+        attention=plan.denoiser.attention.name,
+        device=jax.devices()[0].device_kind,
+        guidance_scales=list(plan.schedule.guidance_scales),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Where and when the loop's state is saved, so that a run goes on where it was killed.
+
+    Attributes:
+        section: of the run; the state of another run is not gone on from.
+        every: steps from one to the next; None saves and reads none.
+        stop: asked after each step; the state is saved and the run ends once it says so.
+    """
+
+    folder: Path
+    section: dict[str, Any]
+    every: int | None
+    stop: Callable[[], bool] = lambda: False
+
+    @property
+    def path(self) -> Path:
+        return self.folder / CHECKPOINT_FILE
+
+
+class StoppedBetweenSteps(Exception):
+    """`Checkpoints.stop` said so."""
+
+
+def denoise(
+    plan: Plan,
+    step: Callable,
+    parameters: Any,
+    prompt_embeds: jax.Array,
+    checkpoints: Checkpoints,
+) -> np.ndarray:
+    """Runs the loop, from a checkpoint if there is one.
+
+    Returns:
+        Latents [B, C, T, H, W] without the padding frames, on the host.
+
+    Raises:
+        StoppedBetweenSteps: `checkpoints.stop` said so.
+    """
+    from cogvideox.loop_checkpoint import read_checkpoint, write_checkpoint
+
+    fingerprint, total = checkpoints.section["fingerprint"], len(plan.schedule.timesteps)
+    start = read_checkpoint(checkpoints.path, fingerprint) if checkpoints.every else None
+    if start:
+        print(f"going on from {checkpoints.path}, {start.steps} of {total} steps done")
+    states = plan.denoiser.run(
+        step, parameters, prompt_embeds, plan.schedule, plan.settings.seed, start
+    )
+    initial = start.steps if start else 0
+    for state in utils.progress(states, total=total, initial=initial, what="denoising"):
+        stop = checkpoints.stop() and state.steps < total
+        if checkpoints.every and state.steps < total:
+            if stop or state.steps % checkpoints.every == 0:
+                write_checkpoint(checkpoints.path, plan.denoiser.to_host(state), fingerprint)
+        if stop:
+            raise StoppedBetweenSteps
+    # diffusers' [B, T, C, H, W] without the padding frames, turned as the VAE wants it.
+    latents = plan.denoiser.to_host(state).latents
+    return latents[:, plan.padding_frames :].swapaxes(1, 2)
+
+
+def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_dir: Path) -> Path:
+    """Writes this stage's file and section, and removes its checkpoint."""
+    tensors = {"latents": latents}
+    utils.check_finite(tensors, STAGE)
+    path = output_dir / utils.LATENTS_FILE
+    utils.write_stage_file(path, STAGE, tensors, section, vae_scaling_applied="false")
+    utils.record_section(output_dir, STAGE, section, inherited=input_dir)
+    (output_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return path
 
 
 def _open_embeddings(arguments: argparse.Namespace) -> tuple[utils.StageFile, ModelFolder]:

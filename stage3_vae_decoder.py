@@ -13,7 +13,7 @@ import importlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import utils
 from utils import ArgumentParser, Timings, checking_input
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     """Decodes with `decoder_name`, "vae_torchax" or "vae_flax", a module in cogvideox/."""
     timings = Timings()
     with checking_input():
-        config, latents_file = _open_latents(arguments)
+        config, latents_file = open_latents(arguments)
         shape = latents_file.shapes["latents"]
         fps = arguments.fps or latents_file.section["fps"]
         model = utils.find_same_model(arguments.model_id, latents_file, ["vae"])
@@ -133,29 +133,45 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         decoder.compile(latents.shape, output=output)
     print(f"stage 3: {compilations.sentence()}")
 
-    section = utils.make_section(
+    section = make_section(arguments, model, latents_file, videos, dict(mesh.shape), decoder_name)
+    num_frames = decoded_frames(shape[2], temporal_factor(model.config("vae")))
+    with timings.phase("run and save"):
+        recorded = {**config, STAGE: section}
+        write_videos(
+            decoder.decode(latents, output=output), num_frames, videos, arguments, recorded
+        )
+        utils.record_section(arguments.input_dir, STAGE, section, inherited=arguments.input_dir)
+    for video in videos:
+        print(f"video: {video}\ncontact sheet: {contact_sheet(video)}")
+    report = videos[0].with_name(f"{videos[0].stem}_timings.json")
+    timings.report(report, compilation=compilations.summary())
+
+
+def make_section(
+    arguments: argparse.Namespace,
+    model: ModelFolder,
+    latents_file: utils.StageFile,
+    videos: list[Path],
+    mesh: dict[str, int],
+    decoder_name: str,
+) -> dict[str, Any]:
+    """What generation_config.json says of this stage."""
+    return utils.make_section(
         {
             "model_id": model.model_id,
             "revision": model.revision,
             "latents": latents_file.section["fingerprint"],
             "output_video": [str(video) for video in videos],
-            "fps": fps,
+            "fps": arguments.fps or latents_file.section["fps"],
             "quality": arguments.quality,
             "dtype": arguments.dtype,
         },
-        mesh=dict(mesh.shape),
+        mesh=mesh,
         decoder=decoder_name,
     )
-    num_frames = decoded_frames(shape[2], temporal_factor(model.config("vae")))
-    with timings.phase("run and save"):
-        recorded = {**config, STAGE: section}
-        _write(decoder.decode(latents, output=output), num_frames, videos, arguments, recorded)
-        utils.record_section(arguments.input_dir, STAGE, section, inherited=arguments.input_dir)
-    report = videos[0].with_name(f"{videos[0].stem}_timings.json")
-    timings.report(report, compilation=compilations.summary())
 
 
-def _open_latents(arguments: argparse.Namespace) -> tuple[dict, utils.StageFile]:
+def open_latents(arguments: argparse.Namespace) -> tuple[dict, utils.StageFile]:
     """The config and the checked header of stage 2's file."""
     config = utils.read_config(arguments.input_dir)
     file = utils.open_stage_file(
@@ -165,7 +181,7 @@ def _open_latents(arguments: argparse.Namespace) -> tuple[dict, utils.StageFile]
     return config, file
 
 
-def _write(
+def write_videos(
     batches: Iterable[np.ndarray],
     num_frames: int,
     videos: list[Path],
@@ -211,7 +227,6 @@ def _write(
         write_contact_sheet(
             sheet, sampler.frames(), indices=sampler.indices, fps=fps, caption=caption
         )
-        print(f"video: {video}\ncontact sheet: {sheet}")
 
 
 if __name__ == "__main__":

@@ -461,11 +461,18 @@ def start_jax(dtype: str) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def progress(items: Iterable | None = None, *, total: int, what: str, unit: str = "step") -> Any:
-    """A progress bar with the seconds a step and the time left."""
+def progress(
+    items: Iterable | None = None,
+    *,
+    total: int,
+    what: str,
+    unit: str = "step",
+    initial: int = 0,
+) -> Any:
+    """A progress bar with the seconds a step and the time left; `initial` steps are done."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=what, unit=unit)
+    return tqdm(items, total=total, desc=what, unit=unit, initial=initial)
 
 
 class Timings:

@@ -232,12 +232,12 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
         },
     )
     # The first step pays for the first touch of everything and is not counted.
-    stamps, tokens = [], None
-    for tokens in denoiser.run(step, parameters, embeds, schedule, settings.seed):  # noqa: B007
+    stamps = []
+    for state in denoiser.run(step, parameters, embeds, schedule, settings.seed):  # noqa: B007
         stamps.append(time.perf_counter())
     seconds = (stamps[-1] - stamps[0]) / arguments.steps
     stats = jax.devices()[0].memory_stats() or {}
-    final = denoiser.final_latents(tokens).astype(np.float32)
+    final = denoiser.to_host(state).latents.astype(np.float32)
     return {
         "topology": "local",
         "device": f"{denoiser.mesh.size} x {jax.devices()[0].device_kind}",

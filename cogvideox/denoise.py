@@ -5,9 +5,10 @@ samples, and runs the transformer on its share of the guided batch.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from cogvideox import transformer
 from cogvideox.attention import AttentionKernel, padded_tokens
 from cogvideox.block import row_indices
 from cogvideox.checkpoint import StoredTensor
+from cogvideox.loop_checkpoint import LoopCheckpoint
 from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
 from cogvideox.settings import LatentShape
 from cogvideox.tokens import TokenLayout, positions
@@ -27,6 +29,14 @@ from cogvideox.tokens import TokenLayout, positions
 _TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
 _ROWS = P(("sp", "tp"), None)  # [S, E]
 _BATCH = P("dp")  # the transformer's samples, guidance's included
+
+
+class LoopState(NamedTuple):
+    """Where the loop stands after `steps` steps, on the devices: [B, S, C] each."""
+
+    steps: int
+    tokens: jax.Array
+    previous_x0: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,23 +190,33 @@ class Denoiser:
         prompt_embeds: jax.Array,
         schedule: Schedule,
         seed: int,
-    ) -> Iterator[jax.Array]:
+        start: LoopCheckpoint | None = None,
+    ) -> Iterator[LoopState]:
         """Runs the denoising loop.
 
+        Args:
+            start: a state of the same run to go on from; by default the first noise.
+
         Yields:
-            The tokens [B, S, C] after each step, once the device has computed them. Each is
-            donated to the step after it, so only the last may be kept.
+            The state after each step, once the device has computed it. Its arrays are donated to
+            the step after it, so only the last may be kept.
         """
         rows = self._sharding(_TOKENS)
         noises = draw_noise(seed, self.latents.sizes, getattr(torch, self.dtype), schedule)
-        tokens, noise = (
-            jax.device_put(self.layout.from_latents(next(noises)), rows) for _ in range(2)
+        latents, done = next(noises), 0
+        previous_x0 = np.zeros(latents.shape, np.float32)
+        if start:
+            latents, previous_x0, done = start.latents, start.previous_x0, start.steps
+        # What the steps before drew is drawn again: the generator's state is then the same.
+        noise = next(itertools.islice(noises, done, None))
+        tokens, previous_x0, noise = (
+            jax.device_put(self.layout.from_latents(array), rows)
+            for array in (latents, previous_x0, noise)
         )
-        previous_x0 = jax.device_put(np.zeros(self.layout.shape, np.float32), rows)
         position_arrays = jax.device_put(
             self.positions, jax.tree.map(self._sharding, self._position_specs)
         )
-        for i, timestep in enumerate(schedule.timesteps):
+        for i, timestep in itertools.islice(enumerate(schedule.timesteps), done, None):
             scalars = _step_scalars(timestep, schedule.guidance_scales[i], schedule.coefficients[i])
             tokens, previous_x0 = compiled_step(
                 tokens, previous_x0, parameters, position_arrays, prompt_embeds, noise, *scalars
@@ -204,11 +224,14 @@ class Denoiser:
             if i + 1 < len(schedule.timesteps):
                 # Drawn on the host while the device computes: 0.1 s of a step of seconds.
                 noise = jax.device_put(self.layout.from_latents(next(noises)), rows)
-            yield jax.block_until_ready(tokens)
+            yield jax.block_until_ready(LoopState(i + 1, tokens, previous_x0))
 
-    def final_latents(self, tokens: jax.Array) -> np.ndarray:
-        """The last tokens of `run` as latents [B, T, C, H, W], on the host."""
-        return self.layout.to_latents(np.asarray(tokens))
+    def to_host(self, state: LoopState) -> LoopCheckpoint:
+        """A state of `run` as latents on the host, without what depends on the mesh."""
+        latents, previous_x0 = (
+            self.layout.to_latents(np.asarray(array)) for array in (state.tokens, state.previous_x0)
+        )
+        return LoopCheckpoint(state.steps, latents, previous_x0)
 
 
 def _step_scalars(

@@ -41,7 +41,7 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     embeds = denoiser.prompt_embeds({"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]})
     schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
     *_, last = denoiser.run(denoiser.compile(), parameters, embeds, schedule, seed=0)
-    return denoiser.final_latents(last)
+    return denoiser.to_host(last).latents
 
 
 # Gated, the MLP's first layer has twice the columns, and every shard needs both halves of some.
