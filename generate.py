@@ -19,12 +19,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         '  python generate.py --prompt "A panda plays guitar in a bamboo forest"\n'
         '  python generate.py --prompt "A red kite" --seed 7 --output_video kite.mp4',
     )
+    stage1.add_prompt(parser)
     stage1.add_arguments(parser)
     stage2.add_arguments(parser)
+    stage2.add_profile(parser)
+    stage3.add_output(parser)
     stage3.add_arguments(parser)
-    parser.add_argument(
-        "--decoder", choices=("torchax", "flax"), default="torchax", help="VAE of stage 3"
-    )
+    stage3.add_decoder(parser)
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     utils.add_mesh(parser)
     utils.add_dtype(parser)

@@ -33,6 +33,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         '  python stage1_text_encoder.py --prompt "A red kite" --negative_prompt "blurry" \\\n'
         "      --model_id ./my-cogvideox --output_dir runs/kite",
     )
+    add_prompt(parser)
     add_arguments(parser)
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     utils.add_dtype(parser)
@@ -42,14 +43,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments that only this stage has."""
+def add_prompt(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         action="append",
         required=True,
         help="what the video shows; give it again for a batch of videos",
     )
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments that only this stage has, but for the prompt."""
     parser.add_argument(
         "--negative_prompt", default="", help="what classifier-free guidance leads away from"
     )
@@ -64,9 +68,11 @@ def check_prompts(prompts: list[str], negative_prompt: str) -> None:
     """Raises ValueError for texts that say nothing, are too long or are no Unicode."""
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("--prompt is empty; describe what the video shows")
-    if sum(map(len, prompts)) > 20_000:
-        raise ValueError("--prompt is longer than 20,000 characters")
+    if sum(map(len, prompts)) > 20_000 or len(negative_prompt) > 20_000:
+        raise ValueError("--prompt or --negative_prompt is longer than 20,000 characters")
     for text in (*prompts, negative_prompt):
+        if "\0" in text:
+            raise ValueError("--prompt or --negative_prompt holds a NUL character")
         if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError("--prompt or --negative_prompt is not valid UTF-8")
 

@@ -39,13 +39,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_folders(parser)
     utils.add_model(parser, default=None)
     add_arguments(parser)
+    add_profile(parser)
     utils.add_mesh(parser)
     utils.add_dtype(parser)
     return parser.parse_args(argv)
 
 
+def add_profile(parser: ArgumentParser) -> None:
+    parser.add_argument("--profile", type=Path, help="write a JAX profile of the loop here")
+
+
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments that only this stage has."""
+    """The arguments that only this stage has, but for the profile."""
     parser.add_argument(
         "--num_inference_steps",
         type=utils.integer(1),
@@ -80,7 +85,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="auto",
         help="kernel; auto takes splash on TPU, cudnn on NVIDIA GPUs, reference on CPU",
     )
-    parser.add_argument("--profile", type=Path, help="write a JAX profile of the loop here")
     parser.add_argument(
         "--checkpoint_every",
         type=utils.integer(1),

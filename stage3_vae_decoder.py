@@ -37,6 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--input_dir", type=Path, default=utils.DEFAULT_FOLDER, help="folder of stage 2's files"
     )
     utils.add_model(parser, default=None)
+    add_output(parser)
     add_arguments(parser)
     utils.add_mesh(parser, ("dp", "tp"))
     parser.add_argument("--fps", type=utils.integer(1, 240), help="default: the one of stage 2")
@@ -44,19 +45,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments that only this stage has."""
+def add_output(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--output_video",
         type=Path,
         help=".mp4, .gif, .webp, .npy (float32, exact), or a folder of PNG frames "
         f"(default: {utils.VIDEO_FILE} in the folder of the latents)",
     )
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments that only this stage has, but for the output."""
     parser.add_argument(
         "--quality", type=utils.integer(0, 10), help="of .mp4 and .webp, 10 is best (default: 7)"
     )
     parser.add_argument(
         "--no_metadata", action="store_true", help="leave the settings out of the mp4"
+    )
+
+
+def add_decoder(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--decoder", choices=("torchax", "flax"), default="torchax", help="VAE of stage 3"
     )
 
 
