@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +161,7 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
 def run(arguments: argparse.Namespace) -> None:
     timings, output_dir = Timings(), arguments.output_dir or arguments.input_dir
     with checking_input():
-        embeddings, model = _open_embeddings(arguments)
+        embeddings, model = open_embeddings(arguments)
         utils.check_output_folder(output_dir, utils.LATENTS_FILE)
         if arguments.profile:
             utils.check_output_folder(arguments.profile)
@@ -247,8 +247,12 @@ def denoise(
     parameters: Any,
     prompt_embeds: jax.Array,
     checkpoints: Checkpoints,
+    bar: Callable[..., Iterable] = utils.progress,
 ) -> np.ndarray:
     """Runs the loop, from a checkpoint if there is one.
+
+    Args:
+        bar: shows progress, as `utils.progress` does.
 
     Returns:
         Latents [B, C, T, H, W] without the padding frames, on the host.
@@ -266,7 +270,7 @@ def denoise(
         step, parameters, prompt_embeds, plan.schedule, plan.settings.seed, start
     )
     initial = start.steps if start else 0
-    for state in utils.progress(states, total=total, initial=initial, what="denoising"):
+    for state in bar(states, total=total, initial=initial, what="denoising"):
         stop = checkpoints.stop() and state.steps < total
         if checkpoints.every and state.steps < total:
             if stop or state.steps % checkpoints.every == 0:
@@ -289,7 +293,7 @@ def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_d
     return path
 
 
-def _open_embeddings(arguments: argparse.Namespace) -> tuple[utils.StageFile, ModelFolder]:
+def open_embeddings(arguments: argparse.Namespace) -> tuple[utils.StageFile, ModelFolder]:
     """The checked header of stage 1's file, and the model it was made with."""
     from cogvideox.settings import text_tokens
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,9 +147,8 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     num_frames = decoded_frames(shape[2], temporal_factor(model.config("vae")))
     with timings.phase("run and save"):
         recorded = {**config, STAGE: section}
-        write_videos(
-            decoder.decode(latents, output=output), num_frames, videos, arguments, recorded
-        )
+        batches = _shown(decoder.decode(latents, output=output), num_frames)
+        write_videos(batches, num_frames, videos, arguments, recorded)
         utils.record_section(arguments.input_dir, STAGE, section, inherited=arguments.input_dir)
     for video in videos:
         print(f"video: {video}\ncontact sheet: {contact_sheet(video)}")
@@ -191,6 +190,14 @@ def open_latents(arguments: argparse.Namespace) -> tuple[dict, utils.StageFile]:
     return config, file
 
 
+def _shown(batches: Iterable[np.ndarray], num_frames: int) -> Iterator[np.ndarray]:
+    """The batches [B, f, height, width, 3], with a progress bar of frames."""
+    with utils.progress(total=num_frames, what="decoding", unit="frame") as bar:
+        for frames in batches:
+            yield frames
+            bar.update(frames.shape[1])
+
+
 def write_videos(
     batches: Iterable[np.ndarray],
     num_frames: int,
@@ -219,13 +226,10 @@ def write_videos(
             )
             for video in videos
         ]
-        bar = utils.progress(total=num_frames, what="decoding", unit="frame")
         for frames in batches:
             for writer, sampler, own in zip(writers, samplers, frames, strict=True):
                 writer.write(own)
                 sampler.add(own)
-            bar.update(frames.shape[1])
-        bar.close()
     made = recorded["stage2_transformer"] | {"fps": fps}
     fields = dataclasses.fields(DenoisingSettings)
     settings = DenoisingSettings(**{field.name: made[field.name] for field in fields})
