@@ -29,11 +29,14 @@ from cogvideox.vae_parts import (
     precision,
 )
 
-Caches = tuple[jax.Array, jax.Array]
+# The last two frames that a convolution read, [B, 1, W, H, C] with neighbouring columns: apart,
+# because a loop takes them over as they are but would copy slices of one array.
+Cache = tuple[jax.Array, jax.Array]
 
 
-def _with_neighbours(x: jax.Array, shards: WidthShards) -> jax.Array:
-    """Frames [B, W, H, C] with a column from each side, [B, W + 2, H, C], for `_conv_2d`.
+def with_neighbours(x: jax.Array, shards: WidthShards) -> jax.Array:
+    """Frames [B, W, H, C] with a column from each side, [B, W + 2, H, C], as convolutions read
+    them.
 
     On a single device they stay as they are: the convolution makes its own border.
     """
@@ -44,13 +47,8 @@ def _with_neighbours(x: jax.Array, shards: WidthShards) -> jax.Array:
     return jnp.concatenate([left, x, right], axis=1)
 
 
-def _own_columns(x: jax.Array, shards: WidthShards) -> jax.Array:
-    """What `_with_neighbours` was given, padded columns zero."""
-    return x if shards.count == 1 else x[:, 1:-1]
-
-
 def _conv_2d(x: jax.Array, kernel: jax.Array, shards: WidthShards) -> jax.Array:
-    """Frames from `_with_neighbours` by [KW, KH, C, C'].
+    """Frames from `with_neighbours` by [KW, KH, C, C'].
 
     [B, W, H, C'] for 3x3 kernels, [B, W + 1, H + 1, C'] for 2x2.
     """
@@ -90,7 +88,7 @@ def upsample_frame(x: jax.Array, conv: Conv, shards: WidthShards) -> jax.Array:
     picture this is 16/36 of its work.
     """
     b, columns, rows, _ = x.shape
-    x = _with_neighbours(x, shards)
+    x = with_neighbours(x, shards)
     out = _conv_2d(x, _phase_kernel(conv), shards)  # [B, W + 1, H + 1, 4 C']
     out = out.reshape(b, columns + 1, rows + 1, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
     out = out.reshape(b, 2 * columns + 2, 2 * rows + 2, -1)
@@ -156,7 +154,7 @@ class Residual(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FrameLayers:
-    """See `cogvideox.vae_parts.Layers`. Caches hold activated frames, [B, 2, W, H, C].
+    """See `cogvideox.vae_parts.Layers`. Caches hold two activated frames as convolutions read them.
 
     Attributes:
         shards: how the width is split.
@@ -166,9 +164,7 @@ class FrameLayers:
     shards: WidthShards
     groups: int
 
-    def first_conv(
-        self, z: jax.Array, conv: Conv, cache: jax.Array | None
-    ) -> tuple[Features, jax.Array]:
+    def first_conv(self, z: jax.Array, conv: Conv, cache: Cache | None) -> tuple[Features, Cache]:
         return _causal_conv(Video(z, None, self.shards), Video.frame, conv, cache)
 
     def resnet(
@@ -176,9 +172,9 @@ class FrameLayers:
         features: Features,
         z: jax.Array,
         weights: Resnet,
-        caches: Caches | None,
+        caches: tuple[Cache, Cache] | None,
         upsample: Upsample | None = None,
-    ) -> tuple[Features, Caches]:
+    ) -> tuple[Features, tuple[Cache, Cache]]:
         # The upsampled frames are the largest array of the decoder, 4.8 GB for 9 frames of
         # 768x1360 with 256 channels. They never all exist: each of their three uses makes them
         # again, for a tenth of the work of one convolution.
@@ -199,8 +195,8 @@ class FrameLayers:
         z: jax.Array,
         norm: Norm,
         conv: Conv,
-        cache: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array]:
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache]:
         video = Video(features.x, None, self.shards)
         out, cache = self._norm_conv(video, features.sums, z, norm, conv, cache)
         return jnp.swapaxes(out.x, 3, 4), cache
@@ -212,9 +208,9 @@ class FrameLayers:
         z: jax.Array,
         norm: Norm,
         conv: Conv,
-        cache: jax.Array | None,
+        cache: Cache | None,
         residual: Residual | None = None,
-    ) -> tuple[Features, jax.Array]:
+    ) -> tuple[Features, Cache]:
         shape, shards = video.shape, self.shards
         multiplier, summand = modulation(sums, shape, z, norm, self.groups, shards)
         repeat, offset = frame_repeat(z.shape[1], shape[1])
@@ -233,10 +229,10 @@ def _causal_conv(
     video: Video,
     prepared: Callable[[Video, jax.Array], jax.Array],
     conv: Conv,
-    cache: jax.Array | None,
+    cache: Cache | None,
     residual: Residual | None = None,
     overwrite: bool = False,
-) -> tuple[Features, jax.Array]:
+) -> tuple[Features, Cache]:
     """A 3x3x3 convolution that sees only the present and the two frames before it.
 
     Source: CogVideoXCausalConv3d with pad_mode "first": the first frame of a video stands in for
@@ -246,35 +242,34 @@ def _causal_conv(
         video: what is convolved, before `prepared`.
         prepared: makes frame t of a video ready for the convolution, [B, W, H, C].
         conv: the weights.
-        cache: the two prepared frames before.
+        cache: the two frames before, as it returns them.
         residual: added to the result.
         overwrite: let the result take the place of `video.stored`, which has its shape.
     """
     b, frames, columns, rows, _ = video.shape
     shards, kernels = video.shards, _frame_kernels(conv)
-    out_channels = conv.bias.shape[0]
+    bias = conv.bias.astype(video.stored.dtype)
 
     def step(t: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, before_last, last, sums = carry
         now = prepared(Video(out, None, shards) if overwrite else video, t)
-        now = _with_neighbours(now, shards)
-        y = _conv_2d(before_last, kernels[0], shards)
-        y += _conv_2d(last, kernels[1], shards)
-        y += _conv_2d(now, kernels[2], shards)
-        y = y.astype(jnp.float32) + conv.bias
-        if residual is not None:
-            y += residual.frame(t)
-        out = lax.dynamic_update_index_in_dim(out, y.astype(out.dtype), t, axis=1)
+        now = with_neighbours(now, shards)
+        y = bias if residual is None else residual.frame(t) + bias
+        for frame, kernel in zip((before_last, last, now), kernels, strict=True):
+            # cuDNN adds while it convolves, but XLA sees it only in the sum of one convolution
+            # and of something that is none.
+            y = lax.optimization_barrier(y + _conv_2d(frame, kernel, shards))
+        out = lax.dynamic_update_index_in_dim(out, y, t, axis=1)
         return out, last, now, sums + frame_sums(y, shards)
 
     if cache is None:
-        before_last = last = _with_neighbours(prepared(video, jnp.int32(0)), shards)
+        before_last = last = with_neighbours(prepared(video, jnp.int32(0)), shards)
     else:
-        before_last, last = (_with_neighbours(cache[:, t], shards) for t in range(2))
+        before_last, last = (x.squeeze(1) for x in cache)
     out = video.stored
     if not overwrite:
-        out = jnp.zeros((b, frames, columns, rows, out_channels), video.stored.dtype)
-    sums = jnp.zeros((b, 2, out_channels), jnp.float32)
+        # Some value of the input: zeros would be made, and held, long before they are needed.
+        out = jnp.broadcast_to(out[:, :1, :1, :1, :1], (b, frames, columns, rows, len(bias)))
+    sums = jnp.zeros((b, 2, len(bias)), jnp.float32)
     out, before_last, last, sums = lax.fori_loop(0, frames, step, (out, before_last, last, sums))
-    kept = [_own_columns(x, shards) for x in (before_last, last)]
-    return Features(out, sums), jnp.stack(kept, axis=1)
+    return Features(out, sums), (before_last[:, None], last[:, None])

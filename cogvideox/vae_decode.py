@@ -34,6 +34,11 @@ LATENT_FRAMES_PER_BATCH = 2
 AXIS = "width"
 _COLUMNS = P(None, None, AXIS)  # [B, T, W, ...]
 
+# XLA for GPUs otherwise copies what a loop over frames keeps of the last two, every time.
+_COMPILER_OPTIONS = {
+    "gpu": {"xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_DOUBLE_BUFFER"}
+}
+
 Output = Literal["uint8", "float32"]
 
 # (weights, latents [B, T, W, H, C], cache or None) -> (video [B, F, W s, 3, H s] in -1..1, cache),
@@ -179,9 +184,10 @@ class Decoder:
             lowered = self.lower(latents_shape, output=output)
             # The compiler holds no lock of Python's. For GPUs it times candidates on the device,
             # where two at once would disturb each other, and the second program reuses its choices.
-            gpu = self.mesh.devices.flat[0].platform == "gpu"
-            with ThreadPoolExecutor(1 if gpu else 2) as pool:
-                compiled = pool.map(lambda program: program and program.compile(), lowered)
+            platform = self.mesh.devices.flat[0].platform
+            options = _COMPILER_OPTIONS.get(platform)
+            with ThreadPoolExecutor(1 if platform == "gpu" else 2) as pool:
+                compiled = pool.map(lambda program: program and program.compile(options), lowered)
                 self._programs[key] = Programs(*compiled)
         return self._programs[key]
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from cogvideox.vae_by_columns import ColumnLayers
-from cogvideox.vae_by_frames import FrameLayers
+from cogvideox.vae_by_frames import FrameLayers, with_neighbours
 from cogvideox.vae_parts import Conv, Features, Norm, Resnet, Upsample, WidthShards
 
 TOLERANCE = 2e-5
@@ -40,29 +40,37 @@ class Random:
         return self.conv(9 * channels, 3 * out_channels, out_channels)
 
 
-def compare(compute, arrays, devices: int, width: int) -> None:
-    """`compute(layers, *arrays)` with both layers; arrays [B, T, W, ...] are split by columns."""
+def compare(compute, caches, arrays, devices: int, width: int) -> None:
+    """`compute(layers, caches, *arrays)` with both layers.
+
+    Arrays [B, T, W, ...] are split by columns, as are caches, which come and go as `ColumnLayers`
+    keeps them.
+    """
     mesh = Mesh(np.array(jax.devices()[:devices]), ("width",))
     shards = WidthShards("width", devices, width)
 
-    def both(*arrays):
-        results = []
-        for layers in (FrameLayers(shards, GROUPS), ColumnLayers(shards, GROUPS, interpret=True)):
-            # What padded columns hold is nobody's business, and sums are each device's own.
-            results.append(
-                jax.tree.map(
-                    lambda x: (
-                        shards.keep_real(x, axis=2)
-                        if x.ndim == 5
-                        else jax.lax.psum(x, "width")[:, :, None]
-                    ),
-                    compute(layers, *arrays),
-                )
-            )
-        return results
+    def by_frames(cache):
+        frames = (with_neighbours(cache[:, t], shards)[:, None] for t in range(2))
+        return None if cache is None else tuple(frames)
+
+    def by_columns(cache):
+        frames = jnp.concatenate(cache, axis=1)
+        return frames if devices == 1 else frames[:, :, 1:-1]
+
+    def comparable(x):
+        # What padded columns hold is nobody's business, and sums are each device's own.
+        if x.ndim == 5:
+            return shards.keep_real(x, axis=2)
+        return jax.lax.psum(x, "width")[:, :, None]
+
+    def both(caches, *arrays):
+        expected, kept = compute(FrameLayers(shards, GROUPS), map(by_frames, caches), *arrays)
+        expected = expected, [by_columns(cache) for cache in kept]
+        got, kept = compute(ColumnLayers(shards, GROUPS, interpret=True), caches, *arrays)
+        return jax.tree.map(comparable, [expected, (got, list(kept))])
 
     run = jax.shard_map(both, mesh=mesh, in_specs=COLUMNS, out_specs=COLUMNS, check_vma=False)
-    expected, got = jax.jit(run)(*arrays)
+    expected, got = jax.jit(run)(caches, *arrays)
     assert jax.tree.structure(expected) == jax.tree.structure(got)
     for mine, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         largest = float(jnp.abs(reference).max())
@@ -104,20 +112,20 @@ def test_resnet(devices, width, latent_frames, repeat, cached, batch, upsampled)
         shortcut,
     )
     columns = shards.padded_width * scale
-    caches = None
+    caches = [None, None]
     if cached:
         real = (jnp.arange(columns) < width * scale)[:, None, None]
-        caches = tuple(
+        caches = [
             jnp.where(real, random.array(batch, 2, columns, HEIGHT * scale, c), 0)
             for c in (channels, out_channels)
-        )
+        ]
 
-    def compute(layers, x, z, caches):
+    def compute(layers, caches, x, z):
         kept = layers.shards.keep_real(x, axis=2)
         sums = jnp.stack([kept.sum((1, 2, 3)), jnp.square(kept).sum((1, 2, 3))], axis=1)
-        return layers.resnet(Features(x, sums), z, weights, caches, upsample)
+        return layers.resnet(Features(x, sums), z, weights, tuple(caches), upsample)
 
-    compare(compute, (x, z, caches), devices, width)
+    compare(compute, caches, (x, z), devices, width)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -135,9 +143,10 @@ def test_first_and_last_convolution(cached):
         ]
     first, norm, last = random.causal(LATENT, 128), random.norm(128), random.causal(128, 3)
 
-    def compute(layers, z, caches):
-        features, first_cache = layers.first_conv(z, first, caches[0])
-        planes, last_cache = layers.last_conv(features, z, norm, last, caches[1])
-        return features, first_cache, planes, last_cache
+    def compute(layers, caches, z):
+        first_cache, last_cache = caches
+        features, first_cache = layers.first_conv(z, first, first_cache)
+        planes, last_cache = layers.last_conv(features, z, norm, last, last_cache)
+        return (features, planes), (first_cache, last_cache)
 
-    compare(compute, (z, caches), devices, width)
+    compare(compute, caches, (z,), devices, width)
