@@ -34,6 +34,11 @@ OUTPUTS = {
     "stage3_vae_decoder": (utils.VIDEO_FILE, CONTACT_SHEET_FILE),
 }
 STAGES = tuple(OUTPUTS)
+INPUTS = {
+    "stage1_text_encoder": (),
+    "stage2_transformer": (utils.EMBEDDINGS_FILE,),
+    "stage3_vae_decoder": (utils.LATENTS_FILE,),
+}
 
 StageStatus = Literal["running", "done", "failed", "interrupted"]
 JobStatus = Literal["done", "failed", "running", "interrupted", "pending"]

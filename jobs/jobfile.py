@@ -1,0 +1,220 @@
+"""Job files: a prompt a line, or JSON objects of stage arguments.
+
+All that is wrong with a file is found at once. Light on purpose: neither torch nor JAX is
+imported before every line has been checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import stage1_text_encoder as stage1
+import stage2_transformer as stage2
+import stage3_vae_decoder as stage3
+from utils import ArgumentParser, InputError
+
+_MAX_FILE_BYTES = 64 << 20
+_MAX_LINE_BYTES = 256 << 10
+_MAX_SEEDS = 10_000
+# The suffixes of JSON lines; every other file holds prompts.
+_JSON_SUFFIXES = (".jsonl", ".ndjson")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
+_SEEDS = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
+_SHORT = {"frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale"}
+# The stage arguments that a line may set, and their types in JSON; the stages check the values.
+_TYPES: dict[str, type] = {
+    **{"prompt": str, "negative_prompt": str, "max_sequence_length": int},
+    **{"height": int, "width": int, "num_frames": int, "fps": int, "allow_unsupported": bool},
+    **{"num_inference_steps": int, "guidance_scale": float, "use_dynamic_cfg": bool},
+    **{"scheduler": str, "seed": int, "quality": int, "no_metadata": bool},
+}
+_TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+_KEYS = sorted([*_TYPES, *_SHORT, "name", "seeds", "size"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One video that a line of the job file asks for."""
+
+    number: int  # from 1
+    name: str | None
+    arguments: argparse.Namespace  # those of the stages; None where the model decides
+
+
+def read_job_file(
+    path: Path, defaults: argparse.Namespace
+) -> tuple[list[Line], list[tuple[int, str]]]:
+    """Reads and checks every line of a job file.
+
+    Args:
+        path: JSON lines if it ends in .jsonl or .ndjson, else a prompt a line.
+        defaults: the stages' arguments from the command line, which a line overrides.
+
+    Returns:
+        The videos in order, and what is wrong, by line number.
+
+    Raises:
+        InputError: the file cannot be read, is empty, or too large.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _MAX_FILE_BYTES:
+            raise InputError(f"{path} has {size >> 20} MiB; at most {_MAX_FILE_BYTES >> 20}")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    parse = _from_json if path.suffix.lower() in _JSON_SUFFIXES else _from_text
+    lines, problems = [], []
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        try:
+            settings = parse(_decode(raw))
+            if settings is not None:
+                lines += _expand(number, settings, defaults)
+        except ValueError as error:
+            problems.append((number, str(error)))
+    if not lines and not problems:
+        raise InputError(f"{path} holds no job")
+    return lines, problems
+
+
+def _decode(raw: bytes) -> str:
+    if len(raw) > _MAX_LINE_BYTES:
+        raise ValueError(f"{len(raw) >> 10} KiB long; at most {_MAX_LINE_BYTES >> 10}")
+    try:
+        return raw.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8 at byte {error.start + 1}") from error
+
+
+def _from_text(text: str) -> dict[str, Any] | None:
+    if text.startswith("{"):
+        raise ValueError(f"looks like JSON; name the file *{_JSON_SUFFIXES[0]} for JSON lines")
+    return {"prompt": text} if text and not text.startswith("#") else None
+
+
+def _from_json(text: str) -> dict[str, Any] | None:
+    """The settings of a line by their full names, their types checked; None for an empty line."""
+    if not text:
+        return None
+    try:
+        settings = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON at column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(settings, dict):
+        raise ValueError('not a JSON object such as {"prompt": "A red kite"}')
+    for key in settings:
+        if key not in _KEYS:
+            raise ValueError(f"unknown key {key[:80]!r}; known: {', '.join(_KEYS)}")
+    for short, full in _SHORT.items():
+        if short in settings:
+            if full in settings:
+                raise ValueError(f"{short} and {full} are the same setting")
+            settings[full] = settings.pop(short)
+    if "size" in settings:
+        match = isinstance(settings["size"], str) and _SIZE.fullmatch(settings.pop("size"))
+        if not match:
+            raise ValueError('size is not "HEIGHTxWIDTH"')
+        if {"height", "width"} & settings.keys():
+            raise ValueError("size says height and width already")
+        settings |= {"height": int(match[1]), "width": int(match[2])}
+    for key in settings.keys() & _TYPES.keys():
+        _check_type(key, settings[key], _TYPES[key])
+    if "prompt" not in settings:
+        raise ValueError("no prompt")
+    return settings
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"key {key[:80]!r} is given twice")
+    return dict(pairs)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _check_type(key: str, value: Any, expected: type) -> None:
+    fits = type(value) is expected or (expected is float and type(value) is int)
+    # Large numbers break code that expects machine integers; 1e999 reads as infinity.
+    if fits and type(value) in (int, float):
+        fits = math.isfinite(value) and abs(value) <= 2**64
+    if not fits:
+        shown = json.dumps(value, ensure_ascii=False)[:80]
+        raise ValueError(f"{key} is {shown}, not {_TYPE_NAMES[expected]}")
+
+
+def _expand(number: int, settings: dict[str, Any], defaults: argparse.Namespace) -> list[Line]:
+    """The videos of one line: one, or one a seed."""
+    name, seeds = settings.pop("name", None), settings.pop("seeds", None)
+    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ValueError(
+            f"name {json.dumps(name, ensure_ascii=False)[:80]} cannot be used; take up to 64 "
+            "letters, digits, - and _, the first one a letter or digit"
+        )
+    if seeds is None:
+        return [Line(number, name, _parse(settings, defaults))]
+    if "seed" in settings:
+        raise ValueError("seed and seeds are both given")
+    return [
+        Line(number, name and f"{name}-seed{seed}", _parse(settings | {"seed": seed}, defaults))
+        for seed in _seeds(seeds)
+    ]
+
+
+def _seeds(seeds: Any) -> list[int] | range:
+    if isinstance(seeds, str) and (match := _SEEDS.fullmatch(seeds)):
+        first, last = int(match[1]), int(match[2])
+        if first > last or last - first >= _MAX_SEEDS:
+            raise ValueError(f"seeds {seeds!r}: not a range of at most {_MAX_SEEDS} seeds")
+        return range(first, last + 1)
+    if not isinstance(seeds, list) or not seeds or len(seeds) > _MAX_SEEDS:
+        raise ValueError('seeds is neither a list of integers nor a range such as "1-4"')
+    for seed in seeds:
+        _check_type("seeds", seed, int)
+    return seeds
+
+
+class _LineParser(ArgumentParser):
+    """The stages' own parser and checks of values, with errors instead of exits."""
+
+    def __init__(self) -> None:
+        super().__init__("", "")
+        stage1.add_prompt(self)
+        for stage in (stage1, stage2, stage3):
+            stage.add_arguments(self)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+_PARSER = _LineParser()
+
+
+def _parse(settings: dict[str, Any], defaults: argparse.Namespace) -> argparse.Namespace:
+    """The defaults with a line's settings over them, checked as the command line's are."""
+
+    def arguments() -> Iterator[str]:
+        for key, value in settings.items():
+            if value is True:
+                yield f"--{key}"
+            elif value is not False:
+                yield f"--{key}={value}"
+
+    switched_off = {key: False for key, value in settings.items() if value is False}
+    start = argparse.Namespace(**vars(defaults) | {"prompt": None} | switched_off)
+    parsed = _PARSER.parse_args(list(arguments()), start)
+    stage1.check_prompts(parsed.prompt, parsed.negative_prompt)
+    return parsed

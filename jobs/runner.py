@@ -1,0 +1,329 @@
+"""One process's share of a batch: takes what is free, does it, records it.
+
+Stage 1 runs for all jobs first, with one load of the text encoder. Then jobs are denoised, shape by
+shape, while a thread decodes the video before. Any number of processes may run this on one folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import utils
+from cogvideox.checkpoint import ModelFolder
+from jobs.claims import Claim, Claims, is_claimed
+from jobs.records import (
+    INPUTS,
+    OUTPUTS,
+    STAGES,
+    Job,
+    StageRecord,
+    checksum,
+    read_records,
+    worker_name,
+    write_record,
+)
+from jobs.workshop import Shape, Workshop, shape_of
+from runtime.files import write_json
+from stage2_transformer import StoppedBetweenSteps
+
+ENCODE, DENOISE, DECODE = STAGES
+# What a job may need beside one of its stages.
+DONE, FAILED, CONFIG = "done", "failed", "config"
+
+_DECODES_WAITING = 2
+_POLL_SECONDS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """How many of a batch's jobs are done (their wanted stages are), failed, and neither."""
+
+    done: int
+    failed: int
+    left: int
+
+
+class Ledger:
+    """What each job needs next, by its records and the checksums of its files."""
+
+    def __init__(self, output_dir: Path, stages: Sequence[str], retry_failed: bool):
+        """
+        Args:
+            stages: those that are wanted.
+            retry_failed: forget failures that were recorded before now.
+        """
+        self._output_dir = output_dir
+        self._stages = stages
+        self._forget_before = time.time() if retry_failed else 0.0
+        self._checksums: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+    def next(self, job: Job) -> str:
+        """The first wanted stage whose files do not check out; or CONFIG, FAILED or DONE."""
+        folder = self._output_dir / job.folder
+        records = read_records(folder)
+        failed = [record for record in records.values() if record.status == "failed"]
+        if any(record.started >= self._forget_before for record in failed):
+            return FAILED
+        for stage in self._stages:
+            if not self._is_good(folder, stage, records):
+                return stage
+        return DONE if _config_is_good(folder, records) else CONFIG
+
+    def count(self, jobs: Sequence[Job]) -> Counts:
+        states = [self.next(job) for job in jobs]
+        done, failed = states.count(DONE), states.count(FAILED)
+        return Counts(done, failed, len(jobs) - done - failed)
+
+    def checksum(self, path: Path) -> str | None:
+        """The sha256 of a file, read again only if the file changed; None if there is none."""
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return None
+        version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._checksums.get(path, (None,))[0] != version:
+            self._checksums[path] = version, checksum(path)
+        return self._checksums[path][1]
+
+    def _is_good(self, folder: Path, stage: str, records: dict[str, StageRecord]) -> bool:
+        """Whether a stage's files are those that it recorded, made of what is recorded now."""
+        record = records.get(stage)
+        if record is None or record.status != "done":
+            return False
+        before = STAGES[: STAGES.index(stage)]
+        made = {name: value for s in before if s in records
+                for name, value in records[s].outputs.items()}  # fmt: skip
+        return all(self.checksum(folder / n) == value for n, value in record.outputs.items()) and (
+            all(made.get(name) == value for name, value in record.inputs.items())
+        )
+
+
+class Runner:
+    """Works on the jobs of a batch until none is left that it can do."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        model: ModelFolder,
+        arguments: argparse.Namespace,
+        stop: threading.Event,
+        rank: int = 0,
+    ):
+        """
+        Args:
+            arguments: of batch.py.
+            stop: set to end after what runs, or at a checkpoint.
+            rank: of this process among those started together; they begin with other shapes.
+        """
+        self._jobs = jobs
+        self._output_dir = arguments.output_dir
+        self._stop = stop
+        self._abort = threading.Event()
+        self._rank = rank
+        self._workshop = Workshop(model, arguments, stop, self._abort)
+        self._stages = arguments.stages
+        self._ledger = Ledger(self._output_dir, self._stages, arguments.retry_failed)
+        self._expiry = arguments.claim_expiry
+        self._unprepared: dict[tuple[str, Shape], Exception] = {}
+        self._videos_since: float | None = None
+        self._done_before = 0
+
+    def check(self) -> None:
+        """Checks all that needs no weights; raises ValueError."""
+        self._workshop.check(self._jobs, self._stages)
+
+    def mesh(self, shape: Shape) -> dict[str, int]:
+        """The mesh of a shape's transformer, once `check` has passed."""
+        return self._workshop.mesh(shape)
+
+    def run(self) -> Counts:
+        """Works until no job is left or `stop` is set; waits for jobs that others work on."""
+        with Claims(self._expiry) as self._claims:
+            try:
+                waiting = False
+                while not self._stop.is_set():
+                    needs = {job: self._ledger.next(job) for job in self._jobs}
+                    todo = {job: need for job, need in needs.items() if need not in (DONE, FAILED)}
+                    if not todo:
+                        break
+                    light = [job for job, need in todo.items() if need in (ENCODE, CONFIG)]
+                    worked = self._encode(light) + self._make_videos(list(todo))
+                    if not worked:
+                        if not waiting:
+                            print(f"waiting for {len(todo)} job(s) of other processes")
+                        self._stop.wait(_POLL_SECONDS)
+                    waiting = not worked
+            except BaseException:
+                self._abort.set()
+                raise
+        return self._ledger.count(self._jobs)
+
+    def _encode(self, jobs: Sequence[Job]) -> int:
+        """Stage 1 of all that are free; returns how many were worked on."""
+        worked = 0
+        for job, claim in self._taken(jobs):
+            need = self._ledger.next(job)
+            if need == CONFIG:
+                self._restore_config(job)
+            elif need == ENCODE:
+                self._do(ENCODE, job, claim)
+            worked += need in (CONFIG, ENCODE)
+            self._claims.release(claim)
+        self._workshop.release_text_encoder()
+        return worked
+
+    def _make_videos(self, jobs: Sequence[Job]) -> int:
+        """Stages 2 and 3 of all that are free; returns how many were worked on."""
+        worked = 0
+        decodes: deque[Future] = deque()
+        pool = ThreadPoolExecutor(1, "decode")
+        try:
+            for job, claim in self._taken(self._by_shape(jobs)):
+                need = self._ledger.next(job)
+                worked += need in (DENOISE, DECODE)
+                if need in (DENOISE, DECODE) and self._videos_since is None:
+                    self._videos_since = time.monotonic()
+                    self._done_before = self._ledger.count(self._jobs).done
+                if need == DENOISE:
+                    self._do(DENOISE, job, claim)
+                    need = self._ledger.next(job)
+                if need == DECODE and not self._stop.is_set():
+                    decodes.append(pool.submit(self._decode, job, claim))
+                    while len(decodes) > _DECODES_WAITING or decodes and decodes[0].done():
+                        decodes.popleft().result()
+                else:
+                    self._finish(job, claim)
+            for decode in decodes:
+                decode.result()
+        except BaseException:
+            self._abort.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return worked
+
+    def _decode(self, job: Job, claim: Claim) -> None:
+        if not self._stop.is_set():
+            self._do(DECODE, job, claim)
+        self._finish(job, claim)
+
+    def _finish(self, job: Job, claim: Claim) -> None:
+        self._claims.release(claim)
+        if not self._stop.is_set() and self._ledger.next(job) in (DONE, FAILED):
+            print(f"{self._progress()}: {job.folder}")
+
+    def _progress(self) -> str:
+        counts = self._ledger.count(self._jobs)
+        line = f"[{counts.done} done, {counts.failed} failed, {counts.left} left]"
+        made = counts.done - self._done_before
+        if not made or self._videos_since is None:
+            return line
+        each = (time.monotonic() - self._videos_since) / made
+        eta = time.strftime("%H:%M:%S", time.localtime(time.time() + each * counts.left))
+        return f"{line} {each:.1f} s a video, ETA {eta}"
+
+    def _taken(self, jobs: Sequence[Job] | Iterator[Job]) -> Iterator[tuple[Job, Claim]]:
+        """The jobs that no other process works on, each claimed."""
+        for job in jobs:
+            if self._stop.is_set():
+                return
+            if self._ledger.next(job) in (DONE, FAILED):
+                continue
+            claim = self._claims.take(self._output_dir / job.folder)
+            if claim:
+                yield job, claim
+
+    def _by_shape(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        """The jobs shape by shape; the shape that the fewest others work on comes next."""
+        groups: dict[Shape, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(shape_of(job), []).append(job)
+        order = list(groups)
+        order = order[self._rank % len(order) :] + order[: self._rank % len(order)]
+        while order:
+            now = time.time()
+            claimed = {
+                shape: sum(is_claimed(self._output_dir / j.folder, now) for j in groups[shape])
+                for shape in order
+            }
+            shape = min(order, key=claimed.__getitem__)
+            order.remove(shape)
+            yield from groups[shape]
+
+    def _do(self, stage: str, job: Job, claim: Claim) -> None:
+        """One stage of a claimed job, its record around it; a failure is recorded, not raised."""
+        folder = self._output_dir / job.folder
+        self._restore_config(job)
+        earlier = read_records(folder).get(stage)
+        attempt = earlier.attempt + 1 if earlier else 1
+        record = StageRecord(stage, "running", attempt, worker_name(), time.time())
+        write_record(folder, record)
+        try:
+            end = self._work(stage, job)
+        except StoppedBetweenSteps:
+            end = {"status": "interrupted"}
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                write_record(folder, dataclasses.replace(record, status="interrupted"))
+                raise utils.RunError(f"the disk of {self._output_dir} is full") from error
+            line = " ".join(str(error).split()) or type(error).__name__
+            if not isinstance(error, ValueError | utils.RunError):
+                line = f"{type(error).__name__}: {line}"
+            end = {"status": "failed", "error": line, "traceback": traceback.format_exc()}
+            print(f"failed: {job.folder}: {stage}: {line}")
+        except BaseException:
+            write_record(folder, dataclasses.replace(record, status="interrupted"))
+            raise
+        if self._claims.holds(claim):
+            write_record(folder, dataclasses.replace(record, **end))
+        else:
+            print(f"warning: {job.folder} was taken over by another process while this one slept")
+
+    def _work(self, stage: str, job: Job) -> dict:
+        """Runs a stage; returns what its record says in the end."""
+        folder, key = self._output_dir / job.folder, (stage, shape_of(job))
+        if key in self._unprepared:  # what did not compile once will not the next time
+            raise self._unprepared[key]
+        try:
+            self._workshop.prepare(stage, job)
+        except Exception as error:
+            self._unprepared[key] = error
+            raise
+        start = time.perf_counter()
+        self._workshop.run(stage, job)
+        return {
+            "status": "done",
+            "seconds": round(time.perf_counter() - start, 4),
+            "inputs": {name: self._ledger.checksum(folder / name) for name in INPUTS[stage]},
+            "outputs": {name: self._ledger.checksum(folder / name) for name in OUTPUTS[stage]},
+            "section": utils.read_config(folder)[stage],
+        }
+
+    def _restore_config(self, job: Job) -> None:
+        """Writes generation_config.json from the records if it was damaged or deleted."""
+        folder = self._output_dir / job.folder
+        records = read_records(folder)
+        if not _config_is_good(folder, records):
+            sections = {r.stage: r.section for r in records.values() if r.status == "done"}
+            version = {"format_version": utils.FORMAT_VERSION}
+            write_json(folder / utils.CONFIG_FILE, version | sections)
+
+
+def _config_is_good(folder: Path, records: dict[str, StageRecord]) -> bool:
+    sections = {r.stage: r.section for r in records.values() if r.status == "done"}
+    if not sections:
+        return True
+    try:
+        config = utils.read_config(folder)
+    except utils.InputError:
+        return False
+    return all(config.get(stage) == section for stage, section in sections.items())
