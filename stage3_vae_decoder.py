@@ -145,11 +145,17 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
 
     section = make_section(arguments, model, latents_file, videos, dict(mesh.shape), decoder_name)
     num_frames = decoded_frames(shape[2], temporal_factor(model.config("vae")))
+    waited = Timings()
     with timings.phase("run and save"):
         recorded = {**config, STAGE: section}
-        batches = _shown(decoder.decode(latents, output=output), num_frames)
-        write_videos(batches, num_frames, videos, arguments, recorded)
+        batches = _waited_for(decoder.decode(latents, output=output), waited)
+        write_videos(_shown(batches, num_frames), num_frames, videos, arguments, recorded)
         utils.record_section(arguments.input_dir, STAGE, section, inherited=arguments.input_dir)
+    # The devices decode a batch while the one before is encoded: the two add up to more.
+    timings.at_once["run and save"] = {
+        "decoding": round(decoder.decode_seconds, 4),
+        "saving": round(timings.seconds["run and save"] - waited.seconds["frames"], 4),
+    }
     for video in videos:
         print(f"video: {video}\ncontact sheet: {contact_sheet(video)}")
     report = videos[0].with_name(f"{videos[0].stem}_timings.json")
@@ -188,6 +194,16 @@ def open_latents(arguments: argparse.Namespace) -> tuple[dict, utils.StageFile]:
     )
     utils.check_inputs_are_current(file, config, "embeddings", "stage1_text_encoder")
     return config, file
+
+
+def _waited_for(batches: Iterator[np.ndarray], waited: Timings) -> Iterator[np.ndarray]:
+    """The same batches; `waited` learns how long each was waited for."""
+    while True:
+        with waited.phase("frames"):
+            frames = next(batches, None)
+        if frames is None:
+            return
+        yield frames
 
 
 def _shown(batches: Iterable[np.ndarray], num_frames: int) -> Iterator[np.ndarray]:

@@ -480,6 +480,7 @@ class Timings:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.at_once: dict[str, dict[str, float]] = {}  # what went on at once in a phase
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -494,6 +495,9 @@ class Timings:
         """Prints the table and writes it, with `details`, to the JSON file `path`."""
         total = sum(self.seconds.values())
         for name, seconds in [*self.seconds.items(), ("total", total)]:
-            print(f"  {name:<10}{seconds:>10.2f} s")
+            print(f"  {name:<14}{seconds:>10.2f} s")
+            for part, busy in self.at_once.get(name, {}).items():
+                print(f"    {part:<12}{busy:>10.2f} s, at the same time")
         rounded = {name: round(seconds, 4) for name, seconds in self.seconds.items()}
+        details |= {"at_once": self.at_once} if self.at_once else {}
         write_json(path, {"seconds": {**rounded, "total": round(total, 4)}, **details})

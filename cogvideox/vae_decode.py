@@ -11,8 +11,9 @@ same two bodies.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -88,6 +89,8 @@ class Decoder:
         dtype: bfloat16 or float32.
         weights: arrays replicated over `mesh`, or `jax.ShapeDtypeStruct` to compile without any.
         build_forward: makes the decoder's computation from its layers.
+        decode_seconds: what the batches of the last `decode` took on the devices and on their way
+            to the host, whatever the caller did meanwhile.
     """
 
     config: VaeConfig
@@ -95,6 +98,7 @@ class Decoder:
     dtype: jnp.dtype
     weights: Any
     build_forward: Callable[[Layers], Forward]
+    decode_seconds: float = 0.0
     _programs: dict[Any, Programs] = dataclasses.field(default_factory=dict)
 
     def _shards(self, latents_shape: tuple[int, ...]) -> WidthShards:
@@ -213,22 +217,31 @@ class Decoder:
         latents = np.pad(latents, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
         place = partial(jax.device_put, device=NamedSharding(self.mesh, _COLUMNS))
 
+        self.decode_seconds = 0.0
         cache, waiting = None, None
-        for start, end in frame_batches(latents.shape[1]):
-            program = programs.first if start == 0 else programs.later
-            pixels, finite, cache = program(self.weights, place(latents[:, start:end]), cache)
-            pixels.copy_to_host_async()
-            if waiting is not None:
-                yield _fetch(*waiting)
-            waiting = pixels, finite, start, end
-        yield _fetch(*waiting)
+        with ThreadPoolExecutor(1) as fetching:
+            for start, end in frame_batches(latents.shape[1]):
+                program = programs.first if start == 0 else programs.later
+                pixels, finite, cache = program(self.weights, place(latents[:, start:end]), cache)
+                fetched = fetching.submit(_fetch, pixels, finite, start, end)
+                if waiting is not None:
+                    yield self._frames(waiting)
+                waiting = fetched
+            yield self._frames(waiting)
+
+    def _frames(self, fetched: Future[tuple[np.ndarray, float]]) -> np.ndarray:
+        frames, seconds = fetched.result()
+        self.decode_seconds += seconds
+        return frames
 
 
-def _fetch(pixels: jax.Array, finite: jax.Array, start: int, end: int) -> np.ndarray:
+def _fetch(pixels: jax.Array, finite: jax.Array, start: int, end: int) -> tuple[np.ndarray, float]:
+    """The frames [B, F, height, width, 3] of a batch, and the seconds until they were here."""
+    begun = time.perf_counter()
     frames = np.asarray(pixels)
     if not int(finite):
         raise FloatingPointError(
             f"the VAE made NaN or infinity of latent frames {start} to {end - 1}; "
             "latents from float16 runs do this, bfloat16 and float32 should not"
         )
-    return np.moveaxis(frames, 2, -1)
+    return np.moveaxis(frames, 2, -1), time.perf_counter() - begun
