@@ -1,0 +1,197 @@
+"""Does a batch survive? Kills it at random moments, or shares it among processes, and compares.
+
+The small shipped model on the CPU in float32. Every run works in a folder of its own under the same
+relative names, so that all files of the jobs must be equal byte for byte to those of a run that
+nothing disturbed. Prints JSON; ends with exit code 1 if anything was lost, differs, or was computed
+again after it had been recorded as done.
+
+    python benchmarks/batch_survives.py --jobs 30 --kills 50
+    python benchmarks/batch_survives.py --jobs 30 --processes 4 --kills 1
+    python benchmarks/batch_survives.py --jobs 12 --ray_workers 2 --kills 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jobs.records import OUTPUTS, StageRecord, read_batch  # noqa: E402
+from utils import CONFIG_FILE  # noqa: E402
+
+# Height, width, frames, guidance: small, so that starting up is most of the time.
+_SHAPES = [(32, 48, 5, 3), (48, 32, 9, 3), (32, 32, 9, 1), (32, 64, 5, 1), (48, 48, 9, 3)]
+_OUTPUT_DIR = "batch"
+
+Done = dict[tuple[str, str], StageRecord]  # (job's folder, stage) -> its record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=30)
+    parser.add_argument("--kills", type=int, default=0, help="processes killed with SIGKILL")
+    parser.add_argument("--processes", type=int, default=1, help="at once on one folder")
+    parser.add_argument("--ray_workers", type=int, default=0, help="run over a local Ray cluster")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = prove(Path(folder), arguments)
+    print(json.dumps(vars(arguments) | report, indent=2))
+    sys.exit(0 if report["equal"] and not report["computed_again"] else 1)
+
+
+def prove(folder: Path, arguments: argparse.Namespace) -> dict:
+    (folder / "jobs.jsonl").write_text("".join(map(job_line, range(arguments.jobs))))
+    whole, broken = folder / "whole", folder / "broken"
+    start = time.monotonic()
+    finish(whole, 1)
+    seconds = time.monotonic() - start
+    if arguments.ray_workers:
+        killed, seen = share_over_ray(broken, arguments.ray_workers, arguments.kills)
+    elif arguments.processes > 1:
+        killed, seen = share(broken, arguments.processes, arguments.kills)
+    else:
+        killed, seen = kill_often(broken, arguments.kills, random.Random(arguments.seed))
+    finish(broken, 1)
+    states = read_batch(broken / _OUTPUT_DIR)
+    last = done_records(broken)
+    attempts = Counter(record.attempt for record in last.values())
+    workers = {record.worker for record in last.values()}
+    return {
+        "seconds_undisturbed": round(seconds, 1),
+        "killed": killed,
+        "jobs_done": sum(state.status == "done" for state in states),
+        "stages_done": len(last),
+        "attempts_of_stages": dict(sorted(attempts.items())),
+        "processes_that_did_work": len(workers),
+        "computed_again": sum(last.get(key) != record for key, record in seen.items()),
+        "files_compared": len(files(whole)),
+        "equal": files(whole) == files(broken) and len(states) == arguments.jobs,
+    }
+
+
+def job_line(i: int) -> str:
+    height, width, frames, guidance = _SHAPES[i % len(_SHAPES)]
+    job = {"prompt": f"a red circle moves left {i}", "size": f"{height}x{width}", "seed": i}
+    job |= {"frames": frames, "guidance": guidance, "steps": 2 + i % 4}
+    return json.dumps(job | {"scheduler": "ddim" if i % 3 == 0 else "dpm"}) + "\n"
+
+
+def start_batch(folder: Path, *more: str) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, ROOT / "batch.py", "../jobs.jsonl", "--output_dir", _OUTPUT_DIR]
+    command += ["--model_id", ROOT / "models/toyworld", "--dtype=float32", "--allow_unsupported"]
+    log = open(folder / "log.txt", "ab")
+    return subprocess.Popen(
+        [*command, "--checkpoint_every=1", *more],
+        cwd=folder,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(folder: Path, processes: int) -> None:
+    for process in [start_batch(folder) for _ in range(processes)]:
+        if process.wait():
+            sys.exit((folder / "log.txt").read_text()[-4000:])
+
+
+def done_records(folder: Path) -> Done:
+    output_dir = folder / _OUTPUT_DIR
+    states = read_batch(output_dir) if output_dir.exists() else []
+    return {
+        (state.folder.name, stage): record
+        for state in states
+        for stage, record in state.records.items()
+        if record.status == "done"
+    }
+
+
+def kill_often(folder: Path, kills: int, moments: random.Random) -> tuple[int, Done]:
+    """Kills run after run, with moments spread over the work; returns how many, and what was done.
+
+    A life ends after a random number of further stages, 0 among them, plus a random moment.
+    """
+    seen: Done = {}
+    stages = len((folder.parent / "jobs.jsonl").read_text().splitlines()) * len(OUTPUTS)
+    for kill in range(kills):
+        share_of_rest = (stages - len(seen)) / (kills - kill)
+        wanted = len(seen) + moments.randint(0, round(2 * share_of_rest) - (kill + 1 == kills))
+        process = start_batch(folder)
+        if wanted == len(seen):  # somewhere in the start-up, or in the first stage
+            time.sleep(moments.uniform(0, 15))
+        while len(done_records(folder)) < wanted and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0, 0.5))
+        if process.poll() is not None:
+            print(f"finished after {kill} kills", file=sys.stderr)
+            return kill, seen
+        process.kill()
+        process.wait()
+        now = done_records(folder)
+        lost = [key for key, record in seen.items() if now.get(key) != record]
+        if lost:
+            sys.exit(f"computed again: {lost}")
+        seen = now
+        print(f"kill {kill + 1}: {len(seen)} of {stages} stages done", file=sys.stderr)
+    return kills, seen
+
+
+def share(folder: Path, processes: int, kills: int) -> tuple[int, Done]:
+    """Several processes on one folder; `kills` of them are killed after the first videos."""
+    running = [start_batch(folder) for _ in range(processes)]
+    seen: Done = {}
+    for process in running[:kills]:
+        while len(done_records(folder)) < len(seen) + 3 and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        seen = done_records(folder)
+    for process in running[kills:]:
+        if process.wait():
+            sys.exit((folder / "log.txt").read_text()[-4000:])
+    return kills, done_records(folder)
+
+
+def share_over_ray(folder: Path, workers: int, kills: int) -> tuple[int, Done]:
+    """A Ray cluster of this machine; `kills` of its workers are killed midway."""
+    driver = start_batch(folder, "--engine=ray", f"--ray_workers={workers}")
+    killed: set[int] = set()
+    while driver.poll() is None:
+        time.sleep(0.2)
+        records = done_records(folder).values()
+        alive = {int(r.worker.rpartition(":")[2]) for r in records} - killed
+        if len(killed) < kills and len(records) > 3 and alive:
+            victim = min(alive)
+            os.kill(victim, signal.SIGKILL)
+            killed.add(victim)
+    if driver.wait():
+        sys.exit((folder / "log.txt").read_text()[-4000:])
+    return len(killed), done_records(folder)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What the stages wrote, by name."""
+    names = [name for outputs in OUTPUTS.values() for name in outputs] + [CONFIG_FILE]
+    found = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for name in names
+        for path in (folder / _OUTPUT_DIR).glob(f"*/{name}")
+    }
+    return found
+
+
+if __name__ == "__main__":
+    main()
