@@ -64,6 +64,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=claims.DEFAULT_EXPIRY,
         help="seconds after which the job of a process on a lost machine is taken over",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local works in this process; ray on every machine of a Ray cluster",
+    )
+    parser.add_argument(
+        "--workers_per_node",
+        type=utils.integer(1),
+        default=1,
+        help="of --engine ray; they share the machine's accelerators",
+    )
     for stage in (stage1, stage2, stage3):
         stage.add_arguments(parser)
     stage3.add_decoder(parser)
@@ -102,7 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
         utils.check_output_folder(arguments.output_dir, needed_bytes=bytes_needed + (1 << 30))
         stop = threading.Event()
         runner = Runner(jobs, model, arguments, stop)
-        runner.check()
+        if arguments.engine == "local" or arguments.dry_run:
+            runner.check()
         if arguments.dry_run:
             states = read_batch(arguments.output_dir) if arguments.output_dir.exists() else []
             print(describe(jobs, needs, states, model, runner.mesh))
@@ -112,8 +125,15 @@ def run(arguments: argparse.Namespace) -> None:
         folder = arguments.output_dir / job.folder
         if not (folder / "job.json").exists():
             write_job(folder, job)
-    signals = _stop_on_signals(stop)
-    counts = runner.run()
+    if arguments.engine == "ray":
+        from jobs import ray_engine
+
+        ray_engine.connect()
+        signals = _stop_on_signals(stop)
+        counts = ray_engine.run(jobs, arguments, stop)
+    else:
+        signals = _stop_on_signals(stop)
+        counts = runner.run()
     print(f"{counts.done} done, {counts.failed} failed, {counts.left} left")
     if signals:
         raise utils.Stopped(signals[0])

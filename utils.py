@@ -292,7 +292,20 @@ def write_stage_file(
     if path.exists():
         print(f"replacing {path}")
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata=stamp))
+        temporary.write_bytes(_with_sorted_metadata(save(tensors, metadata=stamp)))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file whose metadata, written in random order, is sorted.
+
+    Equal runs then write equal files, and a checksum tells whether two are.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at multiples of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def open_stage_file(

@@ -128,7 +128,8 @@ def kill_often(folder: Path, kills: int, moments: random.Random) -> tuple[int, D
     stages = len((folder.parent / "jobs.jsonl").read_text().splitlines()) * len(OUTPUTS)
     for kill in range(kills):
         share_of_rest = (stages - len(seen)) / (kills - kill)
-        wanted = len(seen) + moments.randint(0, round(2 * share_of_rest) - (kill + 1 == kills))
+        more = moments.randint(0, round(2 * share_of_rest))
+        wanted = min(len(seen) + more, stages - 1)
         process = start_batch(folder)
         if wanted == len(seen):  # somewhere in the start-up, or in the first stage
             time.sleep(moments.uniform(0, 15))
@@ -167,7 +168,7 @@ def share(folder: Path, processes: int, kills: int) -> tuple[int, Done]:
 
 def share_over_ray(folder: Path, workers: int, kills: int) -> tuple[int, Done]:
     """A Ray cluster of this machine; `kills` of its workers are killed midway."""
-    driver = start_batch(folder, "--engine=ray", f"--ray_workers={workers}")
+    driver = start_batch(folder, "--engine=ray", f"--workers_per_node={workers}")
     killed: set[int] = set()
     while driver.poll() is None:
         time.sleep(0.2)

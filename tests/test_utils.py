@@ -27,6 +27,19 @@ def test_a_stage_keeps_the_sections_of_the_others(tmp_path: Path):
     assert {"stage1_text_encoder", "stage2_transformer"} <= config.keys()
 
 
+def test_equal_runs_write_equal_files(tmp_path: Path):
+    """safetensors writes metadata in random order."""
+    tensors = {"b": np.ones((3, 5), np.float32), "a": np.zeros(2, np.int8)}
+    section = utils.make_section({"model_id": 'm"é'})
+    for i in range(8):
+        utils.write_stage_file(tmp_path / f"{i}.safetensors", "stage", tensors, section, more="x")
+    first, *others = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert others == [first] * 7
+    read = load_file(tmp_path / "0.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(np.array_equal(read[name], tensors[name]) for name in tensors)
+
+
 def test_transposed_arrays_are_written_as_they_read(tmp_path: Path):
     """safetensors writes memory as it lies; a transposed array's lies otherwise."""
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4).swapaxes(0, 2)

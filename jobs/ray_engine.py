@@ -1,0 +1,129 @@
+"""A batch over a Ray cluster: one worker a machine, all on one shared output folder.
+
+Ray starts the workers and sees which are lost; who works on what is settled by the same claims as
+between processes that were started by hand. The project, the model and the output folder lie at the
+same paths on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import utils
+from jobs.records import Job
+from jobs.runner import Counts, Ledger, Runner
+
+_POLL_SECONDS = 2.0
+# A worker that died this often while no job was finished is not started again.
+_DEATHS = 3
+_ROOT = Path(__file__).resolve().parents[1]
+
+Slot = tuple[str, int]  # a machine's Ray id, and a number on it
+
+
+class _Worker:
+    """A process on a machine of the cluster; `run` and `stop` are called from two threads."""
+
+    def __init__(self, folder: str) -> None:
+        os.chdir(folder)  # of the driver, so that relative paths mean the same
+        self._stop = threading.Event()
+
+    def run(self, jobs: Sequence[Job], arguments: argparse.Namespace, rank: int) -> Counts:
+        from cogvideox.checkpoint import find_model
+
+        parts = ["tokenizer", "text_encoder", "transformer", "scheduler", "vae"]
+        model = find_model(arguments.model_id, parts)
+        if model.revision != jobs[0].revision:
+            raise utils.RunError(
+                f"{arguments.model_id} is {model.revision} here, {jobs[0].revision} on the driver"
+            )
+        runner = Runner(jobs, model, arguments, self._stop, rank)
+        runner.check()
+        return runner.run()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+def connect() -> None:
+    """Connects to the cluster of RAY_ADDRESS or of this machine, or starts one on this machine.
+
+    Ray installs signal handlers of its own here.
+    """
+    environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
+    ray.init(include_dashboard=False, log_to_driver=True, runtime_env=environment)
+
+
+def run(jobs: Sequence[Job], arguments: argparse.Namespace, stop: threading.Event) -> Counts:
+    """Runs until no job is left or `stop` is set; lost workers are started again.
+
+    Raises:
+        utils.RunError: a worker cannot work, or none stays alive.
+    """
+    ledger = Ledger(arguments.output_dir, arguments.stages, arguments.retry_failed)
+    workers: dict[Slot, tuple[Any, ray.ObjectRef]] = {}
+    deaths, started, stopped = 0, 0, False
+    counts = ledger.count(jobs)
+    while True:
+        if not stop.is_set() and counts.left and deaths < _DEATHS:
+            for slot in _slots(arguments.workers_per_node) - workers.keys():
+                workers[slot] = _start(slot, jobs, arguments, started)
+                started += 1
+        if not workers:
+            break
+        if stop.is_set() and not stopped:
+            stopped = True
+            for worker, _ in workers.values():
+                worker.stop.remote()
+        refs = {ref: slot for slot, (_, ref) in workers.items()}
+        for ref in ray.wait(list(refs), timeout=_POLL_SECONDS)[0]:
+            worker, _ = workers.pop(refs[ref])
+            before, counts = counts, ledger.count(jobs)
+            try:
+                ray.get(ref)
+            except RayTaskError as error:
+                raise utils.RunError(f"a worker cannot work: {error.cause}") from error
+            except RayActorError as error:
+                deaths = deaths + 1 if counts.left == before.left else 1
+                print(f"warning: a worker was lost: {' '.join(str(error).split())[:200]}")
+            else:
+                ray.kill(worker)
+    if counts.left and not stop.is_set():
+        raise utils.RunError(f"{deaths} workers were lost in a row; {counts.left} job(s) are left")
+    return counts
+
+
+def _slots(per_node: int) -> set[Slot]:
+    """Where workers can be: machines that came back or joined later, too."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    return {(node, i) for node in nodes for i in range(per_node)}
+
+
+def _start(
+    slot: Slot, jobs: Sequence[Job], arguments: argparse.Namespace, rank: int
+) -> tuple[Any, ray.ObjectRef]:
+    """A worker on its machine, with its share of the accelerators there, and its running task."""
+    node, _ = slot
+    has = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == node)
+    share = {name: has.get(name, 0) // arguments.workers_per_node for name in ("TPU", "GPU")}
+    worker = (
+        ray.remote(_Worker)
+        .options(
+            max_concurrency=2,
+            num_cpus=0,
+            num_gpus=share["GPU"],
+            resources={"TPU": share["TPU"]} if share["TPU"] else {},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        )
+        .remote(os.getcwd())
+    )
+    return worker, worker.run.remote(list(jobs), arguments, rank)

@@ -1,0 +1,290 @@
+"""batch.py: equal to the stages by hand, loads shared, resumed, and not ended by one job."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import batch
+import stage1_text_encoder as stage1
+import stage2_transformer as stage2
+import stage3_vae_decoder as stage3
+import utils
+from cogvideox import text_encoder
+from cogvideox.denoise import Denoiser
+from jobs import workshop
+from jobs.records import OUTPUTS, STAGES, read_batch, write_record
+from tests.tiny_models import save_tiny_model
+
+ROOT = Path(__file__).parents[2]
+# Two shapes, mixed.
+JOBS = [
+    {"prompt": "A red kite", "size": "32x48", "num_frames": 5, "name": "kite"},
+    {"prompt": "A blue kite", "size": "32x32", "num_frames": 9, "guidance": 1},
+    {"prompt": "A red kite", "size": "32x48", "num_frames": 5, "seed": 0, "scheduler": "ddim"},
+]
+_ONE_DEVICE = ["--dp=1", "--sp=1", "--tp=1"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def command(model: Path, folder: Path, *more: str, jobs: list[dict] = JOBS) -> list[str]:
+    """The arguments of a batch in `folder`/out, whose job file is written here."""
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    settings = ["--dtype=float32", "--allow_unsupported", "--num_inference_steps=3", "--seed=5"]
+    where = [str(folder / "jobs.jsonl"), "--output_dir=out", f"--model_id={model}"]
+    return [*where, *settings, *_ONE_DEVICE, *more]
+
+
+def run(model: Path, folder: Path, *more: str, jobs: list[dict] = JOBS) -> int:
+    """Runs a batch in this process, in `folder`; returns its exit code."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        os.chdir(folder)
+        batch.run(batch.parse_arguments(command(model, folder, *more, jobs=jobs)))
+    except SystemExit as exit_:
+        return exit_.code
+    finally:
+        os.chdir(ROOT)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    names = [name for files in OUTPUTS.values() for name in files] + [utils.CONFIG_FILE]
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.glob("out/*/*")
+        if path.name in names
+    }
+
+
+def records(folder: Path) -> dict[tuple[str, str], object]:
+    states = read_batch(folder / "out")
+    return {(s.folder.name, stage): r for s in states for stage, r in s.records.items()}
+
+
+@pytest.fixture(scope="module")
+def calls() -> Counter:
+    """How often weights were loaded and programs compiled."""
+    return Counter()
+
+
+@pytest.fixture(autouse=True)
+def counted(calls, monkeypatch):
+    def count(owner, name):
+        function = getattr(owner, name)
+
+        def counting(*arguments, **options):
+            calls[name] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    calls.clear()
+    count(text_encoder, "load_text_encoder")
+    count(Denoiser, "load")
+    count(Denoiser, "compile")
+    for name in ("_embed", "_denoise", "_decode"):
+        count(workshop.Workshop, name)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> Path:
+    """A batch that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(model, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    subprocess.run(["cp", "-a", f"{whole}/.", tmp_path], check=True)
+    return tmp_path
+
+
+def job_folder(folder: Path, start: str) -> Path:
+    (found,) = folder.glob(f"out/{start}*")
+    return found
+
+
+def test_loads_and_compiles_once(model, tmp_path, calls, capsys):
+    assert run(model, tmp_path) == 0
+    assert calls == Counter(load_text_encoder=1, load=1, compile=2, _embed=3, _denoise=3, _decode=3)
+    said = capsys.readouterr().out
+    assert "[3 done, 0 failed, 0 left]" in said and "ETA" in said
+    assert "3 done" in table(tmp_path, capsys)
+
+
+def table(folder: Path, capsys) -> str:
+    capsys.readouterr()
+    batch.status(batch.parse_status([str(folder / "out")]))
+    return capsys.readouterr().out
+
+
+def test_a_job_equals_the_stages_by_hand(model, whole, tmp_path, monkeypatch):
+    """In a folder of the same name, since the video's settings hold its path."""
+    name = job_folder(whole, "kite").name
+    monkeypatch.chdir(tmp_path)
+    folder = Path("out", name)
+    common = ["--dtype=float32"]
+    stage1.run(stage1.parse_arguments(
+        ["--prompt=A red kite", f"--model_id={model}", f"--output_dir={folder}", *common]
+    ))  # fmt: skip
+    size = ["--height=32", "--width=48", "--frames=5", "--allow_unsupported"]
+    stage2.run(stage2.parse_arguments(
+        [f"--input_dir={folder}", *size, "--num_inference_steps=3", "--seed=5", *common,
+         *_ONE_DEVICE]
+    ))  # fmt: skip
+    stage3.run(stage3.parse_arguments(
+        [f"--input_dir={folder}", *common, "--dp=1", "--tp=1"]
+    ), "vae_torchax")  # fmt: skip
+    by_hand = outputs(tmp_path)
+    assert len(by_hand) == 5
+    assert by_hand.items() <= outputs(whole).items()
+
+
+def test_again_computes_nothing(model, copy, calls):
+    before = records(copy)
+    assert run(model, copy) == 0
+    assert not calls and records(copy) == before
+
+
+def test_what_is_damaged_is_made_again_from_the_last_good_stage(model, copy, whole, calls):
+    (job_folder(copy, "kite") / utils.VIDEO_FILE).unlink()
+    with open(job_folder(copy, "a-blue") / utils.LATENTS_FILE, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    (job_folder(copy, "a-red") / utils.CONFIG_FILE).write_text("{")
+    (job_folder(copy, "a-red") / utils.EMBEDDINGS_FILE).unlink()
+    assert run(model, copy) == 0
+    assert (calls["_embed"], calls["_denoise"], calls["_decode"]) == (1, 1, 1)
+    assert outputs(copy) == outputs(whole)
+
+
+def test_a_damaged_config_is_written_again_without_work(model, copy, whole, calls):
+    (job_folder(copy, "kite") / utils.CONFIG_FILE).unlink()
+    assert run(model, copy) == 0
+    assert not calls and outputs(copy) == outputs(whole)
+
+
+def test_a_changed_line_is_a_new_job(model, copy, calls):
+    before = outputs(copy)
+    jobs = [JOBS[0] | {"prompt": "A green kite"}, *JOBS[1:]]
+    assert run(model, copy, jobs=jobs) == 0
+    assert calls["_denoise"] == 1 and len(read_batch(copy / "out")) == 4
+    assert before.items() <= outputs(copy).items()
+
+
+def test_one_failure_ends_no_other_job(model, whole, tmp_path, calls, capsys, monkeypatch):
+    denoise = workshop.Workshop._denoise
+
+    def fail_blue(self, job):
+        if "blue" in job.prompt:
+            raise RuntimeError("the chip melted\nat noon")
+        denoise(self, job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workshop.Workshop, "_denoise", fail_blue)
+        assert run(model, tmp_path) == 3
+    said = table(tmp_path, capsys)
+    assert "2 done, 1 failed" in said and "RuntimeError: the chip melted at noon" in said
+    assert run(model, tmp_path) == 3 and calls["_denoise"] == 2
+    assert run(model, tmp_path, "--retry_failed") == 0 and calls["_denoise"] == 3
+    assert outputs(tmp_path) == outputs(whole)
+    assert records(tmp_path)[job_folder(tmp_path, "a-blue").name, STAGES[1]].attempt == 2
+
+
+def test_latents_now_videos_later(model, whole, tmp_path, calls, capsys):
+    assert run(model, tmp_path, "--stages=1,2") == 0
+    assert calls["_decode"] == 0 and "pending" in table(tmp_path, capsys)
+    assert run(model, tmp_path, "--stages=3", "--only=kite") == 0
+    assert calls["_decode"] == 1 and calls["_denoise"] == 3
+    assert run(model, tmp_path, "--stages=3") == 0
+    assert outputs(tmp_path) == outputs(whole)
+
+
+def test_the_plan(model, copy, tmp_path, capsys):
+    (job_folder(copy, "kite") / utils.VIDEO_FILE).unlink()
+    before = sorted(copy.rglob("*"))
+    assert run(model, copy, "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert "32x48x5: 2 job(s), 1 to do, mesh dp=1 sp=1 tp=1, about 0 min" in said
+    assert "3 job(s) of 2 shape(s)" in said
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_stopping_saves_the_loop_and_the_records(model, whole, tmp_path, capsys, monkeypatch):
+    """As a signal does in the second step of the first video."""
+    write, saved = stage2.Checkpoints.__init__, []
+
+    def stop_in_step_two(self, folder, section, every, stop):
+        def stop_now():
+            saved.append(folder)
+            if len(saved) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return stop()
+
+        write(self, folder, section, every, stop_now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage2.Checkpoints, "__init__", stop_in_step_two)
+        with pytest.raises(utils.Stopped, match="terminated"):
+            run(model, tmp_path, "--checkpoint_every=10")
+    state = next(s for s in read_batch(tmp_path / "out") if s.job.name == "kite")
+    assert state.status == "interrupted"
+    assert (state.folder / stage2.CHECKPOINT_FILE).exists()
+    capsys.readouterr()
+    assert run(model, tmp_path, "--checkpoint_every=10") == 0
+    assert "2 of 3 steps done" in capsys.readouterr().out
+    assert outputs(tmp_path) == outputs(whole)
+
+
+def test_an_output_made_of_other_inputs_is_made_again(model, copy, calls):
+    """As after an upgrade that changed the bits of what was made again."""
+    (name, stage) = job_folder(copy, "kite").name, STAGES[2]
+    record = records(copy)[name, stage]
+    changed = dataclasses.replace(record, inputs={utils.LATENTS_FILE: "0" * 64})
+    write_record(copy / "out" / name, changed)
+    assert run(model, copy) == 0 and calls["_decode"] == 1 and calls["_denoise"] == 0
+
+
+def test_processes_share_a_folder_and_survive_kills(model, whole, tmp_path):
+    """Two at once; one is killed, one is asked to end; a third finishes."""
+
+    def start() -> subprocess.Popen:
+        flags = "--xla_force_host_platform_device_count=1"
+        return subprocess.Popen(
+            [sys.executable, ROOT / "batch.py", *command(model, tmp_path)],
+            cwd=tmp_path,
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    first, second = start(), start()
+    while not (tmp_path / "out").exists() or not records(tmp_path):
+        assert first.poll() is None and second.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    time.sleep(0.5)
+    second.send_signal(signal.SIGTERM)
+    said = second.communicate()[0]
+    assert second.returncode in (143, 0), said  # 0 if it was done before the signal
+    first.communicate()
+    done = {key: r for key, r in records(tmp_path).items() if r.status == "done"}
+    third = start()
+    assert third.communicate() and third.returncode == 0
+    assert done.items() <= records(tmp_path).items()
+    assert outputs(tmp_path) == outputs(whole)
