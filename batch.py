@@ -82,6 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     utils.add_mesh(parser)
     utils.add_dtype(parser)
+    utils.add_executables(parser)
     return parser.parse_args(argv)
 
 

@@ -29,6 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     utils.add_mesh(parser)
     utils.add_dtype(parser)
+    utils.add_executables(parser)
     parser.add_argument(
         "--output_dir", type=Path, default=utils.DEFAULT_FOLDER, help="folder for the stage files"
     )
@@ -38,6 +39,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     # What stages 2 and 3 would refuse is refused before stage 1 loads its 9.5 GB.
     with checking_input():
+        utils.check_executables(arguments.executables)
         model, tokens = stage1.check(arguments)
         plan = stage2.make_plan(arguments, model, len(arguments.prompt), tokens)
         batch, frames, *shape = plan.denoiser.latents.sizes

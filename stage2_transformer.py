@@ -17,13 +17,15 @@ import utils
 from utils import ArgumentParser, Timings, checking_input
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import jax
     import numpy as np
 
-    from cogvideox.checkpoint import ModelFolder
+    from cogvideox.checkpoint import ModelFolder, StoredTensor
     from cogvideox.denoise import Denoiser
     from cogvideox.scheduler import Schedule
-    from cogvideox.settings import DenoisingSettings
+    from cogvideox.settings import DenoisingSettings, LatentShape
 
 STAGE = "stage2_transformer"
 CHECKPOINT_FILE = "stage2_checkpoint.safetensors"
@@ -42,6 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_profile(parser)
     utils.add_mesh(parser)
     utils.add_dtype(parser)
+    utils.add_executables(parser)
     return parser.parse_args(argv)
 
 
@@ -123,45 +126,65 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
 
     import jax
 
-    from cogvideox.attention import choose_attention
     from cogvideox.checkpoint import stored_tensors
+
+    weights = stored_tensors(model.path / "transformer")
+    denoiser = make_denoiser(
+        arguments, model, weights, latents, tokens, settings.guided, jax.devices()
+    )
+    denoiser.check_weights()
+
+    from cogvideox.scheduler import make_schedule
+
+    schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
+    return Plan(settings, padding, denoiser, schedule)
+
+
+def make_denoiser(
+    arguments: argparse.Namespace,
+    model: ModelFolder,
+    weights: Mapping[str, StoredTensor],
+    latents: LatentShape,
+    tokens: int,
+    guided: bool,
+    devices: Sequence[jax.Device],
+) -> Denoiser:
+    """The program for `devices`, with the mesh and the attention that `arguments` ask for.
+
+    Raises:
+        ValueError: no such mesh fits, or the devices cannot run that attention.
+    """
+    from cogvideox.attention import choose_attention
+    from cogvideox.denoise import Denoiser
     from runtime.mesh import choose_mesh, make_mesh
 
     config = model.config("transformer")
-    attention = choose_attention(arguments.attention, jax.default_backend(), arguments.dtype)
-    mesh = make_mesh(
-        choose_mesh(
-            arguments.dp,
-            arguments.sp,
-            arguments.tp,
-            batch=batch * (2 if settings.guided else 1),
-            num_heads=config["num_attention_heads"],
-            num_devices=jax.device_count(),
-        )
+    attention = choose_attention(arguments.attention, devices[0].platform, arguments.dtype)
+    mesh = choose_mesh(
+        arguments.dp,
+        arguments.sp,
+        arguments.tp,
+        batch=latents.batch * (2 if guided else 1),
+        num_heads=config["num_attention_heads"],
+        num_devices=len(devices),
     )
-
-    from cogvideox.denoise import Denoiser
-    from cogvideox.scheduler import make_schedule
-
-    denoiser = Denoiser(
+    return Denoiser(
         config=config,
-        weights=stored_tensors(model.path / "transformer"),
+        weights=weights,
         latents=latents,
         text_tokens=tokens,
-        guided=settings.guided,
+        guided=guided,
         dtype=arguments.dtype,
-        mesh=mesh,
+        mesh=make_mesh(mesh, devices),
         attention=attention,
     )
-    denoiser.check_weights()
-    schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
-    return Plan(settings, padding, denoiser, schedule)
 
 
 def run(arguments: argparse.Namespace) -> None:
     timings, output_dir = Timings(), arguments.output_dir or arguments.input_dir
     with checking_input():
         embeddings, model = open_embeddings(arguments)
+        utils.check_executables(arguments.executables)
         utils.check_output_folder(output_dir, utils.LATENTS_FILE)
         if arguments.profile:
             utils.check_output_folder(arguments.profile)
@@ -177,7 +200,7 @@ def run(arguments: argparse.Namespace) -> None:
         parameters = plan.denoiser.load()
         prompt_embeds = plan.denoiser.prompt_embeds(utils.read_tensors(embeddings))
     with timings.phase("compile"):
-        step = plan.denoiser.compile()
+        step = plan.denoiser.compile(arguments.executables)
     print(f"stage 2: {compilations.sentence()}")
 
     section = make_section(plan, arguments, model, embeddings)

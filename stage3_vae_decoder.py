@@ -42,6 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_mesh(parser, ("dp", "tp"))
     parser.add_argument("--fps", type=utils.integer(1, 240), help="default: the one of stage 2")
     utils.add_dtype(parser)
+    utils.add_executables(parser)
     return parser.parse_args(argv)
 
 
@@ -116,6 +117,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     """Decodes with `decoder_name`, "vae_torchax" or "vae_flax", a module in cogvideox/."""
     timings = Timings()
     with checking_input():
+        utils.check_executables(arguments.executables)
         config, latents_file = open_latents(arguments)
         shape = latents_file.shapes["latents"]
         fps = arguments.fps or latents_file.section["fps"]
@@ -123,11 +125,12 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         videos = check(arguments, model, arguments.input_dir, shape, fps)
         utils.start_jax(arguments.dtype)
 
+        import jax
         import jax.numpy as jnp
 
         from runtime.mesh import all_devices, make_mesh
 
-        mesh = make_mesh(all_devices(arguments.dp, arguments.tp))
+        mesh = make_mesh(all_devices(arguments.dp, arguments.tp, jax.device_count()))
         decoder_module = importlib.import_module(f"cogvideox.{decoder_name}")
 
     from cogvideox.settings import decoded_frames, temporal_factor
@@ -140,7 +143,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         latents = utils.read_tensors(latents_file)["latents"]
     output = "float32" if wants_float(videos[0]) else "uint8"
     with timings.phase("compile"):
-        decoder.compile(latents.shape, output=output)
+        decoder.compile(latents.shape, output=output, executables=arguments.executables)
     print(f"stage 3: {compilations.sentence()}")
 
     section = make_section(arguments, model, latents_file, videos, dict(mesh.shape), decoder_name)

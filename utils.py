@@ -38,6 +38,7 @@ CONFIG_FILE = "generation_config.json"
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
 LATENTS_FILE = "stage2_latents.safetensors"
 VIDEO_FILE = "output_video.mp4"
+EXECUTABLES_VARIABLE = "COGVIDEOX_EXECUTABLES"
 
 
 # Errors and exit codes --------------------------------------------------------------------------
@@ -207,6 +208,26 @@ def add_dtype(parser: ArgumentParser) -> None:
         default="bfloat16",
         help="dtype of weights and activations; float32 is for comparisons",
     )
+
+
+def add_executables(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--executables",
+        type=Path,
+        default=os.environ.get(EXECUTABLES_VARIABLE) or None,
+        help="folder of executables from compile_ahead.py; what it lacks is compiled "
+        f"(default: ${EXECUTABLES_VARIABLE})",
+    )
+
+
+def check_executables(folder: Path | None) -> None:
+    """Refuses a folder of executables that is none.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f"--executables {folder} is not a folder; compile_ahead.py makes it")
 
 
 # Stage files ------------------------------------------------------------------------------------

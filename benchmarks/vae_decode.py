@@ -231,7 +231,8 @@ def _calls_while_lowering(decoder: Any, shape: tuple[int, ...]) -> collections.C
         return mock.patch.object(vae_conv_tpu, name, call)
 
     with recording("causal_conv"), recording("upsample"):
-        decoder.lower(shape, output="uint8")
+        for program in decoder.programs(shape, output="uint8"):
+            program.lower()
     return calls
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +26,18 @@ from cogvideox.loop_checkpoint import LoopCheckpoint
 from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
 from cogvideox.settings import LatentShape
 from cogvideox.tokens import TokenLayout, positions
+from runtime.executables import Program, find_or_compile, machine_fields
 
 _TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
 _ROWS = P(("sp", "tp"), None)  # [S, E]
 _BATCH = P("dp")  # the transformer's samples, guidance's included
+
+# Of the transformer's config: what makes the positional tables, which are arguments of the program,
+# or nothing that is computed here.
+_NOT_IN_THE_PROGRAM = {
+    *("sample_height", "sample_width", "sample_frames", "max_text_seq_length", "dropout"),
+    *("spatial_interpolation_scale", "temporal_interpolation_scale", "temporal_compression_ratio"),
+}
 
 
 class LoopState(NamedTuple):
@@ -97,9 +106,31 @@ class Denoiser:
         text = np.concatenate(parts).astype(jnp.dtype(self.dtype))
         return jax.device_put(text, self._sharding(_BATCH))
 
-    def compile(self) -> Callable:
-        """Compiles the step, or reads it from the persistent cache; needs no weights."""
-        return self.lower().compile()
+    def compile(self, executables: Path | None = None) -> Callable:
+        """The step from the folder of executables, or compiled; needs no weights."""
+        devices = list(self.mesh.devices.flat)
+        return find_or_compile([self.program], executables, devices=devices)[0]
+
+    @property
+    def program(self) -> Program:
+        """The step, and everything that decides its executable."""
+        b, t, _, h, w = self.latents.sizes
+        mesh = "".join(f"-{axis}{size}" for axis, size in self.mesh.shape.items())
+        config = {
+            name: value
+            for name, value in self.config.items()
+            if not (name.startswith("_") or name in _NOT_IN_THE_PROGRAM or value is None)
+        }
+        fields = {
+            "transformer": config,
+            "latents": self.latents.sizes,
+            "text_tokens": self.text_tokens,
+            "guided": self.guided,
+            "dtype": self.dtype,
+            "attention": self.attention.name,
+            **machine_fields(self.mesh, ("torch", "torchax", "diffusers")),
+        }
+        return Program("stage2_transformer", f"{b}x{t}x{h}x{w}{mesh}", fields, self.lower)
 
     def lower(self) -> jax.stages.Lowered:
         """The step lowered for abstract arguments, placed as `run` places the real ones."""

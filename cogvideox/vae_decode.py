@@ -14,7 +14,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,9 +29,13 @@ from cogvideox.vae_by_frames import FrameLayers
 from cogvideox.vae_conv_tpu import LANES
 from cogvideox.vae_parts import Layers, WidthShards
 from cogvideox.vae_weights import VaeConfig
+from runtime.executables import Program, find_or_compile, machine_fields
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size, which no config can change.
 LATENT_FRAMES_PER_BATCH = 2
+
+# What traces each decoder, beside JAX.
+_LIBRARIES = {"vae_torchax": ("torch", "torchax", "diffusers"), "vae_flax": ("flax",)}
 
 AXIS = "width"
 _COLUMNS = P(None, None, AXIS)  # [B, T, W, ...]
@@ -76,7 +81,7 @@ class Programs(NamedTuple):
     """The two executables for one shape of latents; `later` is None for a single batch."""
 
     first: jax.stages.Compiled
-    later: jax.stages.Compiled | None
+    later: jax.stages.Compiled | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,6 +89,7 @@ class Decoder:
     """A decoder with its weights on the devices.
 
     Attributes:
+        name: "vae_torchax" or "vae_flax".
         config: of the VAE.
         mesh: one axis, `width`; see `width_mesh`.
         dtype: bfloat16 or float32.
@@ -93,6 +99,7 @@ class Decoder:
             to the host, whatever the caller did meanwhile.
     """
 
+    name: str
     config: VaeConfig
     mesh: Mesh
     dtype: jnp.dtype
@@ -157,10 +164,17 @@ class Decoder:
         )
         return lowered, abstract
 
-    def lower(
-        self, latents_shape: tuple[int, ...], *, output: Output
-    ) -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
-        """The programs of the first batch and of all others (None if there is one batch).
+    @property
+    def compiler_threads(self) -> int:
+        """How many programs to compile at once.
+
+        For GPUs the compiler times candidates on the device, where two at once would disturb each
+        other, and the second program reuses the choices of the first.
+        """
+        return 1 if self.mesh.devices.flat[0].platform == "gpu" else 2
+
+    def programs(self, latents_shape: tuple[int, ...], *, output: Output) -> list[Program]:
+        """The programs of the first batch and, if there are more, of all others.
 
         Args:
             latents_shape: [B, C, T, H, W].
@@ -172,27 +186,48 @@ class Decoder:
                 f"the latents have {channels} channels, the VAE has {self.config.latent_channels}"
             )
         sizes = [end - start for start, end in frame_batches(frames)]
-        first, cache = self._lower((b, channels, sizes[0], height, width), output, None)
-        if len(sizes) == 1:
-            return first, None
-        later, _ = self._lower((b, channels, sizes[1], height, width), output, cache)
-        return first, later
+        first = (b, channels, sizes[0], height, width)
+        later = (b, channels, LATENT_FRAMES_PER_BATCH, height, width)
+        lower_first = cache(lambda: self._lower(first, output, None))
+        fields = {
+            "vae": dataclasses.asdict(self.config),
+            "first_latents": first,
+            "frames": output,
+            "dtype": jnp.dtype(self.dtype).name,
+            **machine_fields(self.mesh, _LIBRARIES[self.name]),
+        }
+        options = _COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform, {})
+        label = f"{b}x{sizes[0]}x{height}x{width}-{AXIS}{self.mesh.size}-{output}"
+        programs = [Program(f"{self.name}_first", label, fields, lambda: lower_first()[0], options)]
+        if len(sizes) > 1:
+            lower = lambda: self._lower(later, output, lower_first()[1])[0]  # noqa: E731
+            programs.append(Program(f"{self.name}_later", label, fields, lower, options))
+        return programs
 
-    def compile(self, latents_shape: tuple[int, ...], *, output: Output) -> Programs:
-        """Compile for latents [B, C, T, H, W], once for all T of the same parity."""
+    def compile(
+        self,
+        latents_shape: tuple[int, ...],
+        *,
+        output: Output,
+        executables: Path | None = None,
+    ) -> Programs:
+        """The programs for latents [B, C, T, H, W], once for all T of the same parity.
+
+        Args:
+            executables: a folder of them; what it does not hold is compiled.
+        """
         b, channels, frames, height, width = latents_shape
         batches = frame_batches(frames)
         first_frames = batches[0][1]
         key = (b, channels, first_frames, len(batches) > 1, height, width, output)
         if key not in self._programs:
-            lowered = self.lower(latents_shape, output=output)
-            # The compiler holds no lock of Python's. For GPUs it times candidates on the device,
-            # where two at once would disturb each other, and the second program reuses its choices.
-            platform = self.mesh.devices.flat[0].platform
-            options = _COMPILER_OPTIONS.get(platform)
-            with ThreadPoolExecutor(1 if platform == "gpu" else 2) as pool:
-                compiled = pool.map(lambda program: program and program.compile(options), lowered)
-                self._programs[key] = Programs(*compiled)
+            programs = find_or_compile(
+                self.programs(latents_shape, output=output),
+                executables,
+                devices=list(self.mesh.devices.flat),
+                threads=self.compiler_threads,
+            )
+            self._programs[key] = Programs(*programs)
         return self._programs[key]
 
     def decode(self, latents: jax.Array | np.ndarray, *, output: Output) -> Iterator[np.ndarray]:

@@ -225,7 +225,7 @@ def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, model: VaeDecoder)
     def build_forward(layers: vae_parts.Layers) -> Forward:
         return lambda weights, z, caches: nnx.merge(graph, weights)(z, caches, layers)
 
-    return Decoder(config, mesh, dtype, state, build_forward)
+    return Decoder("vae_flax", config, mesh, dtype, state, build_forward)
 
 
 def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:

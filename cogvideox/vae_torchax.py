@@ -160,6 +160,7 @@ def _last_conv(
 
 def build_forward(config: VaeConfig, layers: vae_parts.Layers) -> Forward:
     """The decoder's computation on one device's columns; weights by diffusers' names."""
+    torchax.default_env()  # makes an array, which must not be one of the program that is traced
     module = _meta_module(config)
     _compute_in_jax(module, layers)
 
@@ -175,8 +176,9 @@ def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, weights: Any) -> Decoder:
-    torchax.default_env()  # torchax changes JAX's configuration when first used
-    return Decoder(config, mesh, dtype, weights, lambda layers: build_forward(config, layers))
+    return Decoder(
+        "vae_torchax", config, mesh, dtype, weights, lambda layers: build_forward(config, layers)
+    )
 
 
 def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:

@@ -148,7 +148,7 @@ class Workshop:
             from runtime.compilation import CompilationLog
 
             log, self._compiled = CompilationLog(), None
-            self._compiled = shape, denoiser.compile()
+            self._compiled = shape, denoiser.compile(self._arguments.executables)
             print(f"{shape}: {log.sentence()}")
 
     def _denoise(self, job: Job) -> None:
@@ -175,19 +175,25 @@ class Workshop:
 
     def _prepare_decoder(self, job: Job) -> None:
         if self._decoder is None:
+            import jax
             import jax.numpy as jnp
 
             from runtime.mesh import all_devices, make_mesh
 
             print("loading the VAE decoder")
-            mesh = make_mesh(all_devices(self._arguments.dp, self._arguments.tp))
+            dp, tp = self._arguments.dp, self._arguments.tp
+            mesh = make_mesh(all_devices(dp, tp, jax.device_count()))
             module = importlib.import_module(f"cogvideox.vae_{job.decoder}")
             self._decoder_mesh = dict(mesh.shape)
             self._decoder = module.load_decoder(
                 self._model.path / "vae", mesh, jnp.dtype(job.dtype)
             )
         _, latents_file = stage3.open_latents(self._of(job))
-        self._decoder.compile(latents_file.shapes["latents"], output="uint8")
+        self._decoder.compile(
+            latents_file.shapes["latents"],
+            output="uint8",
+            executables=self._arguments.executables,
+        )
 
     def _decode(self, job: Job) -> None:
         from cogvideox.settings import decoded_frames, temporal_factor

@@ -1,6 +1,7 @@
 """Devices to mesh: which (dp, sp, tp) shapes a model and a batch allow, and the best of them."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -55,13 +56,12 @@ def choose_mesh(
     )
 
 
-def all_devices(dp: int | None, tp: int | None) -> MeshShape:
-    """A (dp, 1, tp) over all devices, for work that any number of them can share.
+def all_devices(dp: int | None, tp: int | None, available: int) -> MeshShape:
+    """A (dp, 1, tp) over all `available` devices, for work that any number of them can share.
 
     Raises:
         ValueError: the sizes asked for need more devices than there are.
     """
-    available = jax.device_count()
     dp = dp or max(1, available // (tp or available))
     tp = tp or max(1, available // dp)
     if dp * tp > available:
@@ -69,7 +69,7 @@ def all_devices(dp: int | None, tp: int | None) -> MeshShape:
     return dp, 1, tp
 
 
-def make_mesh(shape: MeshShape) -> jax.sharding.Mesh:
-    """A mesh of the first devices, in the order the backend gives them."""
-    devices = jax.devices()[: math.prod(shape)]
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh of the first `devices` (default: this machine's), in the order they come."""
+    devices = (jax.devices() if devices is None else devices)[: math.prod(shape)]
     return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES)
