@@ -194,14 +194,14 @@ class Decoder:
             "first_latents": first,
             "frames": output,
             "dtype": jnp.dtype(self.dtype).name,
+            "compiler_options": _COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform),
             **machine_fields(self.mesh, _LIBRARIES[self.name]),
         }
-        options = _COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform, {})
         label = f"{b}x{sizes[0]}x{height}x{width}-{AXIS}{self.mesh.size}-{output}"
-        programs = [Program(f"{self.name}_first", label, fields, lambda: lower_first()[0], options)]
+        programs = [Program(f"{self.name}_first", label, fields, lambda: lower_first()[0])]
         if len(sizes) > 1:
             lower = lambda: self._lower(later, output, lower_first()[1])[0]  # noqa: E731
-            programs.append(Program(f"{self.name}_later", label, fields, lower, options))
+            programs.append(Program(f"{self.name}_later", label, fields, lower))
         return programs
 
     def compile(

@@ -45,20 +45,19 @@ class Program:
     Attributes:
         name: which one it is, such as "stage2_transformer".
         label: its sizes, for the name of its file.
-        fields: everything that decides the executable, as JSON values.
+        fields: everything that decides the executable, as JSON values; "compiler_options" go to
+            the compiler.
         lower: lowers it; may take seconds.
-        compiler_options: for XLA.
     """
 
     name: str
     label: str
     fields: Mapping[str, Any]
     lower: Callable[[], jax.stages.Lowered]
-    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        text = json.dumps([self.name, self.fields, self.compiler_options], sort_keys=True)
+        text = json.dumps([self.name, self.fields], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -157,13 +156,13 @@ def _compile(programs: Sequence[Program], threads: int) -> list[tuple[jax.stages
     """Each program compiled, and the seconds that the compiler took."""
 
     def compile_one(
-        lowered: jax.stages.Lowered, options: Mapping[str, str]
+        lowered: jax.stages.Lowered, options: Mapping[str, str] | None
     ) -> tuple[jax.stages.Compiled, float]:
         start = time.perf_counter()
-        return lowered.compile(dict(options) or None), time.perf_counter() - start
+        return lowered.compile(options), time.perf_counter() - start
 
     lowered = [program.lower() for program in programs]
-    options = [program.compiler_options for program in programs]
+    options = [program.fields.get("compiler_options") for program in programs]
     # The compiler holds no lock of Python's.
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(compile_one, lowered, options))
