@@ -27,6 +27,7 @@ from utils import ArgumentParser, InputError, checking_input
 if TYPE_CHECKING:
     from cogvideox.checkpoint import ModelFolder
     from jobs.records import Job
+    from jobs.runner import Ledger
 
 _FAILED_JOBS = 3  # exit code
 _SHOWN_PROBLEMS = 100
@@ -106,15 +107,14 @@ def run(arguments: argparse.Namespace) -> None:
 
         from jobs.estimate import describe, job_bytes
         from jobs.records import read_batch, write_job
-        from jobs.runner import Ledger, Runner
+        from jobs.runner import Runner
 
-        ledger = Ledger(arguments.output_dir, arguments.stages, arguments.retry_failed)
-        needs = {job: ledger.next(job) for job in jobs}
-        _require_stages_before(jobs, arguments)
-        bytes_needed = sum(job_bytes(job, model) for job in jobs if needs[job] in _STAGES)
-        utils.check_output_folder(arguments.output_dir, needed_bytes=bytes_needed + (1 << 30))
         stop = threading.Event()
         runner = Runner(jobs, model, arguments, stop)
+        needs = {job: runner.ledger.next(job) for job in jobs}
+        _require_stages_before(jobs, arguments.stages[0], runner.ledger)
+        bytes_needed = sum(job_bytes(job, model) for job in jobs if needs[job] in _STAGES)
+        utils.check_output_folder(arguments.output_dir, needed_bytes=bytes_needed + (1 << 30))
         if arguments.engine == "local" or arguments.dry_run:
             runner.check()
         if arguments.dry_run:
@@ -179,13 +179,10 @@ def _select(jobs: Sequence[Job], patterns: list[str] | None) -> list[Job]:
     return [job for job in jobs if job in chosen]
 
 
-def _require_stages_before(jobs: Sequence[Job], arguments: argparse.Namespace) -> None:
-    """Raises ValueError for a job that lacks the files of the stages before the wanted ones."""
-    from jobs.runner import Ledger
-
-    before = _STAGES[: _STAGES.index(arguments.stages[0])]
-    ledger = Ledger(arguments.output_dir, before, retry_failed=True)
-    lacking = [job for job in jobs if ledger.next(job) in before]
+def _require_stages_before(jobs: Sequence[Job], first: str, ledger: Ledger) -> None:
+    """Raises ValueError for a job that lacks the files of the stages before the `first` wanted."""
+    before = _STAGES[: _STAGES.index(first)]
+    lacking = [job for job in jobs if ledger.lacks(job, before)]
     if lacking:
         raise ValueError(
             f"--stages: {len(lacking)} job(s) lack what the stages before make, such as "

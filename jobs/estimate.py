@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from cogvideox.checkpoint import ModelFolder
 from cogvideox.settings import latent_shape
 from jobs.records import STAGES, Job, JobState
 from jobs.workshop import Shape, shape_of
 
+# Multiplications a second and device, by jax's name of the device. The v6e's is a compiler estimate
+# (1.06 s a step of 768x1360x81 on eight), the H200's was measured (6.21 s a step on one).
+_SPEED = {"TPU v6 lite": 1.74e14, "NVIDIA H200": 2.38e14}
 # An mp4 of default quality, by pixel and frame; noise takes more, cartoons less.
 _VIDEO_BYTES = 0.15
 _OTHER_BYTES = 2 << 20  # contact sheet, records
@@ -28,7 +32,9 @@ def describe(
         needs: what each job needs next (`Ledger.next`).
         states: the jobs that the batch's folder holds; finished ones tell how long others take.
     """
-    pace = Pace(states, model)
+    import jax
+
+    pace = Pace(states, model, jax.devices())
     lines, seconds, unknown, size = [], 0.0, 0, 0
     shapes = list(dict.fromkeys(map(shape_of, jobs)))
     for shape in shapes:
@@ -52,27 +58,36 @@ def describe(
         )
     total = f"{len(jobs)} job(s) of {len(shapes)} shape(s), {size / 1e6:,.0f} MB to write, "
     if unknown:
-        total += "time not known: no finished video in this folder to go by"
+        total += f"time not known: {pace.source}"
     else:
-        total += f"about {_duration(seconds)} plus loading and compiling"
+        total += f"about {_duration(seconds)} plus loading and compiling ({pace.source})"
     return "\n".join([*lines, total])
 
 
 class Pace:
-    """Seconds a video, from finished videos in the same folder.
+    """Seconds a video, from finished videos in the same folder or what is known of the devices.
 
     Stage 2's time goes with the arithmetic of a step, which for long sequences is the square of
     the tokens; a shape that was never run is scaled from those that were.
     """
 
-    def __init__(self, states: Sequence[JobState], model: ModelFolder):
+    def __init__(self, states: Sequence[JobState], model: ModelFolder, devices: Sequence[Any]):
         self._model = model
         ratios = [
-            sum(record.seconds for record in state.records.values()) / self._work(state.job)
+            state.seconds / self._work(state.job)
             for state in states
             if state.stages_done == len(STAGES)
         ]
-        self._ratio = statistics.median(ratios) if ratios else None
+        speed = _SPEED.get(devices[0].device_kind, 0.0) * len(devices)
+        if ratios:
+            self._ratio = statistics.median(ratios)
+            self.source = f"from {len(ratios)} finished video(s) here"
+        elif speed:
+            self._ratio = 1 / speed
+            self.source = f"denoising alone, by the arithmetic of {devices[0].device_kind}"
+        else:
+            self._ratio = None
+            self.source = "no finished video in this folder to go by"
 
     def seconds(self, job: Job) -> float | None:
         return None if self._ratio is None else self._ratio * self._work(job)

@@ -65,9 +65,12 @@ class Ledger:
         self._stages = stages
         self._forget_before = time.time() if retry_failed else 0.0
         self._checksums: dict[Path, tuple[tuple[int, ...], str]] = {}
+        self._done: set[Job] = set()  # checked once a run
 
     def next(self, job: Job) -> str:
         """The first wanted stage whose files do not check out; or CONFIG, FAILED or DONE."""
+        if job in self._done:
+            return DONE
         folder = self._output_dir / job.folder
         records = read_records(folder)
         failed = [record for record in records.values() if record.status == "failed"]
@@ -76,7 +79,16 @@ class Ledger:
         for stage in self._stages:
             if not self._is_good(folder, stage, records):
                 return stage
-        return DONE if _config_is_good(folder, records) else CONFIG
+        if not _config_is_good(folder, records):
+            return CONFIG
+        self._done.add(job)
+        return DONE
+
+    def lacks(self, job: Job, stages: Sequence[str]) -> bool:
+        """Whether the files of some of these stages are not there, or do not check out."""
+        folder = self._output_dir / job.folder
+        records = read_records(folder)
+        return not all(self._is_good(folder, stage, records) for stage in stages)
 
     def count(self, jobs: Sequence[Job]) -> Counts:
         states = [self.next(job) for job in jobs]
@@ -131,7 +143,7 @@ class Runner:
         self._rank = rank
         self._workshop = Workshop(model, arguments, stop, self._abort)
         self._stages = arguments.stages
-        self._ledger = Ledger(self._output_dir, self._stages, arguments.retry_failed)
+        self.ledger = Ledger(self._output_dir, self._stages, arguments.retry_failed)
         self._expiry = arguments.claim_expiry
         self._unprepared: dict[tuple[str, Shape], Exception] = {}
         self._videos_since: float | None = None
@@ -151,7 +163,7 @@ class Runner:
             try:
                 waiting = False
                 while not self._stop.is_set():
-                    needs = {job: self._ledger.next(job) for job in self._jobs}
+                    needs = {job: self.ledger.next(job) for job in self._jobs}
                     todo = {job: need for job, need in needs.items() if need not in (DONE, FAILED)}
                     if not todo:
                         break
@@ -165,13 +177,13 @@ class Runner:
             except BaseException:
                 self._abort.set()
                 raise
-        return self._ledger.count(self._jobs)
+        return self.ledger.count(self._jobs)
 
     def _encode(self, jobs: Sequence[Job]) -> int:
         """Stage 1 of all that are free; returns how many were worked on."""
         worked = 0
         for job, claim in self._taken(jobs):
-            need = self._ledger.next(job)
+            need = self.ledger.next(job)
             if need == CONFIG:
                 self._restore_config(job)
             elif need == ENCODE:
@@ -188,14 +200,14 @@ class Runner:
         pool = ThreadPoolExecutor(1, "decode")
         try:
             for job, claim in self._taken(self._by_shape(jobs)):
-                need = self._ledger.next(job)
+                need = self.ledger.next(job)
                 worked += need in (DENOISE, DECODE)
                 if need in (DENOISE, DECODE) and self._videos_since is None:
                     self._videos_since = time.monotonic()
-                    self._done_before = self._ledger.count(self._jobs).done
+                    self._done_before = self.ledger.count(self._jobs).done
                 if need == DENOISE:
                     self._do(DENOISE, job, claim)
-                    need = self._ledger.next(job)
+                    need = self.ledger.next(job)
                 if need == DECODE and not self._stop.is_set():
                     decodes.append(pool.submit(self._decode, job, claim))
                     while len(decodes) > _DECODES_WAITING or decodes and decodes[0].done():
@@ -218,11 +230,11 @@ class Runner:
 
     def _finish(self, job: Job, claim: Claim) -> None:
         self._claims.release(claim)
-        if not self._stop.is_set() and self._ledger.next(job) in (DONE, FAILED):
+        if not self._stop.is_set() and self.ledger.next(job) in (DONE, FAILED):
             print(f"{self._progress()}: {job.folder}")
 
     def _progress(self) -> str:
-        counts = self._ledger.count(self._jobs)
+        counts = self.ledger.count(self._jobs)
         line = f"[{counts.done} done, {counts.failed} failed, {counts.left} left]"
         made = counts.done - self._done_before
         if not made or self._videos_since is None:
@@ -236,7 +248,7 @@ class Runner:
         for job in jobs:
             if self._stop.is_set():
                 return
-            if self._ledger.next(job) in (DONE, FAILED):
+            if self.ledger.next(job) in (DONE, FAILED):
                 continue
             claim = self._claims.take(self._output_dir / job.folder)
             if claim:
@@ -303,8 +315,8 @@ class Runner:
         return {
             "status": "done",
             "seconds": round(time.perf_counter() - start, 4),
-            "inputs": {name: self._ledger.checksum(folder / name) for name in INPUTS[stage]},
-            "outputs": {name: self._ledger.checksum(folder / name) for name in OUTPUTS[stage]},
+            "inputs": {name: self.ledger.checksum(folder / name) for name in INPUTS[stage]},
+            "outputs": {name: self.ledger.checksum(folder / name) for name in OUTPUTS[stage]},
             "section": utils.read_config(folder)[stage],
         }
 
