@@ -10,6 +10,7 @@ import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 import utils
+from runtime import processes
 from utils import ArgumentParser, checking_input
 
 
@@ -28,6 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     stage3.add_decoder(parser)
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     utils.add_mesh(parser)
+    utils.add_distributed(parser)
     utils.add_dtype(parser)
     utils.add_executables(parser)
     parser.add_argument(
@@ -37,6 +39,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    utils.join_processes(arguments)
     # What stages 2 and 3 would refuse is refused before stage 1 loads its 9.5 GB.
     with checking_input():
         utils.check_executables(arguments.executables)
@@ -46,7 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
         latents = (batch, shape[0], frames - plan.padding_frames, *shape[1:])
         stage3.check(arguments, model, arguments.output_dir, latents, plan.settings.fps)
 
-    stage1.run(arguments)
+    if processes.is_first():
+        with processes.alone():
+            stage1.run(arguments)
     arguments.input_dir = arguments.output_dir
     stage2.run(arguments)
     stage3.run(arguments, f"vae_{arguments.decoder}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
+from runtime import processes
 from utils import ArgumentParser, Timings, checking_input
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_arguments(parser)
     add_profile(parser)
     utils.add_mesh(parser)
+    utils.add_distributed(parser)
     utils.add_dtype(parser)
     utils.add_executables(parser)
     return parser.parse_args(argv)
@@ -181,7 +183,11 @@ def make_denoiser(
 
 
 def run(arguments: argparse.Namespace) -> None:
+    utils.join_processes(arguments)
     timings, output_dir = Timings(), arguments.output_dir or arguments.input_dir
+    arguments.input_dir = processes.folder_of_first(
+        arguments.input_dir, [utils.CONFIG_FILE, utils.EMBEDDINGS_FILE]
+    )
     with checking_input():
         embeddings, model = open_embeddings(arguments)
         utils.check_executables(arguments.executables)
@@ -205,8 +211,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     section = make_section(plan, arguments, model, embeddings)
     with timings.phase("run"), _profile(arguments.profile):
-        checkpoints = Checkpoints(output_dir, section, arguments.checkpoint_every)
+        folder = processes.folder_of_first(output_dir, [CHECKPOINT_FILE])
+        checkpoints = Checkpoints(folder, section, arguments.checkpoint_every)
         latents = denoise(plan, step, parameters, prompt_embeds, checkpoints)
+    if not processes.is_first():
+        return
     with timings.phase("save"):
         path = save(latents, section, arguments.input_dir, output_dir)
     print(f"{path}: latents {list(latents.shape)}")
@@ -216,7 +225,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _profile(folder: Path | None) -> Any:
     import jax
 
-    return jax.profiler.trace(folder) if folder else nullcontext()
+    traced = folder and processes.is_first()
+    return jax.profiler.trace(folder) if traced else nullcontext()
 
 
 def make_section(
@@ -297,7 +307,9 @@ def denoise(
         stop = checkpoints.stop() and state.steps < total
         if checkpoints.every and state.steps < total:
             if stop or state.steps % checkpoints.every == 0:
-                write_checkpoint(checkpoints.path, plan.denoiser.to_host(state), fingerprint)
+                checkpoint = plan.denoiser.to_host(state)
+                if processes.is_first():
+                    write_checkpoint(checkpoints.path, checkpoint, fingerprint)
         if stop:
             raise StoppedBetweenSteps
     # diffusers' [B, T, C, H, W] without the padding frames, turned as the VAE wants it.

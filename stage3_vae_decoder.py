@@ -7,6 +7,7 @@ Reads stage2_latents.safetensors; writes the video and a contact sheet beside it
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import importlib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
+from runtime import processes
 from utils import ArgumentParser, Timings, checking_input
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_output(parser)
     add_arguments(parser)
     utils.add_mesh(parser, ("dp", "tp"))
+    utils.add_distributed(parser)
     parser.add_argument("--fps", type=utils.integer(1, 240), help="default: the one of stage 2")
     utils.add_dtype(parser)
     utils.add_executables(parser)
@@ -105,7 +108,8 @@ def check(
     values = 3 * height * width * spatial_factor(vae) ** 2
     values *= decoded_frames(latent_frames, temporal_factor(vae))
     for video in videos:
-        check_output_path(video, fps=fps, quality=arguments.quality)
+        if processes.is_first():
+            check_output_path(video, fps=fps, quality=arguments.quality)
         needed = values * (4 if wants_float(video) else 1)
         utils.check_output_folder(video.parent, contact_sheet(video).name, needed_bytes=needed)
         if video.exists():
@@ -115,7 +119,11 @@ def check(
 
 def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     """Decodes with `decoder_name`, "vae_torchax" or "vae_flax", a module in cogvideox/."""
+    utils.join_processes(arguments)
     timings = Timings()
+    arguments.input_dir = processes.folder_of_first(
+        arguments.input_dir, [utils.CONFIG_FILE, utils.LATENTS_FILE]
+    )
     with checking_input():
         utils.check_executables(arguments.executables)
         config, latents_file = open_latents(arguments)
@@ -152,7 +160,11 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     with timings.phase("run and save"):
         recorded = {**config, STAGE: section}
         batches = _waited_for(decoder.decode(latents, output=output), waited)
-        write_videos(_shown(batches, num_frames), num_frames, videos, arguments, recorded)
+        batches = _shown(batches, num_frames)
+        if not processes.is_first():
+            collections.deque(batches, maxlen=0)
+            return
+        write_videos(batches, num_frames, videos, arguments, recorded)
         utils.record_section(arguments.input_dir, STAGE, section, inherited=arguments.input_dir)
     # The devices decode a batch while the one before is encoded: the two add up to more.
     timings.at_once["run and save"] = {

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import safetensors
 
+from runtime import processes
 from runtime.files import atomic_path, write_json
 
 if TYPE_CHECKING:
@@ -57,16 +58,24 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     sys.unraisablehook = _stop_again
     try:
         main()
+        processes.finish()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (RunError, FloatingPointError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(2, "error: ", " ".join(str(error).split()))
+    except (RunError, FloatingPointError, processes.OtherProcessFailed) as error:
+        _end(1, "failed: ", str(error))
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.number)
+        _end(128 + stopped.number, "", str(stopped))
+    except Exception as error:
+        processes.fail(f"{type(error).__name__}: {error}")
+        raise
     sys.exit(0)
+
+
+def _end(code: int, kind: str, reason: str) -> NoReturn:
+    """Says why this process ends, on stderr and to the other processes."""
+    print(f"{kind}{reason}", file=sys.stderr)
+    processes.fail(reason)
+    sys.exit(code)
 
 
 class Stopped(BaseException):
@@ -104,12 +113,20 @@ class RunError(RuntimeError):
 
 @contextlib.contextmanager
 def checking_input() -> Iterator[None]:
-    """Turns the ValueErrors of input checks into the one-line error with exit code 2."""
+    """Turns the ValueErrors of input checks into the one-line error with exit code 2.
+
+    Where one of several processes refuses its input, all do.
+    """
+    refusal = None
     try:
         yield
     # diffusers' schedulers raise NotImplementedError for settings that they do not know.
     except (ValueError, NotImplementedError) as error:
-        raise InputError(str(error)) from error
+        refusal = error
+    refusals = processes.exchange("" if refusal is None else str(refusal))
+    for process, message in enumerate(refusals):
+        if message:
+            raise InputError(f"process {process}: {message}" if process else message) from refusal
 
 
 # Arguments --------------------------------------------------------------------------------------
@@ -199,6 +216,31 @@ def add_mesh(parser: ArgumentParser, axes: tuple[str, ...] = ("dp", "sp", "tp"))
     for axis in axes:
         what = f"devices along {axis}, over which {splits[axis]} are split (default: what fits)"
         parser.add_argument(f"--{axis}", type=integer(1), help=what)
+
+
+def add_distributed(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one video on the devices of several hosts: start the same command on each. Outside "
+        "of TPU slices, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell the "
+        "processes of each other",
+    )
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """With --distributed, joins the processes that run this command, once; the first one speaks.
+
+    Raises:
+        InputError: they do not find each other, or were not started alike.
+    """
+    if not arguments.distributed or processes.count() > 1:
+        return
+    with checking_input():
+        processes.join()
+        if not processes.is_first():
+            sys.stdout = open(os.devnull, "w")
+        processes.check_alike({**vars(arguments), "versions": versions()})
 
 
 def add_dtype(parser: ArgumentParser) -> None:
@@ -423,6 +465,8 @@ def check_output_folder(folder: Path, *names: str, needed_bytes: int = 1 << 30) 
     Raises:
         ValueError: saying which.
     """
+    if not processes.is_first():
+        return  # it writes nothing
     # os.path.exists, unlike Path.exists, is false for names that no file system takes.
     existing = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if any(len(part.encode()) > 255 for part in folder.absolute().parts):
@@ -490,6 +534,11 @@ def start_jax(dtype: str) -> None:
         jax.devices()
     except RuntimeError as error:
         raise ValueError(f"JAX finds no device: {error}") from error
+    if jax.process_count() > processes.count():
+        raise ValueError(
+            f"this is one of {jax.process_count()} hosts of a slice; start the same command on "
+            "each, with --distributed"
+        )
     if dtype == "float32":
         # TPUs and GPUs otherwise multiply float32 in bfloat16 or TF32.
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -506,7 +555,8 @@ def progress(
     """A progress bar with the seconds a step and the time left; `initial` steps are done."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=what, unit=unit, initial=initial)
+    hidden = not processes.is_first()
+    return tqdm(items, total=total, desc=what, unit=unit, initial=initial, disable=hidden)
 
 
 class Timings:

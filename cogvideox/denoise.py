@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,6 +28,7 @@ from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
 from cogvideox.settings import LatentShape
 from cogvideox.tokens import TokenLayout, positions
 from runtime.executables import Program, find_or_compile, machine_fields
+from runtime.mesh import place
 
 _TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
 _ROWS = P(("sp", "tp"), None)  # [S, E]
@@ -104,7 +106,7 @@ class Denoiser:
         if self.guided:
             parts.insert(0, embeddings["negative_prompt_embeds"])
         text = np.concatenate(parts).astype(jnp.dtype(self.dtype))
-        return jax.device_put(text, self._sharding(_BATCH))
+        return place(text, self._sharding(_BATCH))
 
     def compile(self, executables: Path | None = None) -> Callable:
         """The step from the folder of executables, or compiled; needs no weights."""
@@ -241,11 +243,10 @@ class Denoiser:
         # What the steps before drew is drawn again: the generator's state is then the same.
         noise = next(itertools.islice(noises, done, None))
         tokens, previous_x0, noise = (
-            jax.device_put(self.layout.from_latents(array), rows)
-            for array in (latents, previous_x0, noise)
+            place(self.layout.from_latents(array), rows) for array in (latents, previous_x0, noise)
         )
-        position_arrays = jax.device_put(
-            self.positions, jax.tree.map(self._sharding, self._position_specs)
+        position_arrays = jax.tree.map(
+            place, self.positions, jax.tree.map(self._sharding, self._position_specs)
         )
         for i, timestep in itertools.islice(enumerate(schedule.timesteps), done, None):
             scalars = _step_scalars(timestep, schedule.guidance_scales[i], schedule.coefficients[i])
@@ -254,14 +255,16 @@ class Denoiser:
             )
             if i + 1 < len(schedule.timesteps):
                 # Drawn on the host while the device computes: 0.1 s of a step of seconds.
-                noise = jax.device_put(self.layout.from_latents(next(noises)), rows)
+                noise = place(self.layout.from_latents(next(noises)), rows)
             yield jax.block_until_ready(LoopState(i + 1, tokens, previous_x0))
 
     def to_host(self, state: LoopState) -> LoopCheckpoint:
-        """A state of `run` as latents on the host, without what depends on the mesh."""
-        latents, previous_x0 = (
-            self.layout.to_latents(np.asarray(array)) for array in (state.tokens, state.previous_x0)
-        )
+        """A state of `run` as latents on the host, without what depends on the mesh.
+
+        Of several processes all must call it, and all get the whole state.
+        """
+        tokens = multihost_utils.process_allgather((state.tokens, state.previous_x0), tiled=True)
+        latents, previous_x0 = map(self.layout.to_latents, tokens)
         return LoopCheckpoint(state.steps, latents, previous_x0)
 
 

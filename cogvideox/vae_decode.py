@@ -14,7 +14,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +30,7 @@ from cogvideox.vae_conv_tpu import LANES
 from cogvideox.vae_parts import Layers, WidthShards
 from cogvideox.vae_weights import VaeConfig
 from runtime.executables import Program, find_or_compile, machine_fields
+from runtime.mesh import place
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size, which no config can change.
 LATENT_FRAMES_PER_BATCH = 2
@@ -250,14 +251,15 @@ class Decoder:
         latents = np.asarray(latents, dtype=np.float32).transpose(0, 2, 4, 3, 1)
         padding = shards.padded_width - shards.width
         latents = np.pad(latents, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
-        place = partial(jax.device_put, device=NamedSharding(self.mesh, _COLUMNS))
+        columns = NamedSharding(self.mesh, _COLUMNS)
 
         self.decode_seconds = 0.0
         cache, waiting = None, None
         with ThreadPoolExecutor(1) as fetching:
             for start, end in frame_batches(latents.shape[1]):
                 program = programs.first if start == 0 else programs.later
-                pixels, finite, cache = program(self.weights, place(latents[:, start:end]), cache)
+                batch = place(latents[:, start:end], columns)
+                pixels, finite, cache = program(self.weights, batch, cache)
                 fetched = fetching.submit(_fetch, pixels, finite, start, end)
                 if waiting is not None:
                     yield self._frames(waiting)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from cogvideox import vae_parts
 from cogvideox.vae_decode import Decoder, Forward, width_mesh
 from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, read_weights
+from runtime.mesh import place
 
 MID_RESNETS = 2  # CogVideoXDecoder3D fixes it
 
@@ -257,5 +258,5 @@ def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     arrays = read_weights(vae_folder, {name: shape for name, (_, shape) in parameters.items()})
     for name, (parameter, _) in parameters.items():
         array = np.asarray(arrange(arrays[name]), dtype=dtype)
-        parameter.set_value(jax.device_put(array, replicated))
+        parameter.set_value(place(array, replicated))
     return _decoder(config, mesh, dtype, model)

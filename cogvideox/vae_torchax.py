@@ -30,6 +30,7 @@ from torchax import interop
 from cogvideox import vae_parts
 from cogvideox.vae_decode import Decoder, Forward, width_mesh
 from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, read_weights
+from runtime.mesh import place
 
 
 class _DecoderWithLatentConv(torch.nn.Module):
@@ -208,7 +209,7 @@ def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     arrays = read_weights(vae_folder, weight_shapes(config))
     replicated = NamedSharding(mesh, P())
     weights = {
-        name: jax.device_put(np.asarray(arrange(array), dtype=dtype), replicated)
+        name: place(np.asarray(arrange(array), dtype=dtype), replicated)
         for name, array in arrays.items()
     }
     return _decoder(config, mesh, dtype, weights)

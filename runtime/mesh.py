@@ -70,6 +70,24 @@ def all_devices(dp: int | None, tp: int | None, available: int) -> MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh of the first `devices` (default: this machine's), in the order they come."""
-    devices = (jax.devices() if devices is None else devices)[: math.prod(shape)]
-    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES)
+    """A mesh of the first `devices`, in their order; by default those of all hosts, host by host.
+
+    Raises:
+        ValueError: one of the processes that run would have no part in the mesh.
+    """
+    chosen = (jax.devices() if devices is None else devices)[: math.prod(shape)]
+    idle = jax.process_count() - len({device.process_index for device in chosen})
+    if devices is None and idle:
+        raise ValueError(
+            f"a mesh of {len(chosen)} devices leaves {idle} of {jax.process_count()} processes "
+            "without one; ask for a larger --dp, --sp or --tp, or start fewer processes"
+        )
+    return jax.sharding.Mesh(np.asarray(chosen).reshape(shape), AXES)
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A host array on devices; every process holds the whole array and sends its devices' part.
+
+    Unlike `jax.device_put` it does not first compare the processes' arrays, over the network.
+    """
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,0 +1,175 @@
+"""Several processes that run the same command as one: their start, agreement and common end.
+
+Each drives the devices of its host, and jax.distributed joins these into one machine. The first
+process reads the stage files and writes; the others take part in the computation.
+
+Importing this costs nothing. Without `join` there is one process, the first.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_MILLISECONDS_A_DAY = 24 * 60 * 60 * 1000
+# A process that is gone is noticed by JAX, so that a wait for one that works may be long.
+_LONGEST_WAIT = _MILLISECONDS_A_DAY
+# The end of a process waits so long for the others; that of a good run, for all, is in `finish`.
+_SHUTDOWN_SECONDS = 10
+
+_process, _processes = 0, 1
+# What is said to the others is numbered: all processes say and hear the same things in order.
+_turns = itertools.count()
+_copies: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
+
+
+class OtherProcessFailed(RuntimeError):
+    """Another process has failed; the message says which, and why."""
+
+
+def is_first() -> bool:
+    """Whether this process is the one that reads and writes files and prints progress."""
+    return _process == 0
+
+
+def count() -> int:
+    return _processes
+
+
+def join() -> None:
+    """Joins the processes that run this command, once.
+
+    JAX finds them by itself on TPU slices and under Slurm, Open MPI and Kubernetes. Elsewhere
+    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    name them. It must come before anything else touches a device.
+
+    Raises:
+        ValueError: the processes cannot be found.
+    """
+    global _process, _processes
+    import jax
+
+    numbers = {
+        "num_processes": _number("JAX_NUM_PROCESSES"),
+        "process_id": _number("JAX_PROCESS_ID"),
+    }
+    # JAX would catch SIGTERM itself, only to note it, and the process would run on.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**numbers, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed: {error} Outside of TPU slices and clusters that JAX knows, set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+    _process, _processes = _state().process_id, _state().num_processes
+
+
+def exchange(text: str) -> list[str]:
+    """What every process says here, in their order; each waits for all.
+
+    Raises:
+        OtherProcessFailed: one called `fail` instead.
+    """
+    if _processes == 1:
+        return [text]
+    turn = next(_turns)
+    _client().key_value_set(_key(turn, _process), "+" + text)
+    heard = []
+    for process in range(_processes):
+        answer = _client().blocking_key_value_get(_key(turn, process), _LONGEST_WAIT)
+        if answer.startswith("-"):
+            raise OtherProcessFailed(f"process {process}: {answer[1:]}")
+        heard.append(answer[1:])
+    return heard
+
+
+def check_alike(what: Mapping[str, object]) -> None:
+    """Raises ValueError, in every process, unless what each names is the same in all."""
+    first, *others = map(json.loads, exchange(json.dumps({k: str(v) for k, v in what.items()})))
+    for process, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"process {process} has {name} {other.get(name)}, process 0 has "
+                    f"{first.get(name)}; start the same command in all"
+                )
+
+
+def folder_of_first(folder: Path, names: Iterable[str]) -> Path:
+    """The folder itself in the first process, elsewhere a copy of its files of these names.
+
+    So hosts need no common disk. The copy lives as long as the process; a file that the first
+    process does not have is in no copy.
+    """
+    if _processes == 1:
+        return folder
+    present = [name for name in names if (folder / name).is_file()]
+    turn = next(_turns)
+    if is_first():
+        for name in present:
+            _client().key_value_set_bytes(_key(turn, name), (folder / name).read_bytes())
+    present = json.loads(exchange(json.dumps(present))[0])
+    if is_first():
+        return folder
+    _copies.append(tempfile.TemporaryDirectory(prefix="cogvideox-"))
+    copy = Path(_copies[-1].name)
+    for name in present:
+        content = _client().blocking_key_value_get_bytes(_key(turn, name), _LONGEST_WAIT)
+        (copy / name).write_bytes(content)
+    return copy
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """For work of one process in which no other takes part."""
+    global _processes
+    processes, _processes = _processes, 1
+    try:
+        yield
+    finally:
+        _processes = processes
+
+
+def finish() -> None:
+    """Waits until every process has done its work.
+
+    Raises:
+        OtherProcessFailed: one has not.
+    """
+    exchange("done")
+
+
+def fail(reason: str) -> None:
+    """Tells the other processes, where they next wait for this one, that it has failed.
+
+    Those that wait for its devices are ended by JAX, seconds after this process ends.
+    """
+    if _processes > 1:
+        _client().key_value_set(_key(next(_turns), _process), "-" + reason)
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is not None and not text.isdecimal():
+        raise ValueError(f"{variable}={text!r} is not a number")
+    return None if text is None else int(text)
+
+
+def _key(turn: int, what: object) -> str:
+    return f"cogvideox/{turn}/{what}"
+
+
+def _state() -> Any:
+    # JAX has no public name for the processes' common store.
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def _client() -> Any:
+    return _state().client
