@@ -147,12 +147,14 @@ def find_or_compile(
     """
     found = {p.name: _find(p, folder, devices) for p in programs} if folder else {}
     missing = [program for program in programs if found.get(program.name) is None]
-    compiled = _compile(missing, threads)
+    compiled = compile_all(missing, threads)
     found |= {p.name: done for p, (done, _) in zip(missing, compiled, strict=True)}
     return [found[program.name] for program in programs]
 
 
-def _compile(programs: Sequence[Program], threads: int) -> list[tuple[jax.stages.Compiled, float]]:
+def compile_all(
+    programs: Sequence[Program], threads: int
+) -> list[tuple[jax.stages.Compiled, float]]:
     """Each program compiled, and the seconds that the compiler took."""
 
     def compile_one(
@@ -317,7 +319,7 @@ def compile_into(programs: Sequence[Program], folder: Path, *, threads: int = 1)
         except Refused as refused:
             print(f"{program.name}: made anew: {refused}")
         missing.append(program)
-    for program, (compiled, seconds) in zip(missing, _compile(missing, threads), strict=True):
+    for program, (compiled, seconds) in zip(missing, compile_all(missing, threads), strict=True):
         _write(program, compiled, seconds, folder)
     return [program.manifest_name for program in missing]
 

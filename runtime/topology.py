@@ -1,5 +1,6 @@
 """TPU machines by name, to compile for where there is none: libtpu holds the whole compiler."""
 
+import dataclasses
 import os
 
 import jax
@@ -13,6 +14,19 @@ MACHINES = {
     "v6e-8": ("v6e:2x4", (2, 4, 1)),
     "v6e-16": ("v6e:4x4", (2, 2, 1)),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one chip offers, by its datasheet but for the memory, which is the compiler's figure."""
+
+    hbm_bytes: int
+    clock_hz: float
+    hbm_bytes_per_second: float
+    link_bytes_per_second: float  # to all neighbours together
+
+
+CHIPS = {"TPU v6 lite": Chip(int(31.25 * 2**30), 1.75e9, 1640e9, 448e9)}
 
 
 def machine_devices(name: str) -> np.ndarray:
