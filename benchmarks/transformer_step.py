@@ -34,6 +34,8 @@ def parse_arguments() -> argparse.Namespace:
         "--baseline", action="store_true", help="time diffusers with compiled blocks instead"
     )
     parser.add_argument("--steps", type=int, default=3, help="timed steps on local devices")
+    parser.add_argument("--save", type=Path, help="local: write the final latents to this .npy")
+    parser.add_argument("--compare", type=Path, help="local: another mesh's --save file")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     return parser.parse_args()
 
@@ -105,9 +107,10 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
 
     denoiser = make_denoiser(arguments, machine_devices(arguments.topology), "splash")
     from runtime import hlo_costs
+    from runtime.executables import compile_all
 
     start, cpu_start = time.perf_counter(), time.process_time()
-    compiled = denoiser.lower().compile()
+    ((compiled, _),) = compile_all([denoiser.program], threads=1)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     costs = hlo_costs.read_costs(compiled.as_text())
     layers = denoiser.config["num_layers"]
@@ -150,6 +153,7 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     from kernel_schedule import measure
 
     from cogvideox.attention_layout_tpu import Tiles
+    from cogvideox.modulated_norm import grid
 
     config, shape = denoiser.config, dict(denoiser.mesh.shape)
     head_dim, shards = config["attention_head_dim"], shape["sp"]
@@ -158,35 +162,48 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     heads = batch * rows // head_dim
     attention = row("v6e", "bounded", heads, denoiser.layout.tokens, head_dim)
     cycles = {"attention": attention["cycles"]}
-    x = (batch, shards, rows, denoiser.layout.padded // shards)
-    kernels = {"norm_q": "norm_and_rotate", "norm_k": "norm_and_rotate"}
+    split = (batch, shards, rows, denoiser.layout.padded // shards)
+    rows_of_device = denoiser.layout.padded // (shards * shape["tp"])
+    residual = (batch, rows_of_device, config["num_attention_heads"] * head_dim)
+    steps = math.prod(Tiles(*split).grid)
+    kernels = {
+        "norm_q": ("norm_and_rotate", split, steps),
+        "norm_k": ("norm_and_rotate", split, steps),
+        "norm1": ("norm_and_modulate", residual, math.prod(grid(residual))),
+        "norm2": ("norm_and_modulate", residual, math.prod(grid(residual))),
+    }
     if shards > 1:
-        kernels |= {"join_values": "join_values", "part_tokens": "part_tokens"}
-    steps = math.prod(Tiles(*x).grid)
-    for kind, name in kernels.items():
-        bundles = measure(
-            lower_layout, "v6e", name, steps, {"kind": kind, "shape": x, "head_dim": head_dim}
-        ).cycles
-        cycles[kind] = max(
-            bundles, math.ceil(2 * 2 * math.prod(x) / HBM_BYTES_PER_SECOND * CLOCK_HZ)
-        )
+        kernels["join_v"] = ("join_values", split, steps)
+        kernels["part_output"] = ("part_tokens", split, steps)
+    for kind, (name, x, steps) in kernels.items():
+        what = {"kind": kind, "shape": x, "head_dim": head_dim}
+        bundles = cycles.get("norm1") if kind == "norm2" else None
+        bundles = bundles or measure(lower_kernel, "v6e", name, steps, what).cycles
+        traffic = 2 * 2 * math.prod(x) / HBM_BYTES_PER_SECOND * CLOCK_HZ
+        cycles[kind] = max(bundles, math.ceil(traffic))
     return cycles
 
 
-def lower_layout(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int) -> Any:
+def lower_kernel(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int) -> Any:
     """Lowers one of the kernels around attention alone; runs in a process of its own."""
     import jax
     import jax.numpy as jnp
 
     from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu, part_tokens_tpu
+    from cogvideox.modulated_norm import norm_and_modulate_tpu
 
     def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    if kind == "norm1":
+        parameters = abstract((shape[0], 2, shape[-1]), jnp.float32)
+        function = jax.jit(norm_and_modulate_tpu, static_argnums=4)
+        x, text_rows = abstract(shape, jnp.bfloat16), abstract((), jnp.int32)
+        return function.lower(x, parameters, parameters, text_rows, 1e-5)
     batch, shards, rows, tokens = shape
-    if kind == "join_values":
+    if kind == "join_v":
         return jax.jit(join_values_tpu).lower(abstract(shape, jnp.bfloat16))
-    if kind == "part_tokens":
+    if kind == "part_output":
         joined = abstract((batch, rows, shards * tokens), jnp.bfloat16)
         return jax.jit(part_tokens_tpu, static_argnums=1).lower(joined, shards)
     norm = abstract((head_dim,), jnp.float32)
@@ -238,7 +255,9 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = (stamps[-1] - stamps[0]) / arguments.steps
     stats = jax.devices()[0].memory_stats() or {}
     final = denoiser.to_host(state).latents.astype(np.float32)
-    return {
+    if arguments.save:
+        np.save(arguments.save, final)
+    report = {
         "topology": "local",
         "device": f"{denoiser.mesh.size} x {jax.devices()[0].device_kind}",
         "model": arguments.model,
@@ -252,9 +271,12 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
             sum(flops(denoiser).values()) / denoiser.mesh.size / seconds / 1e12, 1
         ),
         "latents_std": float(final.std()),
-        "latents_sample": [round(float(x), 4) for x in final.ravel()[:: final.size // 8][:8]],
         "jax": jax.__version__,
     }
+    if arguments.compare:
+        other = np.load(arguments.compare)
+        report["relative_difference"] = float(np.linalg.norm(final - other) / np.linalg.norm(other))
+    return report
 
 
 def run_diffusers(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu, part_tokens_tpu
+from cogvideox.modulated_norm import norm_and_modulate, norm_and_modulate_tpu
 from cogvideox.qk_norm import Rotary, norm_and_rotate
 from splash_attention import query_scale, sequence_minor_attention
 from splash_attention.reference import reference_attention
@@ -73,6 +74,7 @@ class AttentionKernel:
             -> q normed and rotated, [b, R, S].
         keys: the same for k -> [b, S, R].
         values: v [b, shards, R, s] -> [b, R, S], and the largest magnitude of each row [b, R].
+        norm_and_modulate: as `modulated_norm` has it, before the projections.
         part: [b, R, S] and the number of shards -> [b, shards, R, s].
         token_multiple: s should be a multiple of this.
         query_scale: head_dim -> what q is multiplied with before it is rounded.
@@ -84,6 +86,7 @@ class AttentionKernel:
     keys: Callable[..., jax.Array] = _keys
     values: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = _values
     part: Callable[[jax.Array, int], jax.Array] = _part
+    norm_and_modulate: Callable[..., jax.Array] = norm_and_modulate
     token_multiple: int = 1
     query_scale: Callable[[int], float] = lambda head_dim: 1.0
 
@@ -197,6 +200,7 @@ KERNELS = {
         keys=functools.partial(norm_and_rotate_tpu, transposed=True),
         values=_values_tpu,
         part=_part_tpu,
+        norm_and_modulate=norm_and_modulate_tpu,
         token_multiple=128,
         query_scale=query_scale,
     ),

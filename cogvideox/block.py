@@ -96,32 +96,25 @@ class Block:
     def _modulation(
         self, weights: Weights, norm: str, x: jax.Array, temb: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """CogVideoXLayerNormZero: x normed and modulated [b, s, E], and the gate [b, s, E]."""
+        """CogVideoXLayerNormZero: x normed and modulated [b, E, s], and the gate [b, s, E]."""
         six = jax.nn.silu(temb) @ weights[f"{norm}.linear.weight"].T
         six = six + weights[f"{norm}.linear.bias"]
-        six = _gather(six).astype(jnp.float32)
-        video, text = jnp.split(six[:, None, :], 2, axis=-1)
-        scale = weights.get(f"{norm}.norm.weight", 1.0)
-        bias = weights.get(f"{norm}.norm.bias", 0.0)
-
-        def affine(part: jax.Array) -> list[jax.Array]:
-            """shift, scale, gate with the norm's own scale and bias folded in, [b, 1, E] each."""
-            shift, factor, gate = jnp.split(part, 3, axis=-1)
-            return [bias * (1 + factor) + shift, scale * (1 + factor), gate]
-
-        is_text = (row_indices(x.shape[1]) < self.text_tokens)[:, None]
-        shift, factor, gate = (
-            jnp.where(is_text, t, v) for t, v in zip(affine(text), affine(video), strict=True)
-        )
-        x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(
-            jnp.square(centred).mean(-1, keepdims=True) + self.norm_eps
-        )
-        return (normed * factor + shift).astype(x.dtype), gate.astype(x.dtype)
+        six = _gather(six, axis=1).astype(jnp.float32)
+        # Shift, scale and gate of video, then of text; [b, 2, E] each, text first.
+        video_and_text = six.reshape(six.shape[0], 2, 3, -1)
+        shift, scale, gate = (video_and_text[:, ::-1, i] for i in range(3))
+        # The norm's own weight and bias are folded in.
+        factor = weights.get(f"{norm}.norm.weight", 1.0) * (1 + scale)
+        shift = weights.get(f"{norm}.norm.bias", 0.0) * (1 + scale) + shift
+        rows = row_indices(x.shape[1])
+        text_rows = jnp.clip(self.text_tokens - rows[0], 0, rows.size)
+        modulated = self.kernel.norm_and_modulate(x, factor, shift, text_rows, self.norm_eps)
+        gate = jnp.where((rows < self.text_tokens)[:, None], gate[:, :1], gate[:, 1:])
+        return modulated, gate.astype(x.dtype)
 
     def _attention(self, weights: Weights, x: jax.Array, rotary: Rotary | None) -> jax.Array:
-        x = _gather(x)
+        """x [b, E, s] to [b, s, E]."""
+        x = _gather(x, axis=2)
         q, k, v = (_exchange(self._project(weights, name, x)) for name in ("to_q", "to_k", "to_v"))
         norm_q, norm_k = (
             [weights[f"attn1.{norm}.{kind}"].astype(jnp.float32) for kind in ("weight", "bias")]
@@ -140,15 +133,16 @@ class Block:
         return _sum_shards(out) + weights["attn1.to_out.0.bias"]
 
     def _project(self, weights: Weights, name: str, x: jax.Array) -> jax.Array:
-        """[b, s, E] to the rows of each sp shard's heads [b, sp, R, s]."""
-        out = jnp.einsum("oi,bsi->bos", weights[f"attn1.{name}.weight"], x)
+        """[b, E, s] to the rows of each sp shard's heads [b, sp, R, s]."""
+        out = jnp.einsum("oi,bis->bos", weights[f"attn1.{name}.weight"], x)
         bias = weights.get(f"attn1.{name}.bias")
         out = out if bias is None else out + bias[:, None]
         return out.reshape(out.shape[0], jax.lax.axis_size("sp"), -1, out.shape[-1])
 
     def _mlp(self, weights: Weights, x: jax.Array) -> jax.Array:
-        x = _gather(x)
-        hidden = x @ weights["ff.net.0.proj.weight"].T
+        """x [b, E, s] to [b, s, E]."""
+        x = _gather(x, axis=2)
+        hidden = jnp.einsum("bis,oi->bso", x, weights["ff.net.0.proj.weight"])
         if "ff.net.0.proj.bias" in weights:
             hidden = hidden + weights["ff.net.0.proj.bias"]
         hidden = ACTIVATIONS[self.activation](hidden)
@@ -166,9 +160,9 @@ def _exchange(x: jax.Array) -> jax.Array:
     return x if jax.lax.axis_size("sp") == 1 else jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)
 
 
-def _gather(x: jax.Array) -> jax.Array:
-    """The parts of axis 1 that lie on the devices along tp, joined."""
-    return x if jax.lax.axis_size("tp") == 1 else jax.lax.all_gather(x, "tp", axis=1, tiled=True)
+def _gather(x: jax.Array, axis: int) -> jax.Array:
+    """The parts of an axis that lie on the devices along tp, joined."""
+    return x if jax.lax.axis_size("tp") == 1 else jax.lax.all_gather(x, "tp", axis=axis, tiled=True)
 
 
 def _sum_shards(x: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from cogvideox.loop_checkpoint import LoopCheckpoint
 from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
 from cogvideox.settings import LatentShape
 from cogvideox.tokens import TokenLayout, positions
+from runtime.compiler_options import transformer_options
 from runtime.executables import Program, find_or_compile, machine_fields
 from runtime.mesh import place
 
@@ -130,6 +131,7 @@ class Denoiser:
             "guided": self.guided,
             "dtype": self.dtype,
             "attention": self.attention.name,
+            "compiler_options": transformer_options(self.mesh.devices.flat[0]),
             **machine_fields(self.mesh, ("torch", "torchax", "diffusers")),
         }
         return Program("stage2_transformer", f"{b}x{t}x{h}x{w}{mesh}", fields, self.lower)

@@ -29,6 +29,7 @@ from cogvideox.vae_by_frames import FrameLayers
 from cogvideox.vae_conv_tpu import LANES
 from cogvideox.vae_parts import Layers, WidthShards
 from cogvideox.vae_weights import VaeConfig
+from runtime.compiler_options import vae_options
 from runtime.executables import Program, find_or_compile, machine_fields
 from runtime.mesh import place
 
@@ -40,11 +41,6 @@ _LIBRARIES = {"vae_torchax": ("torch", "torchax", "diffusers"), "vae_flax": ("fl
 
 AXIS = "width"
 _COLUMNS = P(None, None, AXIS)  # [B, T, W, ...]
-
-# XLA for GPUs otherwise copies what a loop over frames keeps of the last two, every time.
-_COMPILER_OPTIONS = {
-    "gpu": {"xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_DOUBLE_BUFFER"}
-}
 
 Output = Literal["uint8", "float32"]
 
@@ -195,7 +191,7 @@ class Decoder:
             "first_latents": first,
             "frames": output,
             "dtype": jnp.dtype(self.dtype).name,
-            "compiler_options": _COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform),
+            "compiler_options": vae_options(self.mesh.devices.flat[0]),
             **machine_fields(self.mesh, _LIBRARIES[self.name]),
         }
         label = f"{b}x{sizes[0]}x{height}x{width}-{AXIS}{self.mesh.size}-{output}"

@@ -117,8 +117,10 @@ def _received(kind: str, shape: str, line: str) -> int:
     if groups:
         size = int(groups[2]) if groups[2] else len(groups[3].split(","))
     shapes = _SHAPE.findall(shape)
-    # An asynchronous start has operands and results in one tuple.
-    shapes = shapes[len(shapes) // 2 :] if shape.startswith("((") else shapes
+    if f" {kind}-start(" in line:
+        # Its tuple holds operands, results, and then maybe contexts.
+        operands = len(_SHAPE.findall(shape.split(")")[0])) if shape[1] == "(" else len(shapes) // 2
+        shapes = shapes[operands : 2 * operands]
     total = 0
     for dtype, dims in shapes:
         count = 1

@@ -1,4 +1,4 @@
-"""The TPU kernels around attention, in interpret mode, equal the plain JAX that other backends run.
+"""A block's TPU kernels beside attention, in interpret mode, equal what other backends run.
 
 float32; 2e-6 of the largest number is a few roundings of the norm's sums over 64 rows.
 """
@@ -10,6 +10,7 @@ import pytest
 
 from cogvideox.attention import _keys, _part, _queries, _values
 from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu, part_tokens_tpu
+from cogvideox.modulated_norm import norm_and_modulate, norm_and_modulate_tpu
 
 HEAD_DIM = 64
 
@@ -44,3 +45,25 @@ def test_layout_kernels(shape, rotated):
     np.testing.assert_array_equal(v, joined)
     np.testing.assert_array_equal(largest, expected)
     np.testing.assert_array_equal(part_tokens_tpu(v, shards, interpret=True), _part(joined, shards))
+
+
+@pytest.mark.parametrize("text_rows", [0, 37, 128, 256])
+def test_modulated_norm(text_rows):
+    x, factor, shift = (
+        3 + jax.random.normal(key, shape)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(1), 3),
+            [(2, 256, 384), (2, 2, 384), (2, 2, 384)],
+            strict=True,
+        )
+    )
+    arguments = (x, factor, shift, jnp.int32(text_rows), 1e-5)
+    expected = norm_and_modulate(*arguments)
+    assert expected.shape == (2, 384, 256)
+    np.testing.assert_allclose(
+        norm_and_modulate_tpu(*arguments, interpret=True), expected, rtol=0, atol=1e-5
+    )
+    layer_norm = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    if text_rows == 0:
+        video = layer_norm * factor[:, 1:] + shift[:, 1:]
+        np.testing.assert_allclose(expected, video.swapaxes(1, 2), rtol=0, atol=1e-5)
