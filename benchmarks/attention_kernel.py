@@ -7,6 +7,7 @@ Every number is a compiler estimate: bundles of the final schedule, weighed by l
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 from typing import Any
@@ -23,7 +24,6 @@ SHAPES = (
 )
 # "_beside": the keys of all heads side by side, as a projection makes them and stage 2 passes them.
 OURS = ("bounded", "bounded_beside", "online", "online_beside", "int8_qk", "int8_qk_beside")
-KERNELS = (*OURS, "jax_splash", "jax_flash")
 UNITS = {
     "mxu": "MXU",
     "xlu": "XLU",
@@ -48,16 +48,18 @@ def lower_ours(
 
     from splash_attention.block_sizes import BlockSizes, chip_named
     from splash_attention.kernel import attention_kernel
+    from splash_attention.quantize import DIGITS
 
     block_sizes = BlockSizes(**blocks)
     quantized = kernel.startswith("int8_qk")
     dtype = jnp.dtype("int8" if quantized else "bfloat16")
     # int8 keys end on a tile of 32.
     keys = -(-length // 32) * 32 if quantized else length
+    rows = head_dim * DIGITS if quantized else head_dim
     beside = kernel.endswith("_beside")
     operands = {
-        "q": ((heads, head_dim, length), dtype),
-        "k": ((1, keys, heads * head_dim) if beside else (heads, keys, head_dim), dtype),
+        "q": ((heads, rows, length), dtype),
+        "k": ((1, keys, heads * rows) if beside else (heads, keys, rows), dtype),
         "v": ((heads, head_dim, length), jnp.bfloat16),
     }
     if quantized:
@@ -85,7 +87,9 @@ def lower_ours(
     )
 
 
-def lower_jax_splash(sharding: Any, heads: int, length: int, head_dim: int, blocks: dict) -> Any:
+def lower_jax_splash(
+    sharding: Any, heads: int, length: int, head_dim: int, blocks: tuple[int, int, int]
+) -> Any:
     """Lower jax's own splash attention; `length` is a multiple of its blocks."""
     import jax
     import jax.numpy as jnp
@@ -93,23 +97,54 @@ def lower_jax_splash(sharding: Any, heads: int, length: int, head_dim: int, bloc
 
     mask = jax_splash.MultiHeadMask([jax_splash.FullMask((length, length))] * heads)
     kernel = jax_splash.make_splash_mha_single_device(
-        mask, block_sizes=jax_splash.BlockSizes(**blocks)
+        mask, block_sizes=jax_splash.BlockSizes(*blocks)
     )
     array = jax.ShapeDtypeStruct((heads, length, head_dim), jnp.bfloat16, sharding=sharding)
     return jax.jit(kernel).lower(array, array, array)
 
 
-def lower_jax_flash(sharding: Any, heads: int, length: int, head_dim: int, blocks: dict) -> Any:
+def lower_jax_flash(
+    sharding: Any, heads: int, length: int, head_dim: int, blocks: tuple[int, int, int]
+) -> Any:
     """Lower jax's flash attention; `length` is a multiple of its blocks."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
 
-    sizes = jax_flash.BlockSizes(**blocks)
+    sizes = jax_flash.BlockSizes(*blocks, block_b=1)
     array = jax.ShapeDtypeStruct((1, heads, length, head_dim), jnp.bfloat16, sharding=sharding)
     return jax.jit(lambda q, k, v: jax_flash.flash_attention(q, k, v, block_sizes=sizes)).lower(
         array, array, array
     )
+
+
+def lower_tokamax(
+    sharding: Any, heads: int, length: int, head_dim: int, blocks: tuple[int, int, int]
+) -> Any:
+    """Lower tokamax's splash attention, with its own scheduler and base of the exponentials."""
+    import jax
+    import jax.numpy as jnp
+    from tokamax._src.ops.experimental.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask
+
+    kernel = splash.make_splash_mha(
+        splash_attention_mask.FullMask((length, length)),
+        config=splash.SplashConfig(*blocks, use_experimental_scheduler=True),
+        q_seq_shards=1,
+    )
+    array = jax.ShapeDtypeStruct((heads, length, head_dim), jnp.bfloat16, sharding=sharding)
+    return jax.jit(kernel).lower(array, array, array)
+
+
+# Others' kernels: how to lower them, and the name of their Pallas call.
+RIVALS = {
+    "jax_splash": (lower_jax_splash, "splash_mha_fwd_no_residuals"),
+    "jax_flash": (lower_jax_flash, "flash_attention"),
+    "tokamax": (lower_tokamax, "splash_mha_fwd_no_residuals"),
+}
+KERNELS = (*OURS, *RIVALS)
 
 
 def measure_ours(
@@ -133,34 +168,25 @@ def measure_ours(
     )
 
 
+def round_up(value: int, step: int) -> int:
+    """The multiple of `step` at or above `value`."""
+    return -(-value // step) * step
+
+
 def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[str, Any]:
     """One line of the table."""
     padded = length
     vmem = None
-    if kernel in ("jax_splash", "jax_flash"):
-        block_q, block_kv, compute = 1024, 2048, 512
-        padded = -(-length // block_kv) * block_kv
+    if kernel in RIVALS:
+        lower, name = RIVALS[kernel]
+        # Of the tiles they take, the best found at head size 64.
+        block_q, block_kv, compute = 1024, min(2048, round_up(length, 1024)), 512
+        padded = round_up(length, block_kv)
         steps = heads * (padded // block_q) * (padded // block_kv)
         arguments = {"heads": heads, "length": padded, "head_dim": head_dim}
-        if kernel == "jax_splash":
-            blocks = {"block_q": block_q, "block_kv": block_kv, "block_kv_compute": compute}
-            schedule = measure(
-                lower_jax_splash,
-                chip,
-                "splash_mha_fwd_no_residuals",
-                steps,
-                arguments | {"blocks": blocks},
-            )
-        else:
-            blocks = {
-                "block_q": block_q,
-                "block_k_major": block_kv,
-                "block_k": compute,
-                "block_b": 1,
-            }
-            schedule = measure(
-                lower_jax_flash, chip, "flash_attention", steps, arguments | {"blocks": blocks}
-            )
+        arguments["blocks"] = (block_q, block_kv, compute)
+        blocks = {"block_q": block_q, "block_kv": block_kv, "chunk": compute}
+        schedule = measure(lower, chip, name, steps, arguments)
     else:
         from splash_attention.block_sizes import chip_named, choose_block_sizes
 
@@ -202,9 +228,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="a list of rows instead of lines")
     args = parser.parse_args()
     shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else SHAPES
+    kernels = args.kernel or list(KERNELS)
+    if "tokamax" in kernels and importlib.util.find_spec("tokamax") is None:
+        if args.kernel:
+            parser.error("--kernel tokamax: tokamax is not installed; pip install '.[compare]'")
+        print("tokamax is not installed and left out; pip install '.[compare]'", file=sys.stderr)
+        kernels.remove("tokamax")
     rows = []
     for shape in shapes:
-        for kernel in args.kernel or KERNELS:
+        for kernel in kernels:
             rows.append(row(args.chip, kernel, *shape))
             if not args.json:
                 print(

@@ -5,6 +5,7 @@ D head size.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +54,10 @@ def splash_attention(
             sees is skipped. All keys when None.
         block_sizes: tiles of the kernel; chosen from the tuned table of the chip when None.
         precision: "bf16" multiplies in the dtype of the inputs: bfloat16 operands with float32
-            accumulation, float32 operands without loss. "int8_qk" rounds q (one step a query) and k
-            (one step a head) to int8 for Q.K and keeps P.V in bfloat16: a fifth fewer cycles, a
-            relative error of 1.5e-2 of unit normal inputs instead of 3e-3. Never without
-            `smooth_k` where keys have a common offset, as trained models have.
+            accumulation, float32 operands without loss. "int8_qk" makes q (one step a query) and k
+            (one step a head) pairs of int8 for Q.K and keeps P.V in bfloat16: a fifth fewer cycles
+            at head size 64, a relative error of 6e-3 of unit normal inputs instead of 3e-3. Best
+            with `smooth_k` where keys have a common offset, as trained models have.
         smooth_k: subtract the mean key of a head from its keys first. Softmax does not change;
             what is left is small, so that rounding it to int8, or to bfloat16 in a later product,
             loses less. Costs a pass over k.
@@ -89,6 +90,7 @@ def _sequence_minor(
 
     q is scaled; D is filled up with zeros to a multiple of 64.
     """
+    _check_dtypes(q, k, v)
     head_dim = q.shape[-1]
     if v.shape[-1] != head_dim:
         raise ValueError(f"v has head size {v.shape[-1]}, q and k have {head_dim}")
@@ -126,21 +128,15 @@ def attention_part(
     check_shapes(q.shape, k.shape, v.shape, None)
     minor = _sequence_minor(q, k, v, scale)
     keys, head_dim = minor[1].shape[1:]
-    chip = current_chip(interpret=bool(interpret))
-    if block_sizes is None:
-        block_sizes = choose_block_sizes(chip, head_dim, q.shape[-2], keys, q.dtype)
     out, log_total = attention_kernel(
         *minor,
         bounded_heads(largest_scores(*minor[:2], keys), largest_values(minor[2], keys), keys),
         kv_len.reshape(1),
         always_valid=0,
         most_valid=keys,
-        window_size=None,
-        block_sizes=block_sizes,
-        vmem_limit_bytes=chip.require_vmem(block_sizes, head_dim, q.dtype),
         out_dtype=jnp.float32,
         with_log_total=True,
-        interpret=pltpu.InterpretParams() if interpret is True else interpret,
+        **_how_to_run(block_sizes, head_dim, q.shape[-2], keys, q.dtype, interpret),
     )
     out = out.swapaxes(1, 2)[..., : q.shape[-1]].reshape(q.shape)
     return out, log_total.reshape(*q.shape[:-1], 1)
@@ -183,10 +179,10 @@ def sequence_minor_attention(
     Raises:
         TypeError, ValueError: as `splash_attention`.
     """
-    *leading, head_dim, q_len = q.shape
+    *leading, head_dim, q_len = q.shape if q.ndim > 1 else (0, 0)
     heads = math.prod(leading)
-    beside = leading[-1] if leading and k.ndim == q.ndim - 1 else 1
-    batch = leading[:-1] if k.ndim == q.ndim - 1 else leading
+    side_by_side = bool(leading) and k.ndim == q.ndim - 1
+    beside, batch = (leading[-1], leading[:-1]) if side_by_side else (1, leading)
     keys = k.shape[-2] if k.ndim > 1 else 0
     if k.shape != (*batch, keys, beside * head_dim) or v.shape != (*leading, head_dim, keys):
         raise ValueError(
@@ -206,34 +202,34 @@ def sequence_minor_attention(
         )
     if precision not in _PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {_PRECISIONS}")
-    if {q.dtype, k.dtype, v.dtype} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float32")}):
-        raise TypeError(
-            "q, k and v must all be bfloat16 or all float32; "
-            f"got {q.dtype.name}, {k.dtype.name}, {v.dtype.name}"
-        )
+    _check_dtypes(q, k, v)
     for name, largest in (("largest_score", largest_score), ("largest_value", largest_value)):
         if largest is not None and largest.shape != tuple(leading):
             raise ValueError(f"{name} is {largest.shape}; q has heads {tuple(leading)}")
+    if window_size is not None and window_size >= max(q_len, kv_len) - 1:
+        window_size = None
+
     q, v = (x.reshape(heads, head_dim, -1) for x in (q, v))
     k = k.reshape(heads // beside, keys, beside * head_dim)
     if beside > 1 and not can_lie_side_by_side(head_dim, beside):
         k = k.reshape(-1, keys, beside, head_dim).swapaxes(1, 2).reshape(heads, keys, head_dim)
+    if precision == "int8_qk":
+        # What smoothing leaves is rounded once, to int8.
+        k = k.astype(jnp.float32)
     if smooth_k:
         k = smooth(k, kv_len)
-    largest_score = (
-        largest_scores(q, k, kv_len) if largest_score is None else largest_score.reshape(heads)
-    )
-    largest_value = (
-        largest_values(v, kv_len) if largest_value is None else largest_value.reshape(heads)
-    )
-    bounded = bounded_heads(largest_score, largest_value, kv_len)
+    if largest_score is None:
+        largest_score = largest_scores(q, k, kv_len)
+    elif smooth_k:
+        # The mean key has a score of its own, no larger than theirs.
+        largest_score = 2 * largest_score
+    if largest_value is None:
+        largest_value = largest_values(v, kv_len)
+    bounded = bounded_heads(largest_score.reshape(heads), largest_value.reshape(heads), kv_len)
     out_dtype, q_scale = q.dtype, None
     if precision == "int8_qk":
         q, k, q_scale = quantize(q, k, kv_len)
         v = v.astype(jnp.bfloat16)
-    chip = current_chip(interpret=bool(interpret))
-    if block_sizes is None:
-        block_sizes = choose_block_sizes(chip, head_dim, q_len, kv_len, q.dtype)
     (out,) = attention_kernel(
         q,
         k,
@@ -244,12 +240,39 @@ def sequence_minor_attention(
         always_valid=kv_len,
         most_valid=kv_len,
         window_size=window_size,
-        block_sizes=block_sizes,
-        vmem_limit_bytes=chip.require_vmem(block_sizes, head_dim, q.dtype),
         out_dtype=out_dtype,
-        interpret=pltpu.InterpretParams() if interpret is True else interpret,
+        **_how_to_run(block_sizes, head_dim, q_len, kv_len, q.dtype, interpret),
     )
     return out.reshape(*leading, head_dim, q_len)
+
+
+def _check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    if {q.dtype, k.dtype, v.dtype} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float32")}):
+        raise TypeError(
+            "q, k and v must all be bfloat16 or all float32; "
+            f"got {q.dtype.name}, {k.dtype.name}, {v.dtype.name}"
+        )
+
+
+def _how_to_run(
+    block_sizes: BlockSizes | None,
+    head_dim: int,
+    q_len: int,
+    kv_len: int,
+    dtype: jnp.dtype,
+    interpret: bool | pltpu.InterpretParams,
+) -> dict[str, Any]:
+    """The kernel's tiles, VMEM limit and interpretation, as its keyword arguments."""
+    chip = current_chip(interpret=bool(interpret))
+    if not isinstance(block_sizes, BlockSizes | None):
+        raise TypeError(f"block_sizes is {block_sizes!r}; it must be a BlockSizes or None")
+    if block_sizes is None:
+        block_sizes = choose_block_sizes(chip, head_dim, q_len, kv_len, dtype)
+    return {
+        "block_sizes": block_sizes,
+        "vmem_limit_bytes": chip.require_vmem(block_sizes, head_dim, dtype),
+        "interpret": pltpu.InterpretParams() if interpret is True else interpret,
+    }
 
 
 def smooth(k: jax.Array, kv_len: int) -> jax.Array:

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from splash_attention.quantize import DIGITS
 from splash_attention.tuned_tables import TABLES
 
 _MIB = 2**20
@@ -52,15 +53,19 @@ class BlockSizes:
         """
         item = jnp.dtype(dtype).itemsize
         value_item = max(item, 2)
-        keys = 2 * self.block_kv * _round_up(head_dim, 128) * item
+        rows = head_dim * DIGITS if item == 1 else head_dim
+        keys = 2 * self.block_kv * _round_up(rows, 128) * item
         values = 2 * self.block_kv * head_dim * value_item
         # Queries beside the rows of a neighbour.
-        placed = self.block_q * 128 * item if head_dim < 128 else 0
-        queries_and_outputs = 2 * self.block_q * head_dim * (item + value_item)
+        placed = self.block_q * 128 * item if rows < 128 else 0
+        queries_and_outputs = 2 * self.block_q * (rows * item + head_dim * value_item)
         # Maximum, denominators, both buffers of their logarithms and of the scales of q: 8 rows.
         accumulators = self.block_q * (head_dim + 6 * 8) * 4
         # Scores of the chunks in flight: two ahead, one being weighed, as float32 and as operand.
         temporaries = 4 * self.chunk * self.block_q * (4 + value_item)
+        if item == 4:
+            # Every chunk of a body has its own place for float32 operands split in three bfloat16.
+            temporaries += 6 * self.unroll * self.chunk * (self.block_q + 2 * head_dim)
         return keys + values + placed + queries_and_outputs + accumulators + temporaries
 
 
@@ -94,7 +99,13 @@ def current_chip(*, interpret: bool) -> Chip:
     """The chip that is compiled for; v6e in interpret mode, which models none."""
     if interpret:
         return chip_named("v6e")
-    return chip_named(str(pltpu.get_tpu_info().chip_version))
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError as error:
+        raise ValueError(
+            f"the kernel needs a TPU, or interpret=True to run anywhere: {error}"
+        ) from error
+    return chip_named(str(info.chip_version))
 
 
 def choose_block_sizes(
@@ -111,6 +122,9 @@ def choose_block_sizes(
     rows = tables[min(tabled for tabled in tables if tabled >= head_dim)]
     _, *tuned = next((row for row in rows if kv_len <= row[0]), rows[-1])
     block_q, chunk, unroll = tuned
+    if jnp.dtype(dtype).itemsize == 4:
+        # Products of float32 take the MXU so long that a short body fills it.
+        unroll = min(unroll, 8)
     if jnp.dtype(dtype).itemsize == 1:
         # A chunk of int8 is shorter, and filling and draining a body weighs more: 45,106 keys of
         # head size 64 on v6e take 26.1M cycles in three bodies, 25.4M in one.
@@ -137,7 +151,9 @@ def fit_block_sizes(
     all_chunks = math.ceil(kv_len / chunk)
     for kv_blocks in range(1, all_chunks + 1):
         chunks = math.ceil(all_chunks / kv_blocks)
-        groups = math.ceil(chunks / most_unrolled)
+        least = math.ceil(chunks / most_unrolled)
+        # A body's filling and draining takes about as long as a chunk.
+        groups = min(range(least, 2 * least + 1), key=lambda n: n * (math.ceil(chunks / n) + 1))
         unroll = math.ceil(chunks / groups)
         sizes = BlockSizes(block_q, groups * unroll * chunk, chunk, unroll)
         if sizes.vmem_bytes(head_dim, dtype) <= chip.vmem_bytes:

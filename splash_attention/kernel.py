@@ -33,8 +33,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from splash_attention.block_sizes import BlockSizes
 
-# Stands for "no key seen yet" and for a masked score. Finite, so that differences are never NaN.
-_NO_SCORE = -1e38
+# Stands for "no key seen yet" and for a masked score. Finite, so that its difference from itself is
+# not NaN, and below all scores but the last few that float32 holds.
+_NO_SCORE = -3e38
 
 # A group is done again when a score leaves its shift by more than this many powers of two, where
 # its values could hide the others' below float32, or when what it adds up is over _MAX_SUM.
@@ -84,9 +85,9 @@ class _Refs:
     """What a body reads and writes in VMEM and SMEM."""
 
     kv_len: jax.Ref  # SMEM [1] int32
-    q: jax.Ref  # [packed x D, block_q]
+    q: jax.Ref  # [packed x R, block_q]; R is D, of int8 operands 2 D
     q_scale: jax.Ref | None  # [1, block_q] bfloat16, of int8 operands
-    k: jax.Ref  # [block_kv, packed x D]
+    k: jax.Ref  # [block_kv, packed x R]
     v: jax.Ref  # [D, block_kv]
     shift: jax.Ref  # [1, block_q] float32, the running maximum
     total: jax.Ref  # [8, block_q] float32, the denominators, to be summed over the 8
@@ -292,7 +293,9 @@ def _online_group(plan: _Plan, refs: _Refs, group: jax.Array, first: jax.Array) 
 
 
 def _careful_chunks(plan: _Plan, refs: _Refs, first: jax.Array, last: jax.Array) -> None:
-    """Online softmax of the chunks first <= i < last of the block."""
+    """Online softmax of the chunks first <= i < last of the block, as far as they hold keys."""
+    keys = refs.kv_len[0] - pl.program_id(2) * plan.block_kv
+    last = jnp.minimum(last, pl.cdiv(keys, plan.chunk))
 
     def one_chunk(i: jax.Array, _: None) -> None:
         start = pl.multiple_of(i * plan.chunk, plan.chunk)
@@ -323,11 +326,11 @@ def _chunks_in_window(plan: _Plan) -> tuple[jax.Array, jax.Array]:
 
 
 def _place_queries(plan: _Plan, q_ref: jax.Ref, wide_q_ref: jax.Ref) -> None:
-    """The queries [D, block_q] on the rows of this head's lanes, zeros on its neighbours' rows."""
-    head_dim = q_ref.shape[0]
+    """The queries [R, block_q] on the rows of this head's lanes, zeros on its neighbours' rows."""
+    rows = q_ref.shape[0]
     place = pl.program_id(0) % plan.packed
     for i in range(plan.packed):
-        wide_q_ref[i * head_dim : (i + 1) * head_dim, :] = jnp.where(
+        wide_q_ref[i * rows : (i + 1) * rows, :] = jnp.where(
             place == i, q_ref[...], jnp.zeros_like(q_ref)
         )
 
@@ -393,13 +396,13 @@ def _kernel_body(kv_len_ref: jax.Ref, *refs: jax.Ref, plan: _Plan, bounded: bool
             log_total_ref[...] = refs.shift[...] + jnp.log2(total)
 
 
-def can_lie_side_by_side(head_dim: int, heads: int) -> bool:
-    """Whether the kernel reads the keys of `heads` heads from one array [K, heads x D].
+def can_lie_side_by_side(rows: int, heads: int) -> bool:
+    """Whether the kernel reads the keys of `heads` heads from one array [K, heads x rows].
 
     A block of keys is whole registers of 128 lanes, so two heads of 64 share one: a contraction
     over 128 takes the MXU no longer than one over 64.
     """
-    return head_dim % _LANES == 0 or (2 * head_dim == _LANES and heads % 2 == 0)
+    return rows % _LANES == 0 or (2 * rows == _LANES and heads % 2 == 0)
 
 
 def attention_kernel(
@@ -412,7 +415,7 @@ def attention_kernel(
     q_scale: jax.Array | None = None,
     always_valid: int,
     most_valid: int,
-    window_size: int | None,
+    window_size: int | None = None,
     block_sizes: BlockSizes,
     vmem_limit_bytes: int,
     out_dtype: jnp.dtype,
@@ -422,9 +425,10 @@ def attention_kernel(
     """Attention of operands that already have the kernel's layout.
 
     Args:
-        q: [N, D, S], scale x log2(e) folded in; bfloat16, float32, or int8 from `quantize`.
-        k: [B, K, N / B x D], the dtype of `q`: the keys of N / B heads side by side, more than one
-            if they `can_lie_side_by_side`.
+        q: [N, R, S], scale x log2(e) folded in; R is D for bfloat16 and float32, 2 D for the int8
+            of `quantize`.
+        k: [B, K, N / B x R], the dtype of `q`: the keys of N / B heads side by side, more than one
+            if `can_lie_side_by_side(R, N / B)`.
         v: [N, D, K], the dtype of `q`; bfloat16 beside int8.
         bounded: [N] int32, nonzero for the heads that need no running maximum; True or False when
             it is the same for all and known when compiling, which leaves out the other path.
@@ -445,9 +449,10 @@ def attention_kernel(
         The output [N, D, S]; and, asked for, log2 of the softmax denominators [N, 1, S] float32,
         with which parts of one attention over disjoint keys can be merged.
     """
-    heads, head_dim, q_len = q.shape
+    heads, rows, q_len = q.shape
+    head_dim = v.shape[1]
     heads_beside = heads // k.shape[0]
-    packed = max(1, _LANES // head_dim) if heads_beside > 1 else 1
+    packed = max(1, _LANES // rows) if heads_beside > 1 else 1
     block_q, block_kv = block_sizes.block_q, block_sizes.block_kv
     plan = _Plan(
         block_q=block_q,
@@ -481,15 +486,15 @@ def attention_kernel(
             grid=(heads, pl.cdiv(q_len, block_q), plan.kv_blocks),
             in_specs=([of_queries(1)] if plan.quantized else [])
             + [
-                of_queries(head_dim),
+                of_queries(rows),
                 pl.BlockSpec(
-                    (None, block_kv, packed * head_dim),
+                    (None, block_kv, packed * rows),
                     lambda h, i, j, *_: (h // heads_beside, j, h % heads_beside // packed),
                 ),
                 pl.BlockSpec((None, head_dim, block_kv), lambda h, i, j, *_: (h, 0, j)),
             ],
             out_specs=[of_queries(head_dim), of_queries(1)][: 1 + with_log_total],
-            scratch_shapes=[pltpu.VMEM((packed * head_dim, block_q), q.dtype)] * (packed > 1)
+            scratch_shapes=[pltpu.VMEM((packed * rows, block_q), q.dtype)] * (packed > 1)
             + [
                 pltpu.VMEM((1, block_q), jnp.float32),
                 pltpu.VMEM((_SUBLANES, block_q), jnp.float32),

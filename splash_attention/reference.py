@@ -7,6 +7,7 @@ Axis letters: N heads, S query tokens, K key tokens, D head size.
 """
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ def reference_attention(
 
     Raises:
         ValueError: shapes that do not fit together, or a query that would see no key.
+        TypeError: a window_size that is no integer.
     """
     check_shapes(q.shape, k.shape, v.shape, window_size)
     if scale is None:
@@ -78,8 +80,8 @@ def reference_attention(
 def check_shapes(
     q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], window_size: int | None
 ) -> None:
-    """Raise ValueError unless [..., S, D], [..., K, D] and [..., K, Dv] make an attention."""
-    if len(q) < 2 or q[:-2] != k[:-2] or q[-1] != k[-1] or k[:-1] != v[:-1]:
+    """ValueError or TypeError unless [..., S, D], [..., K, D], [..., K, Dv] make an attention."""
+    if min(map(len, (q, k, v))) < 2 or q[:-2] != k[:-2] or q[-1] != k[-1] or k[:-1] != v[:-1]:
         raise ValueError(
             f"attention needs q [..., S, D], k [..., K, D], v [..., K, Dv]; got {q}, {k}, {v}"
         )
@@ -87,6 +89,8 @@ def check_shapes(
         raise ValueError(f"attention of an empty array: q {q}, k {k}, v {v}")
     if window_size is None:
         return
+    if not isinstance(window_size, numbers.Integral):
+        raise TypeError(f"window_size is {window_size!r}; it must be an integer or None")
     if window_size < 0:
         raise ValueError(f"window_size is {window_size}; it must be 0 or more")
     if q[-2] > k[-2] + window_size:

@@ -14,7 +14,7 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 AttentionPart = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 # Stands for the denominator of no keys. Finite, so that differences are never NaN.
-_NOTHING = -1e38
+_NOTHING = -3e38
 
 
 def sharded_attention(

@@ -92,6 +92,14 @@ def test_window(window, factor):
     assert relative_error(out, attend(q, k, v, window)) <= TOLERANCE["float32"]
 
 
+def test_a_window_over_everything_is_none():
+    q, k, v = (normal((1, 100, 64), "bfloat16", seed) for seed in range(3))
+    np.testing.assert_array_equal(
+        splash_attention(q, k, v, window_size=2**40, interpret=True),
+        splash_attention(q, k, v, interpret=True),
+    )
+
+
 def test_reference_in_blocks_of_queries(monkeypatch):
     """More scores than are held at once: the last block overlaps the one before."""
     q, k, v = (normal((2, 37, 16), seed=seed) for seed in range(3))

@@ -51,6 +51,11 @@ def constant_rows():
     return np.full_like(q, 5), np.full_like(k, -7), v
 
 
+def nearly_infinite():
+    q, k, v = inputs()
+    return np.full_like(q, 2.0**60), np.full_like(k, -(2.0**61)), v
+
+
 def rising():
     """Every block of keys far above the one before: no shift of a group holds."""
     q, k, v = inputs()
@@ -99,6 +104,7 @@ ADVERSARIAL = (
     very_negative,
     very_positive,
     constant_rows,
+    nearly_infinite,
     rising,
     falling,
     one_key_wins,
@@ -234,7 +240,7 @@ def test_what_cannot_be_is_refused():
 
     refused(
         ValueError,
-        r"needs 1\d\d\.\d MiB of VMEM; v6e offers 120.0 MiB",
+        r"needs 257.0 MiB of VMEM; v6e offers 120.0 MiB",
         q,
         k,
         v,
@@ -249,3 +255,12 @@ def test_what_cannot_be_is_refused():
     refused(ValueError, "head size is 32", q[:, :32], k[..., :32], v[:, :32])
     refused(TypeError, "float32, bfloat16, float32", q, k.astype(jnp.bfloat16), v)
     refused(ValueError, "empty", q[..., :0], k, v)
+    refused(ValueError, r"\(64, 140\), \(300,\), \(64, 300\)", q[0], k[0, :, 0], v[0])
+    refused(TypeError, "window_size is 1.5", q, k, v, window_size=1.5)
+    refused(TypeError, "it must be a BlockSizes", q, k, v, block_sizes=(128, 128, 128, 1))
+
+
+def test_without_a_tpu_it_says_what_would_run():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="interpret=True"):
+        sequence_minor_attention(q, k, v)
