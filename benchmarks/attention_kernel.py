@@ -39,6 +39,11 @@ UNITS = {
 CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
 
+def operand_dtype(kernel: str) -> str:
+    """dtype of the kernel's q and k."""
+    return {"int8_qk": "int8", "float32": "float32"}.get(kernel.removesuffix("_beside"), "bfloat16")
+
+
 def lower_ours(
     sharding: Any, chip: str, heads: int, length: int, head_dim: int, kernel: str, blocks: dict
 ) -> Any:
@@ -51,8 +56,9 @@ def lower_ours(
     from splash_attention.quantize import DIGITS
 
     block_sizes = BlockSizes(**blocks)
-    quantized = kernel.startswith("int8_qk")
-    dtype = jnp.dtype("int8" if quantized else "bfloat16")
+    dtype = jnp.dtype(operand_dtype(kernel))
+    quantized = dtype == jnp.int8
+    value_dtype = jnp.bfloat16 if quantized else dtype
     # int8 keys end on a tile of 32.
     keys = -(-length // 32) * 32 if quantized else length
     rows = head_dim * DIGITS if quantized else head_dim
@@ -60,7 +66,7 @@ def lower_ours(
     operands = {
         "q": ((heads, rows, length), dtype),
         "k": ((1, keys, heads * rows) if beside else (heads, keys, rows), dtype),
-        "v": ((heads, head_dim, length), jnp.bfloat16),
+        "v": ((heads, head_dim, length), value_dtype),
     }
     if quantized:
         operands["q_scale"] = ((heads, 1, length), jnp.bfloat16)
@@ -75,7 +81,7 @@ def lower_ours(
             window_size=None,
             block_sizes=block_sizes,
             vmem_limit_bytes=chip_named(chip).require_vmem(block_sizes, head_dim, dtype),
-            out_dtype=jnp.bfloat16,
+            out_dtype=value_dtype,
             interpret=False,
         )[0]
 
@@ -190,7 +196,7 @@ def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[
     else:
         from splash_attention.block_sizes import chip_named, choose_block_sizes
 
-        dtype = "int8" if kernel.startswith("int8_qk") else "bfloat16"
+        dtype = operand_dtype(kernel)
         sizes = choose_block_sizes(chip_named(chip), head_dim, length, length, dtype)
         blocks = dataclasses.asdict(sizes)
         vmem = sizes.vmem_bytes(head_dim, dtype)
@@ -238,13 +244,14 @@ def main() -> int:
     for shape in shapes:
         for kernel in kernels:
             rows.append(row(args.chip, kernel, *shape))
-            if not args.json:
-                print(
-                    f"{kernel:12} {'x'.join(map(str, shape)):16} "
-                    f"{rows[-1]['cycles'] / 1e6:8.2f}M cycles "
-                    f"{rows[-1]['bundles_per_million_scores']:8.1f} per million scores",
-                    flush=True,
-                )
+            # Progress, where the table itself goes to stdout at the end.
+            print(
+                f"{kernel:14} {'x'.join(map(str, shape)):16} "
+                f"{rows[-1]['cycles'] / 1e6:8.2f}M cycles "
+                f"{rows[-1]['bundles_per_million_scores']:8.1f} per million scores",
+                file=sys.stderr if args.json else sys.stdout,
+                flush=True,
+            )
     if args.json:
         print(json.dumps(rows, indent=1))
     return 0

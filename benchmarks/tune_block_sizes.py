@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from attention_kernel import lower_ours, measure_ours
+from attention_kernel import lower_ours, measure_ours, operand_dtype
 from kernel_schedule import CHIPS, describe_chip
 
 from splash_attention.block_sizes import chip_named, fit_block_sizes
@@ -38,8 +38,8 @@ CANDIDATES = (
     (1024, 128, 64),
     (256, 256, 64),
 )
-# Every body, and keys of both layouts.
-CHECKED = ("bounded", "online_beside", "int8_qk_beside")
+# Every body, keys of both layouts, and the dtype that needs most VMEM.
+CHECKED = ("bounded", "online_beside", "int8_qk_beside", "float32")
 
 
 def schedule_cycles(chip: str, head_dim: int, length: int, blocks: dict[str, int]) -> int:
@@ -122,8 +122,7 @@ def compile_entry(chip: str, head_dim: int, kv_len: int, kernel: str) -> float:
 
     from splash_attention.block_sizes import choose_block_sizes
 
-    dtype = "int8" if kernel.startswith("int8_qk") else "bfloat16"
-    sizes = choose_block_sizes(chip_named(chip), head_dim, kv_len, kv_len, dtype)
+    sizes = choose_block_sizes(chip_named(chip), head_dim, kv_len, kv_len, operand_dtype(kernel))
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lower_ours(sharding, chip, 2, kv_len, head_dim, kernel, dataclasses.asdict(sizes)).compile()
