@@ -20,6 +20,7 @@ from pathlib import Path
 import utils
 from cogvideox.checkpoint import ModelFolder
 from jobs.claims import Claim, Claims, is_claimed
+from jobs.gallery import Gallery
 from jobs.records import (
     INPUTS,
     OUTPUTS,
@@ -143,6 +144,7 @@ class Runner:
         self._rank = rank
         self._workshop = Workshop(model, arguments, stop, self._abort)
         self._stages = arguments.stages
+        self._gallery = Gallery(self._output_dir)
         self.ledger = Ledger(self._output_dir, self._stages, arguments.retry_failed)
         self._expiry = arguments.claim_expiry
         self._unprepared: dict[tuple[str, Shape], Exception] = {}
@@ -177,6 +179,7 @@ class Runner:
             except BaseException:
                 self._abort.set()
                 raise
+        self._gallery.update(now=True)
         return self.ledger.count(self._jobs)
 
     def _encode(self, jobs: Sequence[Job]) -> int:
@@ -232,6 +235,7 @@ class Runner:
         self._claims.release(claim)
         if not self._stop.is_set() and self.ledger.next(job) in (DONE, FAILED):
             print(f"{self._progress()}: {job.folder}")
+            self._gallery.update()
 
     def _progress(self) -> str:
         counts = self.ledger.count(self._jobs)

@@ -1,0 +1,53 @@
+"use strict";
+const search = document.querySelector("input");
+const buttons = [...document.querySelectorAll("button[data-status]")];
+const shown = document.querySelector("output");
+const none = document.querySelector(".none");
+const cards = [...document.querySelectorAll("article")].map((element) => ({
+  element,
+  status: element.dataset.status,
+  text: element.textContent.toLowerCase(),
+}));
+
+function filter() {
+  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const { status } = buttons.find((b) => b.getAttribute("aria-pressed") === "true").dataset;
+  let count = 0;
+  for (const card of cards) {
+    const wanted =
+      (!status || card.status === status) && words.every((word) => card.text.includes(word));
+    card.element.hidden = !wanted;
+    if (!wanted) card.element.querySelector("video")?.pause();
+    count += wanted;
+  }
+  shown.textContent = count === cards.length ? "" : `${count} shown`;
+  none.hidden = count > 0 || cards.length === 0;
+}
+
+search.addEventListener("input", filter);
+for (const button of buttons) {
+  button.addEventListener("click", () => {
+    for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+    filter();
+  });
+}
+
+// The player takes the place of the contact sheet only when asked for: a page of hundreds of
+// players would read hundreds of videos.
+document.querySelector("main").addEventListener("click", (event) => {
+  const link = event.target.closest(".play");
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  const video = document.createElement("video");
+  Object.assign(video, { controls: true, loop: true, muted: true, playsInline: true });
+  video.preload = "none";
+  video.width = link.dataset.width;
+  video.height = link.dataset.height;
+  video.poster = link.querySelector("img").src;
+  video.src = link.href;
+  link.replaceWith(video);
+  video.focus();
+  video.play().catch((error) => video.setAttribute("title", error.message));
+});
+
+filter();
