@@ -15,9 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_MILLISECONDS_A_DAY = 24 * 60 * 60 * 1000
-# A process that is gone is noticed by JAX, so that a wait for one that works may be long.
-_LONGEST_WAIT = _MILLISECONDS_A_DAY
+# Signals are handled between two looks. How often a process looks for another that works is not
+# limited: JAX ends all when one is gone.
+_LOOK_MILLISECONDS = 1000
+# Files are there before they are asked for; this is for the network.
+_SENT_MILLISECONDS = 600_000
 # The end of a process waits so long for the others; that of a good run, for all, is in `finish`.
 _SHUTDOWN_SECONDS = 10
 
@@ -81,7 +83,7 @@ def exchange(text: str) -> list[str]:
     _client().key_value_set(_key(turn, _process), "+" + text)
     heard = []
     for process in range(_processes):
-        answer = _client().blocking_key_value_get(_key(turn, process), _LONGEST_WAIT)
+        answer = _wait_for(_key(turn, process))
         if answer.startswith("-"):
             raise OtherProcessFailed(f"process {process}: {answer[1:]}")
         heard.append(answer[1:])
@@ -119,7 +121,7 @@ def folder_of_first(folder: Path, names: Iterable[str]) -> Path:
     _copies.append(tempfile.TemporaryDirectory(prefix="cogvideox-"))
     copy = Path(_copies[-1].name)
     for name in present:
-        content = _client().blocking_key_value_get_bytes(_key(turn, name), _LONGEST_WAIT)
+        content = _client().blocking_key_value_get_bytes(_key(turn, name), _SENT_MILLISECONDS)
         (copy / name).write_bytes(content)
     return copy
 
@@ -158,6 +160,18 @@ def _number(variable: str) -> int | None:
     if text is not None and not text.isdecimal():
         raise ValueError(f"{variable}={text!r} is not a number")
     return None if text is None else int(text)
+
+
+def _wait_for(key: str) -> str:
+    """The value of a key, once a process has set it."""
+    from jax.errors import JaxRuntimeError
+
+    while True:
+        try:
+            return _client().blocking_key_value_get(key, _LOOK_MILLISECONDS)
+        except JaxRuntimeError as error:
+            if not str(error).startswith("DEADLINE_EXCEEDED"):
+                raise
 
 
 def _key(turn: int, what: object) -> str:
