@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 _LOOK_MILLISECONDS = 1000
 # Files are there before they are asked for; this is for the network.
 _SENT_MILLISECONDS = 600_000
+_START_SECONDS = 300
 # The end of a process waits so long for the others; that of a good run, for all, is in `finish`.
 _SHUTDOWN_SECONDS = 10
 
@@ -59,10 +61,18 @@ def join() -> None:
         "num_processes": _number("JAX_NUM_PROCESSES"),
         "process_id": _number("JAX_PROCESS_ID"),
     }
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "host:1")
+    if not re.fullmatch(r".+:\d+", address):
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS={address!r} is not host:port")
+    print(f"waiting for the processes of this command, at most {_START_SECONDS} s", flush=True)
     # JAX would catch SIGTERM itself, only to note it, and the process would run on.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**numbers, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+        jax.distributed.initialize(
+            **numbers,
+            initialization_timeout=_START_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"--distributed: {error} Outside of TPU slices and clusters that JAX knows, set "

@@ -2,6 +2,7 @@
 
 import pytest
 
+from runtime import processes
 from tests.pairs import run_pair
 
 STAGE2 = ["stage2_transformer.py", "--distributed", "--input_dir"]
@@ -39,6 +40,23 @@ def test_what_one_refuses_all_refuse(tmp_path):
         assert process.returncode == 2, process.stderr
         expected = f"error: cannot read {tmp_path}/generation_config.json"
         assert process.stderr.count(expected) == 1 and "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("JAX_NUM_PROCESSES", "two", "'two' is not a number"),
+        ("JAX_PROCESS_ID", "2", "process_id < num_processes"),
+        ("JAX_COORDINATOR_ADDRESS", "localhost", "is not host:port"),
+    ],
+)
+def test_bad_variables_end_with_one_line(variable, value, said, monkeypatch):
+    good = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"}
+    for name, text in (good | {"JAX_PROCESS_ID": "0", variable: value}).items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ValueError, match=said):
+        processes.join()
+    assert processes.count() == 1 and processes.is_first()
 
 
 @pytest.mark.parametrize(
