@@ -346,7 +346,7 @@ def _kernel_cycles(denoiser: Denoiser) -> float:
     shards = denoiser.mesh.shape["sp"] * denoiser.mesh.shape["tp"]
     heads = _samples(denoiser) * denoiser.config["num_attention_heads"] // shards
     attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE
-    # Norms of q and k, and with sp the kernels that join and part its shards, wait for memory.
-    kernels = 4 if denoiser.mesh.shape["sp"] > 1 else 2
+    # The four norms, and with sp the kernels that join and part its shards, wait for memory.
+    kernels = 6 if denoiser.mesh.shape["sp"] > 1 else 4
     moved = kernels * 2 * _tokens_bytes(denoiser) // denoiser.mesh.shape["tp"]
     return attention + moved / chip.hbm_bytes_per_second * chip.clock_hz
