@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,11 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
     wishes = {field.name: getattr(arguments, field.name) for field in fields}
     settings = complete_settings(wishes, model, any_size=arguments.allow_unsupported)
     latents, padding = latent_shape(settings, model, batch)
-    utils.start_jax(arguments.dtype)
+    with ThreadPoolExecutor(1) as background:
+        starting = background.submit(utils.start_jax, arguments.dtype)
+        import diffusers  # noqa: F401 (takes as long as the devices do to start)
+
+        starting.result()
 
     import jax
 
@@ -202,11 +207,13 @@ def run(arguments: argparse.Namespace) -> None:
     from runtime.compilation import CompilationLog
 
     compilations = CompilationLog()
-    with timings.phase("load"):
-        parameters = plan.denoiser.load()
-        prompt_embeds = plan.denoiser.prompt_embeds(utils.read_tensors(embeddings))
-    with timings.phase("compile"):
-        step = plan.denoiser.compile(arguments.executables)
+    with ThreadPoolExecutor(1) as background:
+        compiling = background.submit(plan.denoiser.compile, arguments.executables)
+        with timings.phase("load"):
+            parameters = plan.denoiser.load()
+            prompt_embeds = plan.denoiser.prompt_embeds(utils.read_tensors(embeddings))
+        with timings.phase("compile"):  # what loading did not hide
+            step = compiling.result()
     print(f"stage 2: {compilations.sentence()}")
 
     section = make_section(plan, arguments, model, embeddings)

@@ -219,14 +219,14 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from cogvideox import transformer
     from cogvideox.attention import choose_attention
     from cogvideox.scheduler import make_schedule
     from cogvideox.settings import DenoisingSettings
+    from cogvideox.transformer_weights import abstract_parameters
 
     attention = choose_attention("auto", jax.default_backend(), "bfloat16").name
     denoiser = make_denoiser(arguments, np.asarray(jax.devices()), attention)
-    abstract = transformer.abstract_parameters(denoiser.config, denoiser.mesh, np.dtype("bfloat16"))
+    abstract = abstract_parameters(denoiser.config, denoiser.mesh, np.dtype("bfloat16"))
     parameters = random_parameters(abstract)
     start = time.perf_counter()
     step = denoiser.compile()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import ml_dtypes
 import numpy as np
 import safetensors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -109,6 +110,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+# By safetensors' names.
+_DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in (
+        *(("BF16", ml_dtypes.bfloat16), ("F16", "f2"), ("F32", "f4"), ("F64", "f8")),
+        *(("I64", "i8"), ("I32", "i4"), ("I16", "i2"), ("I8", "i1"), ("U8", "u1"), ("BOOL", "?")),
+    )
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """Where one weight lies, from the header of its safetensors file."""
@@ -116,11 +127,16 @@ class StoredTensor:
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int  # of its first byte in the file
 
-    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """Reads `index` of the tensor through mmap, in the file's dtype."""
-        with safetensors.safe_open(self.file, "np") as handle:
-            return handle.get_slice(self.name)[index or ...]
+    def mapped(self) -> np.ndarray:
+        """The tensor in the file itself, which is read where it is touched."""
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+    def read(self) -> np.ndarray:
+        """A copy of the tensor, in the file's dtype."""
+        return np.array(self.mapped())
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -142,12 +158,32 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for file in files:
         try:
-            with safetensors.safe_open(file, "np") as handle:
-                for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                    shape = tuple(handle.get_slice(name).get_shape())
-                    tensors[name] = StoredTensor(file, name, shape)
+            # Checks the header against the file's length.
+            with safetensors.safe_open(file, "np"):
+                tensors |= _header(file)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{file} is missing or damaged: {error}") from error
+    return tensors
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file: the length of a JSON text, the text, the data.
+
+    Raises:
+        ValueError: a tensor of a dtype that no weight has.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    tensors = {}
+    for name, described in header.items():
+        if name == "__metadata__":
+            continue
+        if described["dtype"] not in _DTYPES:
+            raise ValueError(f"{file}: {name} is of dtype {described['dtype']}")
+        offset = 8 + length + described["data_offsets"][0]
+        shape, dtype = tuple(described["shape"]), _DTYPES[described["dtype"]]
+        tensors[name] = StoredTensor(file, name, shape, dtype, offset)
     return tensors
 
 

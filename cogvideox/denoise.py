@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cogvideox import transformer
 from cogvideox.attention import AttentionKernel, padded_tokens
 from cogvideox.block import row_indices
 from cogvideox.checkpoint import StoredTensor
@@ -27,6 +26,7 @@ from cogvideox.loop_checkpoint import LoopCheckpoint
 from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
 from cogvideox.settings import LatentShape
 from cogvideox.tokens import TokenLayout, positions
+from cogvideox.transformer_weights import abstract_parameters, check_weights, load_parameters
 from runtime.compiler_options import transformer_options
 from runtime.executables import Program, find_or_compile, machine_fields
 from runtime.mesh import place
@@ -94,12 +94,12 @@ class Denoiser:
 
     def check_weights(self) -> None:
         """Raises ValueError if the weight files do not fit the config or the sharding table."""
-        transformer.check_weights(self.config, self.weights)
+        check_weights(self.config, self.weights)
 
     def load(self) -> dict[str, jax.Array]:
         """Reads the weights into their shards."""
         dtype = jnp.dtype(self.dtype)
-        return transformer.load_parameters(self.config, self.weights, self.mesh, dtype)
+        return load_parameters(self.config, self.weights, self.mesh, dtype)
 
     def prompt_embeds(self, embeddings: Mapping[str, np.ndarray]) -> jax.Array:
         """The transformer's text input [B or 2B, S, E]: negative prompts first if guided."""
@@ -142,7 +142,7 @@ class Denoiser:
         def abstract(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(spec))
 
-        parameters = transformer.abstract_parameters(self.config, self.mesh, jnp.dtype(self.dtype))
+        parameters = abstract_parameters(self.config, self.mesh, jnp.dtype(self.dtype))
         position_arrays = jax.tree.map(
             lambda array, spec: abstract(array.shape, array.dtype, spec),
             self.positions,
@@ -200,6 +200,8 @@ class Denoiser:
         samples = jnp.concatenate([tokens, tokens]) if self.guided else tokens
         own = prompt_embeds.shape[0]
         samples = jax.lax.dynamic_slice_in_dim(samples, jax.lax.axis_index("dp") * own, own)
+        from cogvideox import transformer  # only to trace: it takes seconds
+
         output = transformer.predict(
             self._module, parameters, samples, prompt_embeds, timestep, position_arrays
         )
@@ -215,7 +217,9 @@ class Denoiser:
         return following.astype(tokens.dtype), x0
 
     @cached_property
-    def _module(self) -> transformer.TokenTransformer:
+    def _module(self) -> Any:
+        from cogvideox import transformer
+
         return transformer.TokenTransformer.abstract(self.config, self.layout, self.attention)
 
     def run(

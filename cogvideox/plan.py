@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from cogvideox import transformer
 from cogvideox.denoise import Denoiser
 from cogvideox.settings import DenoisingSettings
+from cogvideox.transformer_weights import abstract_parameters
 from cogvideox.vae_decode import Decoder, frame_batches
 from runtime.executables import Program, compile_all
 from runtime.hlo_costs import memory, read_costs
@@ -304,9 +304,7 @@ def _split_weights(hbm: dict[str, int], weights: int) -> dict[str, int]:
 
 
 def _weight_bytes(denoiser: Denoiser) -> int:
-    abstract = transformer.abstract_parameters(
-        denoiser.config, denoiser.mesh, jax.numpy.dtype(denoiser.dtype)
-    )
+    abstract = abstract_parameters(denoiser.config, denoiser.mesh, jax.numpy.dtype(denoiser.dtype))
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in abstract.values()

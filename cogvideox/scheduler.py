@@ -9,21 +9,24 @@ Follows diffusers' schedulers/scheduling_dpm_cogvideox.py (DPM-Solver++ 2M SDE, 
 in CogVideoX's form) and scheduling_ddim_cogvideox.py (arXiv 2010.02502).
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from cogvideox.settings import DenoisingSettings
 
-SCHEDULERS = {"dpm": diffusers.CogVideoXDPMScheduler, "ddim": diffusers.CogVideoXDDIMScheduler}
+if TYPE_CHECKING:
+    import diffusers
+
+SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
 
 
 class StepCoefficients(NamedTuple):
@@ -85,7 +88,10 @@ def make_schedule(settings: DenoisingSettings, config: Mapping[str, Any]) -> Sch
     Raises:
         ValueError: more steps than the model was trained with, or an unknown prediction type.
     """
-    scheduler = SCHEDULERS[settings.scheduler].from_config(dict(config))
+    import diffusers  # only here: it takes seconds
+
+    scheduler_class = getattr(diffusers, SCHEDULERS[settings.scheduler])
+    scheduler = scheduler_class.from_config(dict(config))
     scheduler.set_timesteps(settings.num_inference_steps)
     timesteps = [int(t) for t in scheduler.timesteps]
     stride = scheduler.config.num_train_timesteps // settings.num_inference_steps
@@ -170,7 +176,7 @@ def draw_noise(
     numpy_dtype = jnp.dtype(str(dtype).removeprefix("torch."))
 
     def draw() -> np.ndarray:
-        noise = randn_tensor(shape, generator=generator, dtype=dtype)
+        noise = torch.randn(shape, generator=generator, dtype=dtype)
         return noise.float().numpy().astype(numpy_dtype)
 
     yield draw()

@@ -9,11 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import numpy as np
-import torch
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
 from cogvideox.settings import LatentShape
 
@@ -91,8 +87,14 @@ def positions(config: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
     Returns:
         {"rotary": (cos, sin) [D / 2, S] float32} or {"embedding": [S, E] float32}, S padded.
     """
+    # Only here, because it takes seconds, in which weights can be read.
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
     frames, *grid = layout.grid
     if not config["use_rotary_positional_embeddings"]:
+        import diffusers
+        import torch
+
         with torch.device("meta"):
             module = diffusers.CogVideoXTransformer3DModel.from_config(dict(config, num_layers=0))
         ratio = config["temporal_compression_ratio"]
@@ -102,6 +104,8 @@ def positions(config: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         video = joint[0, config["max_text_seq_length"] :].numpy()
         return {"embedding": layout.place(video, axis=0)}
     if config["patch_size_t"] is None:
+        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
         patch = config["patch_size"]
         sample = (config["sample_width"] // patch, config["sample_height"] // patch)
         kind = {"crops_coords": get_resize_crop_region_for_grid(tuple(grid), *sample)}

@@ -77,7 +77,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     """
     chosen = (jax.devices() if devices is None else devices)[: math.prod(shape)]
     idle = jax.process_count() - len({device.process_index for device in chosen})
-    if devices is None and idle:
+    if chosen[0] in jax.devices() and idle:
         raise ValueError(
             f"a mesh of {len(chosen)} devices leaves {idle} of {jax.process_count()} processes "
             "without one; ask for a larger --dp, --sp or --tp, or start fewer processes"

@@ -56,7 +56,7 @@ def no_weights_are_read(request, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("weights were read before the input was checked")
 
-    monkeypatch.setattr("cogvideox.checkpoint.StoredTensor.read", refuse)
+    monkeypatch.setattr("cogvideox.checkpoint.StoredTensor.mapped", refuse)
     monkeypatch.setattr("cogvideox.text_encoder.load_text_encoder", refuse)
     monkeypatch.setattr("cogvideox.vae_weights.read_weights", refuse)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from cogvideox import transformer
+from cogvideox import transformer_weights
 from cogvideox.attention import KERNELS
 from cogvideox.checkpoint import find_model, stored_tensors
 from cogvideox.denoise import Denoiser
@@ -72,7 +72,7 @@ def test_weights_are_split_where_the_table_says(model):
     mesh = make_mesh((2, 1, 4))
     config = found.config("transformer")
     stored = stored_tensors(found.path / "transformer")
-    parameters = transformer.load_parameters(config, stored, mesh, np.dtype("float32"))
+    parameters = transformer_weights.load_parameters(config, stored, mesh, np.dtype("float32"))
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"]
 

@@ -1,0 +1,274 @@
+"""Where the time from the start of stage 2's process to its first step goes, at full size.
+
+    python benchmarks/startup.py --make_model /disk/model        # random weights, 11 GB, once
+    python benchmarks/startup.py --model_id /disk/model --json   # cold, cached, with executables
+
+Each run is a process of its own, ended after two steps. `cold` compiles, with an empty compilation
+cache; `cached` reads the cache that `cold` filled; `executables` reads what compile_ahead.py made.
+`--drop_page_cache` (needs root) has each run read the weights from the disk again.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--make_model", type=Path, help="write a model of random weights and end")
+    parser.add_argument("--model", default="CogVideoX1.5-5B", help="the published one to make")
+    parser.add_argument("--layers", type=int, help="of the model to make (default: all)")
+    parser.add_argument("--model_id", type=Path, help="a folder in diffusers layout")
+    parser.add_argument("--size", default="768x1360x81", help="height x width x frames")
+    parser.add_argument("--runs", nargs="+", default=["cold", "cached", "executables"])
+    parser.add_argument("--drop_page_cache", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object a run")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.make_model:
+        make_model(arguments)
+    elif arguments.child:
+        run_stage(json.loads(arguments.child))
+    else:
+        compare(arguments)
+
+
+def make_model(arguments: argparse.Namespace) -> None:
+    """Writes a folder in diffusers layout: configs, and random transformer weights."""
+    import ml_dtypes
+    import numpy as np
+    from published_models import TRANSFORMERS
+    from safetensors.numpy import save_file
+
+    from cogvideox.transformer_weights import parameter_shapes
+
+    config = {"_class_name": "CogVideoXTransformer3DModel", **TRANSFORMERS[arguments.model]}
+    config |= {"patch_bias": True}
+    config |= {"num_layers": arguments.layers} if arguments.layers else {}
+    scheduler = {
+        "_class_name": "CogVideoXDPMScheduler",
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "snr_shift_scale": 1.0,
+        "timestep_spacing": "trailing",
+    }
+    vae = {
+        "_class_name": "AutoencoderKLCogVideoX",
+        "block_out_channels": [128, 256, 256, 512],
+        "latent_channels": 16,
+        "layers_per_block": 3,
+        "scaling_factor": 0.7,
+        "temporal_compression_ratio": 4,
+    }
+    index = {
+        "_class_name": "CogVideoXPipeline",
+        "scheduler": ["diffusers", "CogVideoXDPMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+    }
+    folder = arguments.make_model
+    for part in ("transformer", "scheduler", "vae"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "vae/config.json").write_text(json.dumps(vae))
+
+    noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+
+    def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1 and "norm" in name and name.endswith("weight"):
+            return np.ones(shape, ml_dtypes.bfloat16)
+        scale = 0.02 if len(shape) == 1 else shape[-1] ** -0.5
+        return np.resize((noise * scale).astype(ml_dtypes.bfloat16), shape)
+
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in parameter_shapes(config).items():
+        if sum(2 * int(np.prod(s)) for s in shards[-1].values()) > 4 << 30:
+            shards.append({})
+        shards[-1][name] = shape
+    weight_map = {}
+    for i, shapes in enumerate(shards):
+        file = f"diffusion_pytorch_model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: fill(name, shape) for name, shape in shapes.items()}
+        save_file(tensors, folder / "transformer" / file)
+        weight_map |= dict.fromkeys(shapes, file)
+    index_file = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    index_file.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """One process a run; prints a table or JSON."""
+    model = arguments.model_id.resolve()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        write_embeddings(model, work)
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(work / "cache")}
+        rows = []
+        for run in arguments.runs:
+            if run == "cold":
+                shutil.rmtree(work / "cache", ignore_errors=True)
+            stage = ["--input_dir", str(work), "--output_dir", str(work / run)]
+            stage += ["--num_inference_steps", "2", "--allow_unsupported"]
+            for flag, value in zip(
+                ("--height", "--width", "--num_frames"), arguments.size.split("x"), strict=True
+            ):
+                stage += [flag, value]
+            if run == "executables":
+                ahead = ["--model_id", model, "--sizes", arguments.size, "--stages", "2"]
+                ahead += ["--executables", work / "executables", "--allow_unsupported"]
+                own = environment | {"JAX_COMPILATION_CACHE_DIR": str(work / "cache_ahead")}
+                subprocess.run(
+                    [sys.executable, ROOT / "compile_ahead.py", *ahead],
+                    check=True,
+                    env=own,
+                    stdout=sys.stderr,
+                )
+                shutil.rmtree(work / "cache", ignore_errors=True)
+                stage += ["--executables", str(work / "executables")]
+            if arguments.drop_page_cache:
+                subprocess.run(["sync"], check=True)
+                Path("/proc/sys/vm/drop_caches").write_text("3")
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", json.dumps(stage)],
+                check=True,
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            row = {
+                "run": run,
+                "size": arguments.size,
+                "page_cache": "dropped" if arguments.drop_page_cache else "as it was",
+                **json.loads(done.stdout.splitlines()[-1]),
+                "latents": _digest(work / run),
+            }
+            rows.append(row)
+            print(json.dumps(row) if arguments.json else table(row), flush=True)
+
+
+def write_embeddings(model: Path, folder: Path) -> None:
+    """Stage 1's files, of random embeddings."""
+    import numpy as np
+
+    import utils
+
+    config = json.loads((model / "transformer/config.json").read_text())
+    shape = (1, config["max_text_seq_length"], config["text_embed_dim"])
+    rng = np.random.default_rng(0)
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    tensors = {name: rng.standard_normal(shape, np.float32) for name in names}
+    stage = "stage1_text_encoder"
+    settings = {"model_id": str(model), "revision": None, "prompt": "noise"}
+    section = {**settings, "fingerprint": utils.fingerprint(settings), "made_with": {}}
+    utils.write_stage_file(folder / utils.EMBEDDINGS_FILE, stage, tensors, section)
+    utils.record_section(folder, stage, section, inherited=folder)
+
+
+def run_stage(stage_arguments: list[str]) -> None:
+    """Stage 2 with the clock read at its phases; prints JSON as its last line."""
+    started = time.time() - _process_age()
+    stamps = [("interpreter", time.time())]
+
+    def stamp(name: str) -> None:
+        stamps.append((name, time.time()))
+
+    import stage2_transformer as stage2
+    import utils
+
+    make_plan, denoise, result = stage2.make_plan, stage2.denoise, {}
+
+    def stamped_plan(*args: Any, **kwargs: Any) -> Any:
+        stamp("arguments and stage file")
+        plan = make_plan(*args, **kwargs)
+        stamp("imports, devices, checks")
+        return plan
+
+    def stamped_denoise(plan: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
+        stamp("wait for compiler or executable")
+        calls = []
+
+        def stamped_step(*step_args: Any) -> Any:
+            if not calls:
+                stamp("noise and positions")
+            calls.append(time.time())
+            return step(*step_args)
+
+        latents = denoise(plan, stamped_step, *args, **kwargs)
+        result["steps"] = [round(b - a, 3) for a, b in itertools.pairwise([*calls, time.time()])]
+        return latents
+
+    class StampedTimings(utils.Timings):
+        def add(self, name: str, seconds: float) -> None:
+            super().add(name, seconds)
+            if name == "load":
+                stamp("weights and prompts")
+
+    stage2.make_plan, stage2.denoise, stage2.Timings = stamped_plan, stamped_denoise, StampedTimings
+    stage2.run(stage2.parse_arguments(stage_arguments))
+
+    import jax
+
+    timings = json.loads(
+        (
+            Path(stage_arguments[stage_arguments.index("--output_dir") + 1]) / "stage2_timings.json"
+        ).read_text()
+    )
+    before, seconds = started, {}
+    for name, at in stamps:
+        seconds[name] = round(at - before, 3)
+        before = at
+    print(
+        json.dumps(
+            {
+                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+                "seconds_to_first_step": round(before - started, 2),
+                "seconds": seconds,
+                "compilation": timings["compilation"],
+                "step_seconds": result["steps"],
+            }
+        )
+    )
+
+
+def table(row: dict[str, Any]) -> str:
+    parts = "".join(f"  {name:<34}{value:>8.2f} s\n" for name, value in row["seconds"].items())
+    return f"{row['run']}: {row['seconds_to_first_step']} s to the first step\n{parts}"
+
+
+def _process_age() -> float:
+    """Seconds since this process started."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _digest(folder: Path) -> str:
+    """Of the latents' bytes, without the header of their file."""
+    from cogvideox.checkpoint import stored_tensors
+
+    return hashlib.sha256(stored_tensors(folder)["latents"].read().tobytes()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    main()
