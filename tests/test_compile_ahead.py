@@ -1,0 +1,183 @@
+"""compile_ahead.py as a user runs it: executables that later processes run without compiling."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compile_ahead
+import stage1_text_encoder as stage1
+import stage2_transformer as stage2
+import stage3_vae_decoder as stage3
+import utils
+from cogvideox.checkpoint import stored_tensors
+from tests.tiny_models import save_tiny_model
+
+ROOT = Path(__file__).parents[1]
+SIZE = ("--height=64", "--width=80", "--num_frames=17")
+FLOAT = "--dtype=float32"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def configs(model, tmp_path_factory) -> Path:
+    """The model's JSON files alone."""
+    folder = tmp_path_factory.mktemp("configs")
+    for path in model.rglob("*.json"):
+        (folder / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path.relative_to(model)).write_text(path.read_text())
+    return folder
+
+
+def compile_for(configs: Path, folder: Path, *arguments: str) -> None:
+    where = ["--model_id", str(configs), "--executables", str(folder), FLOAT]
+    where += ["--sizes", "64x80x17", "--frames", "float32", *arguments]
+    compile_ahead.run(compile_ahead.parse_arguments(where))
+
+
+def run_script(name: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / name, *map(str, arguments)],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_later_processes_compile_nothing_and_make_the_same_bits(model, configs, tmp_path, capsys):
+    """Stage 2 and both decoders, on eight devices, against runs without executables."""
+    folder, plain = tmp_path / "executables", tmp_path / "plain"
+    compile_for(configs, folder)
+    compile_for(configs, folder, "--stages", "3", "--decoder", "flax")
+    texts = ["--prompt", "A red cat", "--model_id", str(model), "--output_dir", str(plain), FLOAT]
+    stage1.run(stage1.parse_arguments(texts))
+    steps = ["--input_dir", str(plain), *SIZE, FLOAT, "--num_inference_steps=2"]
+    stage2.run(stage2.parse_arguments(steps))
+
+    ahead = ("--executables", folder)
+    out = run_script("stage2_transformer.py", *steps, "--output_dir", tmp_path / "ahead", *ahead)
+    assert "stage2_transformer: executable " in out
+    assert "stage 2: 0 compilations, 0 cache hits" in out
+    expected, found = (
+        stored_tensors(tmp_path / run)["latents"].read() for run in ("plain", "ahead")
+    )
+    np.testing.assert_array_equal(found, expected)
+
+    for name, script in (
+        ("vae_torchax", "stage3_vae_decoder"),
+        ("vae_flax", "stage3_vae_decoder_flax"),
+    ):
+        video = ["--input_dir", str(plain), FLOAT, "--output_video"]
+        stage3.run(stage3.parse_arguments([*video, str(plain / f"{name}.npy")]), name)
+        out = run_script(f"{script}.py", *video, tmp_path / f"{name}.npy", *ahead)
+        assert f"{name}_first: executable " in out and f"{name}_later: executable " in out
+        assert "stage 3: 0 compilations, 0 cache hits" in out
+        expected, found = (np.load(run / f"{name}.npy") for run in (plain, tmp_path))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_several_sizes_share_a_folder_and_are_made_once(configs, tmp_path, capsys):
+    sizes = ("--sizes", "64x80x17,64x80x33", "--allow_unsupported", "--stages", "2")
+    for said in ("compiled in", "already there"):
+        compile_for(configs, tmp_path, *sizes)
+        assert capsys.readouterr().out.count(said) == 2
+    assert len(list(tmp_path.glob("stage2_transformer-*.json"))) == 2
+
+
+def test_a_plan_is_json_and_writes_nothing(configs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model_id", str(configs), FLOAT, "--plan", "--json", "--dp=2", "--tp=2"]
+    arguments += ["--sizes", "64x80x17,64x80x33", "--allow_unsupported"]
+    compile_ahead.run(compile_ahead.parse_arguments(arguments))
+    plans = json.loads(capsys.readouterr().out)
+    assert [plan["size"] for plan in plans] == ["64x80x17", "64x80x33"]
+    for plan in plans:
+        compiled, *derived = plan["step"]
+        assert compiled["mesh"] == {"dp": 2, "sp": 1, "tp": 2} and compiled["fits"]
+        assert compiled["source"] == "compiled"
+        assert {row["source"] for row in derived} == {"derived"}
+        for row in (compiled, *derived, plan["decode"]):
+            hbm = row["hbm_bytes_per_chip"]
+            assert hbm["total"] == sum(size for kind, size in hbm.items() if kind != "total")
+            assert row["seconds"] is None  # no estimates for a CPU
+    assert not list(tmp_path.iterdir())
+
+
+def test_derived_weights_are_those_of_a_compiled_mesh(configs, capsys):
+    def plan(*mesh: str) -> dict:
+        arguments = ["--model_id", str(configs), FLOAT, "--plan", "--json", "--stages=2", *mesh]
+        compile_ahead.run(compile_ahead.parse_arguments([*arguments, "--sizes", "64x80x17"]))
+        return json.loads(capsys.readouterr().out)[0]
+
+    derived = {str(row["mesh"]): row for row in plan("--dp=2", "--sp=2", "--tp=1")["step"]}
+    compiled = plan("--dp=2", "--sp=1", "--tp=2")["step"][0]
+    same = derived[str(compiled["mesh"])]
+    assert (same["source"], compiled["source"]) == ("derived", "compiled")
+    assert same["hbm_bytes_per_chip"]["weights"] == compiled["hbm_bytes_per_chip"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sizes", "64x80"], "64x80' is not height x width x frames"),
+        (["--sizes", "64xax17"], "is not height x width x frames"),
+        (["--sizes", "65x80x17"], "--height 65"),
+        (["--stages", "1"], "'1' is not 2, 3 or 2,3"),
+        (["--stages", "2,"], "is not 2, 3 or 2,3"),
+        (["--topology", "v9"], "invalid choice: 'v9'"),
+        (["--plan", "--push", "x"], "--plan writes nothing"),
+        (["--json"], "--json and --compile_all are for --plan"),
+        (["--dp", "3"], "--dp 3"),
+        (["--attention", "splash"], "needs a TPU"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, configs, tmp_path, capsys):
+    def main():
+        where = ["--model_id", str(configs), "--executables", str(tmp_path), FLOAT]
+        compile_ahead.run(compile_ahead.parse_arguments([*where, *arguments]))
+
+    with pytest.raises(SystemExit) as exit_:
+        utils.run_main(main)
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    assert said in message
+
+
+def test_a_read_only_folder_is_refused_before_anything_is_compiled(
+    configs, tmp_path, capsys, monkeypatch
+):
+    # Whoever runs as root may write everywhere, so the answer of the system is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(utils.InputError, match="not writable"):
+        compile_for(configs, tmp_path)
+
+
+def test_artifacts_are_pushed_and_pulled_without_compiling(configs, tmp_path, capsys):
+    compile_for(configs, tmp_path / "mine", "--stages", "2", "--push", str(tmp_path / "shared"))
+    assert "pushed 1 artifacts" in capsys.readouterr().out
+    where = ["--executables", str(tmp_path / "other"), "--pull", str(tmp_path / "shared")]
+    compile_ahead.run(compile_ahead.parse_arguments(where))
+    assert "pulled 1 artifacts" in capsys.readouterr().out
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("mine", "other")]
+    assert names[0] == names[1]
+    with pytest.raises(utils.RunError, match="--pull .*nowhere: .* is no folder"):
+        where = ["--executables", str(tmp_path), "--pull", str(tmp_path / "nowhere")]
+        compile_ahead.run(compile_ahead.parse_arguments(where))
+
+
+def test_a_stage_refuses_a_folder_that_is_none(tmp_path, capsys):
+    arguments = stage2.parse_arguments(["--executables", str(tmp_path / "none")])
+    assert str(arguments.executables).endswith("none")
+    with pytest.raises(ValueError, match="none is not a folder"):
+        utils.check_executables(arguments.executables)
