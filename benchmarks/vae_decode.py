@@ -22,12 +22,9 @@ import time
 from typing import Any
 from unittest import mock
 
+from runtime.topology import MACHINES, machine_devices
+
 CLOCK_HZ = 1.75e9  # v6e
-# Topology, shape of a host in chips, accelerator type that libtpu is told.
-TOPOLOGIES = {
-    "v6e-1": ("v6e:1x1", (1, 1, 1), "v6e-8"),
-    "v6e-8": ("v6e:2x4", (2, 4, 1), "v6e-8"),
-}
 DECODERS = ("torchax", "flax", "diffusers")
 # CogVideoX1.5-5B; its other values are the defaults.
 SCALING_FACTOR = 0.7
@@ -39,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--decoder", nargs="+", choices=DECODERS, default=["torchax", "flax"])
-    parser.add_argument("--topology", choices=[*TOPOLOGIES, "local"], default="v6e-8")
+    parser.add_argument("--topology", choices=[*MACHINES, "local"], default="v6e-8")
     parser.add_argument(
         "--size", default="768x1360x81", help="height x width x frames (default %(default)s)"
     )
@@ -87,26 +84,16 @@ def main() -> None:
 
 def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """Cold compile of both programs, their memory, and the compiler's estimate of a decode."""
-    name, chips_per_host, accelerator = TOPOLOGIES[topology]
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": accelerator,
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh
 
     from cogvideox.vae_decode import frame_batches
     from runtime.hlo_costs import memory, read_costs
 
-    devices = topologies.get_topology_desc(
-        name, platform="tpu", chips_per_host_bounds=chips_per_host
-    ).devices
+    devices = machine_devices(topology)
+    jax.config.update("jax_enable_compilation_cache", False)
     mesh = Mesh(np.array(devices).reshape(1, -1), ("dp", "tp"))
     decoder = abstract_decoder(decoder_name, mesh, jnp.bfloat16)
 

@@ -1,9 +1,8 @@
 """The decoder's layers with XLA's convolutions, frame by frame: for GPU and CPU.
 
 Nothing but what is kept is ever larger than one frame, so a decode of 768x1360 needs little more
-memory than its caches. A causal convolution is a chain of three 2-D ones, each added to the one
-before: 1.42 ms for a frame of 768x1360 with 128 channels on an H200, against 1.67 ms for one
-convolution over three frames side by side in the channels and 3.48 ms for a 3-D one.
+memory than its caches. A causal convolution is three 2-D ones, summed in float32;
+`benchmarks/vae_convolution.py` compares other forms.
 """
 
 import dataclasses
@@ -248,17 +247,21 @@ def _causal_conv(
     """
     b, frames, columns, rows, _ = video.shape
     shards, kernels = video.shards, _frame_kernels(conv)
-    bias = conv.bias.astype(video.stored.dtype)
+    out_channels = conv.bias.shape[0]
 
     def step(t: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, before_last, last, sums = carry
         now = prepared(Video(out, None, shards) if overwrite else video, t)
         now = with_neighbours(now, shards)
-        y = bias if residual is None else residual.frame(t) + bias
+        y = conv.bias.astype(jnp.float32)
+        if residual is not None:
+            y += residual.frame(t)
         for frame, kernel in zip((before_last, last, now), kernels, strict=True):
-            # cuDNN adds while it convolves, but XLA sees it only in the sum of one convolution
-            # and of something that is none.
-            y = lax.optimization_barrier(y + _conv_2d(frame, kernel, shards))
+            # Apart from the sum, because XLA would make cuDNN's fused convolutions of the two, with
+            # which a decode of 768x1360x81 did not end within two minutes on an H200.
+            y += lax.optimization_barrier(_conv_2d(frame, kernel, shards))
+        # Both of its readers, the result and the sums, would otherwise add up for themselves.
+        y = lax.optimization_barrier(y.astype(video.stored.dtype))
         out = lax.dynamic_update_index_in_dim(out, y, t, axis=1)
         return out, last, now, sums + frame_sums(y, shards)
 
@@ -269,7 +272,7 @@ def _causal_conv(
     out = video.stored
     if not overwrite:
         # Some value of the input: zeros would be made, and held, long before they are needed.
-        out = jnp.broadcast_to(out[:, :1, :1, :1, :1], (b, frames, columns, rows, len(bias)))
-    sums = jnp.zeros((b, 2, len(bias)), jnp.float32)
+        out = jnp.broadcast_to(out[:, :1, :1, :1, :1], (b, frames, columns, rows, out_channels))
+    sums = jnp.zeros((b, 2, out_channels), jnp.float32)
     out, before_last, last, sums = lax.fori_loop(0, frames, step, (out, before_last, last, sums))
     return Features(out, sums), (before_last[:, None], last[:, None])

@@ -12,7 +12,7 @@ same two bodies.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from cogvideox.vae_by_columns import ColumnLayers
 from cogvideox.vae_by_frames import FrameLayers
 from cogvideox.vae_conv_tpu import LANES
 from cogvideox.vae_parts import Layers, WidthShards
-from cogvideox.vae_weights import VaeConfig
+from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, read_weights
 from runtime.compiler_options import vae_options
 from runtime.executables import Program, find_or_compile, machine_fields
 from runtime.mesh import place
@@ -52,6 +52,28 @@ Forward = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 def width_mesh(mesh: Mesh) -> Mesh:
     """All devices of `mesh`, in its order, on one axis that splits the width."""
     return Mesh(mesh.devices.reshape(-1), (AXIS,))
+
+
+def abstract_weights(
+    shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, dtype: jnp.dtype
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `load_weights` returns, without its numbers."""
+    everywhere = NamedSharding(mesh, P())
+    return {
+        name: jax.ShapeDtypeStruct(arranged_shape(shape), dtype, sharding=everywhere)
+        for name, shape in shapes.items()
+    }
+
+
+def load_weights(
+    vae_folder: Path, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, dtype: jnp.dtype
+) -> dict[str, jax.Array]:
+    """The weights of a VAE folder, arranged, on every device of `mesh`; see `read_weights`."""
+    everywhere = NamedSharding(mesh, P())
+    return {
+        name: place(np.asarray(arrange(array), dtype), everywhere)
+        for name, array in read_weights(vae_folder, shapes).items()
+    }
 
 
 def frame_batches(latent_frames: int) -> list[tuple[int, int]]:

@@ -10,15 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from cogvideox import vae_parts
-from cogvideox.vae_decode import Decoder, Forward, width_mesh
-from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, read_weights
-from runtime.mesh import place
+from cogvideox.vae_decode import Decoder, Forward, abstract_weights, load_weights, width_mesh
+from cogvideox.vae_weights import VaeConfig, arranged_shape
 
 MID_RESNETS = 2  # CogVideoXDecoder3D fixes it
 
@@ -220,7 +217,16 @@ def abstract_model(config: VaeConfig) -> VaeDecoder:
     return nnx.eval_shape(lambda: VaeDecoder(config))
 
 
-def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, model: VaeDecoder) -> Decoder:
+def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
+    """The stored shape of every weight, by diffusers' name."""
+    parameters = parameters_by_diffusers_name(abstract_model(config))
+    return {name: shape for name, (_, shape) in parameters.items()}
+
+
+def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, weights: dict[str, Any]) -> Decoder:
+    model = abstract_model(config)
+    for name, (parameter, _) in parameters_by_diffusers_name(model).items():
+        parameter.set_value(weights[name])
     graph, state = nnx.split(model)
 
     def build_forward(layers: vae_parts.Layers) -> Forward:
@@ -232,11 +238,7 @@ def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, model: VaeDecoder)
 def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     """A decoder that compiles but holds no weights, for any mesh, also of absent devices."""
     mesh = width_mesh(mesh)
-    replicated = NamedSharding(mesh, P())
-    model = abstract_model(config)
-    for parameter, _ in parameters_by_diffusers_name(model).values():
-        parameter.set_value(jax.ShapeDtypeStruct(parameter.shape, dtype, sharding=replicated))
-    return _decoder(config, mesh, dtype, model)
+    return _decoder(config, mesh, dtype, abstract_weights(weight_shapes(config), mesh, dtype))
 
 
 def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
@@ -250,13 +252,6 @@ def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     Raises:
         ValueError: the config cannot be decoded, or weights do not fit it.
     """
-    config = VaeConfig.from_folder(vae_folder)
-    mesh = width_mesh(mesh)
-    replicated = NamedSharding(mesh, P())
-    model = abstract_model(config)
-    parameters = parameters_by_diffusers_name(model)
-    arrays = read_weights(vae_folder, {name: shape for name, (_, shape) in parameters.items()})
-    for name, (parameter, _) in parameters.items():
-        array = np.asarray(arrange(arrays[name]), dtype=dtype)
-        parameter.set_value(place(array, replicated))
-    return _decoder(config, mesh, dtype, model)
+    config, mesh = VaeConfig.from_folder(vae_folder), width_mesh(mesh)
+    weights = load_weights(vae_folder, weight_shapes(config), mesh, dtype)
+    return _decoder(config, mesh, dtype, weights)

@@ -10,9 +10,7 @@ cares about the layout of the arrays.
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 import torchax
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
@@ -23,14 +21,12 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXSpatialNorm3D,
 )
 from diffusers.models.upsampling import CogVideoXUpsample3D
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from torchax import interop
 
 from cogvideox import vae_parts
-from cogvideox.vae_decode import Decoder, Forward, width_mesh
-from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, read_weights
-from runtime.mesh import place
+from cogvideox.vae_decode import Decoder, Forward, abstract_weights, load_weights, width_mesh
+from cogvideox.vae_weights import VaeConfig
 
 
 class _DecoderWithLatentConv(torch.nn.Module):
@@ -172,7 +168,7 @@ def build_forward(config: VaeConfig, layers: vae_parts.Layers) -> Forward:
 
 
 def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight, by diffusers' name."""
+    """The stored shape of every weight, by diffusers' name."""
     return {name: tuple(t.shape) for name, t in _meta_module(config).state_dict().items()}
 
 
@@ -185,12 +181,7 @@ def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, weights: Any) -> D
 def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     """A decoder that compiles but holds no weights, for any mesh, also of absent devices."""
     mesh = width_mesh(mesh)
-    replicated = NamedSharding(mesh, P())
-    weights = {
-        name: jax.ShapeDtypeStruct(arranged_shape(shape), dtype, sharding=replicated)
-        for name, shape in weight_shapes(config).items()
-    }
-    return _decoder(config, mesh, dtype, weights)
+    return _decoder(config, mesh, dtype, abstract_weights(weight_shapes(config), mesh, dtype))
 
 
 def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
@@ -204,12 +195,6 @@ def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
     Raises:
         ValueError: the config cannot be decoded, or weights do not fit it.
     """
-    config = VaeConfig.from_folder(vae_folder)
-    mesh = width_mesh(mesh)
-    arrays = read_weights(vae_folder, weight_shapes(config))
-    replicated = NamedSharding(mesh, P())
-    weights = {
-        name: place(np.asarray(arrange(array), dtype=dtype), replicated)
-        for name, array in arrays.items()
-    }
+    config, mesh = VaeConfig.from_folder(vae_folder), width_mesh(mesh)
+    weights = load_weights(vae_folder, weight_shapes(config), mesh, dtype)
     return _decoder(config, mesh, dtype, weights)

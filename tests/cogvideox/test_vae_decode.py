@@ -52,7 +52,7 @@ def test_frame_batches(latent_frames, expected):
     [
         ("flax", (2, 4), 170, 3),
         ("flax", (1, 8), 160, 2),
-        ("torchax", (1, 8), 90, 2),
+        ("torchax", (1, 8), 90, 4),
         ("flax", (2, 4), 85, 5),
         ("torchax", (4, 2), 13, 3),
         ("flax", (1, 8), 3, 1),
