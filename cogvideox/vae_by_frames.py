@@ -258,7 +258,7 @@ def _causal_conv(
             y += residual.frame(t)
         for frame, kernel in zip((before_last, last, now), kernels, strict=True):
             # Apart from the sum, because XLA would make cuDNN's fused convolutions of the two, with
-            # which a decode of 768x1360x81 did not end within two minutes on an H200.
+            # which three decodes of 768x1360x81 did not end within two minutes on an H200.
             y += lax.optimization_barrier(_conv_2d(frame, kernel, shards))
         # Both of its readers, the result and the sums, would otherwise add up for themselves.
         y = lax.optimization_barrier(y.astype(video.stored.dtype))
