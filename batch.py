@@ -3,6 +3,7 @@
 
 batch.py JOBS --output_dir DIR     make them; the same command again goes on
 batch.py status DIR                a table of what is done
+batch.py rerun VIDEO               a video again, from its own tag or the settings beside it
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "  python batch.py jobs.jsonl --output_dir night --dry_run\n"
         "  python batch.py jobs.jsonl --output_dir night --stages 1,2   # decode some later:\n"
         "  python batch.py jobs.jsonl --output_dir night --only 'kite*'\n"
-        "  python batch.py status night\n\n"
+        "  python batch.py status night\n"
+        "  python batch.py rerun night/kite-0123456789ab/output_video.mp4\n\n"
         "a line of jobs.jsonl, every key but prompt optional, with the options as defaults:\n"
         '  {"prompt": "A red kite", "name": "kite", "seeds": "1-4", "size": "768x1360",\n'
         '   "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 6}',
@@ -225,6 +227,10 @@ def status(arguments: argparse.Namespace) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["status"]:
         status(parse_status(sys.argv[2:]))
+    elif sys.argv[1:2] == ["rerun"]:
+        from jobs import rerun
+
+        rerun.run(rerun.parse_arguments(sys.argv[2:]))
     else:
         run(parse_arguments())
 

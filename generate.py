@@ -39,22 +39,36 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    utils.join_processes(arguments)
+    run_stages(arguments, arguments, arguments, arguments.decoder)
+
+
+def run_stages(
+    first: argparse.Namespace,
+    second: argparse.Namespace,
+    third: argparse.Namespace,
+    decoder: str,
+) -> None:
+    """Runs the stages with the arguments of each, in the output folder of the first.
+
+    Args:
+        decoder: "torchax" or "flax".
+    """
+    utils.join_processes(second)
     # What stages 2 and 3 would refuse is refused before stage 1 loads its 9.5 GB.
     with checking_input():
-        utils.check_executables(arguments.executables)
-        model, tokens = stage1.check(arguments)
-        plan = stage2.make_plan(arguments, model, len(arguments.prompt), tokens)
+        utils.check_executables(second.executables)
+        model, tokens = stage1.check(first)
+        plan = stage2.make_plan(second, model, len(first.prompt), tokens)
         batch, frames, *shape = plan.denoiser.latents.sizes
         latents = (batch, shape[0], frames - plan.padding_frames, *shape[1:])
-        stage3.check(arguments, model, arguments.output_dir, latents, plan.settings.fps)
+        stage3.check(third, model, first.output_dir, latents, third.fps or plan.settings.fps)
 
     if processes.is_first():
         with processes.alone():
-            stage1.run(arguments)
-    arguments.input_dir = arguments.output_dir
-    stage2.run(arguments)
-    stage3.run(arguments, f"vae_{arguments.decoder}")
+            stage1.run(first)
+    second.input_dir = third.input_dir = first.output_dir
+    stage2.run(second)
+    stage3.run(third, f"vae_{decoder}")
 
 
 if __name__ == "__main__":

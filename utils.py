@@ -325,6 +325,12 @@ def make_section(settings: Mapping[str, Any], **made_with: Any) -> dict[str, Any
     return {**settings, "fingerprint": fingerprint(settings), "made_with": made_with}
 
 
+def is_whole(section: Mapping[str, Any]) -> bool:
+    """Whether a section's settings are those that it was made with, by its fingerprint."""
+    settings = {k: v for k, v in section.items() if k not in ("fingerprint", "made_with")}
+    return section.get("fingerprint") == fingerprint(settings)
+
+
 @dataclasses.dataclass(frozen=True)
 class StageFile:
     """A stage's tensors on disk, checked against the config beside them."""
@@ -402,8 +408,7 @@ def open_stage_file(
     section = config.get(stage)
     if not isinstance(section, dict):
         raise InputError(f"{folder / CONFIG_FILE} has no section {stage}; {again}")
-    settings = {k: v for k, v in section.items() if k not in ("fingerprint", "made_with")}
-    if not stamp.get("fingerprint") == section.get("fingerprint") == fingerprint(settings):
+    if stamp.get("fingerprint") != section.get("fingerprint") or not is_whole(section):
         raise InputError(f"{path} is stale: {CONFIG_FILE} beside it describes another run; {again}")
     return StageFile(path, section, shapes)
 

@@ -1,0 +1,120 @@
+"""A video can be made again from its own tag, or from the settings beside it; else it says why."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import generate
+import utils
+from cogvideox.video import open_video_writer
+from jobs import rerun
+from tests.tiny_models import save_tiny_model
+
+PROMPT = '-- a "red" cat = 100%; #1 \\ <b>猫'
+SETTINGS = ["--num_frames", "9", "--allow_unsupported", "--num_inference_steps", "2"]
+SETTINGS += ["--height", "48", "--width", "80", "--seed", "0", "--scheduler", "ddim"]
+SETTINGS += ["--guidance_scale", "3.3", "--use_dynamic_cfg", "--dtype", "float32"]
+SETTINGS += ["--fps", "5", "--quality", "9", "--negative_prompt=-blurry", "--decoder", "flax"]
+SETTINGS += ["--max_sequence_length", "12", "--dp", "1", "--sp", "1", "--tp", "1"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with the files of a run, among them two videos that were made together."""
+    folder = tmp_path_factory.mktemp("made")
+    model = save_tiny_model(tmp_path_factory.mktemp("model"))
+    texts = [f"--prompt={PROMPT}", "--prompt=A blue dog"]
+    arguments = [*texts, "--model_id", str(model), *SETTINGS, "--output_dir", str(folder)]
+    generate.run(generate.parse_arguments([*arguments, "--output_video", str(folder / "a.mp4")]))
+    return folder
+
+
+def again(*arguments: object) -> None:
+    rerun.run(rerun.parse_arguments([*map(str, arguments), "--dp", "1", "--sp", "1", "--tp", "1"]))
+
+
+def frames(video: Path) -> np.ndarray:
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    command = [get_ffmpeg_exe(), "-v", "error", "-i", video, "-f", "rawvideo", "-"]
+    return np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, "uint8")
+
+
+def test_from_the_tag(made, tmp_path):
+    alone = shutil.copy(made / "a-1.mp4", tmp_path / "moved.mp4")
+    again(alone)
+    found = tmp_path / "moved_rerun"
+    for name in ("a-0.mp4", "a-1.mp4"):
+        assert np.array_equal(frames(made / name), frames(found / name))
+    one, two = (load_file(folder / utils.LATENTS_FILE)["latents"] for folder in (made, found))
+    assert np.array_equal(one, two)
+    first, second = map(utils.read_config, (made, found))
+    for stage in ("stage1_text_encoder", "stage2_transformer"):
+        assert first[stage]["fingerprint"] == second[stage]["fingerprint"]
+
+
+def test_settings_beside_the_video(made, tmp_path):
+    """Those without a tag; only what will be run is looked at."""
+    folder = tmp_path / "files"
+    shutil.copytree(made, folder)
+    (folder / "a-0.mp4").unlink()
+    with open_video_writer(folder / "a-0.mp4", fps=5, num_frames=1) as writer:
+        writer.write(np.zeros((1, 48, 80, 3), np.uint8))
+    arguments = rerun.parse_arguments([str(folder / "a-0.mp4")])
+    recipe = rerun.read_recipe(arguments.video)
+    assert recipe.source == folder / utils.CONFIG_FILE and recipe.decoder == "flax"
+    first, second, third = rerun.stage_arguments(recipe, arguments, tmp_path / "out")
+    assert first.prompt == [PROMPT, "A blue dog"] and first.negative_prompt == "-blurry"
+    assert (second.seed, second.guidance_scale, second.use_dynamic_cfg) == (0, 3.3, True)
+    assert third.output_video == tmp_path / "out" / "a.mp4" and third.no_metadata
+    assert (third.fps, third.quality, third.dtype) == (5, 9, "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.mp4", None, "does not exist"),
+        ("text.mp4", b"no video", "ffmpeg cannot read"),
+        ("other.gif", b"", "is about a-0.mp4, a-1.mp4, not about other.gif"),
+    ],
+)
+def test_what_nothing_is_known_of(name, content, said, made, tmp_path):
+    shutil.copy(made / utils.CONFIG_FILE, tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(utils.InputError, match=said):
+        again(tmp_path / name)
+
+
+@pytest.mark.parametrize("comment", ["a note", "[]", '{"stage1_text_encoder": 3}', "{}"])
+def test_tags_of_others(comment, tmp_path):
+    with open_video_writer(tmp_path / "v.mp4", fps=5, num_frames=1, comment=comment) as writer:
+        writer.write(np.zeros((1, 48, 80, 3), np.uint8))
+    with pytest.raises(utils.InputError, match="the tag of|does not say what"):
+        again(tmp_path / "v.mp4")
+
+
+def test_nothing_is_overwritten(made, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.InputError, match="is not empty"):
+        again(made / "a-0.mp4", "--output_dir", tmp_path)
+
+
+def test_changed_settings_end_with_one_line(made, tmp_path):
+    config = json.loads((made / utils.CONFIG_FILE).read_text())
+    config["stage2_transformer"]["seed"] = 8
+    with open_video_writer(
+        tmp_path / "v.mp4", fps=5, num_frames=1, comment=json.dumps(config)
+    ) as writer:
+        writer.write(np.zeros((1, 48, 80, 3), np.uint8))
+    command = [sys.executable, "batch.py", "rerun", str(tmp_path / "v.mp4")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and "does not say what stage2" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "v_rerun").exists()
