@@ -181,3 +181,58 @@ def test_a_stage_refuses_a_folder_that_is_none(tmp_path, capsys):
     assert str(arguments.executables).endswith("none")
     with pytest.raises(ValueError, match="none is not a folder"):
         utils.check_executables(arguments.executables)
+
+
+FINGERPRINTS = """
+import json, sys
+import compile_ahead
+found = {}
+for extra in json.loads(sys.argv[2]):
+    arguments = ["--model_id", sys.argv[1], "--topology", "v6e-8", "--plan", *extra]
+    arguments = compile_ahead.parse_arguments(arguments)
+    (target,) = compile_ahead.make_targets(arguments)
+    decoder = target.decoder.programs(target.latents, output=arguments.frames)
+    programs = [target.denoiser.program, *decoder]
+    found[" ".join(extra)] = {program.name: program.fingerprint for program in programs}
+print(json.dumps(found))
+"""
+
+
+def test_fingerprints_for_a_tpu_are_the_same_in_every_process_and_differ_with_the_request(configs):
+    variants = [
+        ["--sizes=64x80x17"],
+        ["--sizes=64x80x17", "--decoder=flax"],
+        ["--sizes=80x64x17", "--allow_unsupported"],
+        ["--sizes=64x80x17", "--dp=1", "--sp=2", "--tp=1"],
+        ["--sizes=64x80x17", "--unguided"],
+        ["--sizes=64x80x17", "--batch=2"],
+        ["--sizes=64x80x17", "--attention=reference"],
+        ["--sizes=64x80x17", "--max_sequence_length=8"],
+        ["--sizes=64x80x17", "--frames=float32"],
+        # The last: it sets the precision of the whole process.
+        ["--sizes=64x80x17", "--dtype=float32"],
+    ]
+    both = [
+        subprocess.run(
+            [sys.executable, "-c", FINGERPRINTS, str(configs), json.dumps(variants)],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()[-1]
+        for seed in ("1", "2")
+    ]
+    assert both[0] == both[1]
+    found = json.loads(both[0])
+    base = found["--sizes=64x80x17"]
+    decoder_only, step_only = {"--decoder", "--frames"}, {"--unguided", "--attention", "--max_seq"}
+    for variant, programs in list(found.items())[1:]:
+        changed = {name for name, print_ in programs.items() if base.get(name) != print_}
+        if any(flag in variant for flag in decoder_only):
+            assert "stage2_transformer" not in changed and len(changed) == 2, variant
+        elif any(flag in variant for flag in step_only):
+            assert changed == {"stage2_transformer"}, variant
+        else:
+            assert "stage2_transformer" in changed, variant
+            assert len(changed) == 3 or "--dp" in variant, variant
