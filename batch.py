@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
 import signal
 import sys
 import threading
@@ -125,9 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
             return
 
     for job in jobs:
-        folder = arguments.output_dir / job.folder
-        if not (folder / "job.json").exists():
-            write_job(folder, job)
+        write_job(arguments.output_dir / job.folder, job)
     if arguments.engine == "ray":
         from jobs import ray_engine
 
@@ -200,7 +199,8 @@ def _stop_on_signals(stop: threading.Event) -> list[int]:
         came.append(number)
         if len(came) > 1:
             raise utils.Stopped(number)
-        print("stopping; what runs is finished or saved first, once more ends at once", flush=True)
+        # Not print: the signal may have come inside one, which must not be entered twice.
+        os.write(2, b"stopping; what runs is finished or saved first, once more ends at once\n")
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -139,7 +139,14 @@ def read_batch(output_dir: Path) -> list[JobState]:
 
 
 def write_job(folder: Path, job: Job) -> None:
-    write_json(folder / JOB_FILE, dataclasses.asdict(job))
+    """Writes job.json, unless just that is there: hundreds of flushes take seconds."""
+    path, fields = folder / JOB_FILE, dataclasses.asdict(job)
+    try:
+        written = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        written = None
+    if written != fields:
+        write_json(path, fields)
 
 
 def read_job(folder: Path) -> Job:
