@@ -288,3 +288,18 @@ def test_processes_share_a_folder_and_survive_kills(model, whole, tmp_path):
     assert third.communicate() and third.returncode == 0
     assert done.items() <= records(tmp_path).items()
     assert outputs(tmp_path) == outputs(whole)
+
+
+def test_a_ray_cluster_of_this_machine(model, whole, tmp_path, calls):
+    """Its worker makes the same files, and a job that fails there is one that failed."""
+    jobs = [*JOBS, {"prompt": "A black kite", "size": "32x48", "num_frames": 5, "name": "cursed"}]
+    cursed = run(model, tmp_path, "--stages=1", "--only=cursed", jobs=jobs)
+    assert cursed == 0
+    folder = job_folder(tmp_path, "cursed")
+    (folder / utils.LATENTS_FILE).mkdir()  # so that stage 2 cannot write there
+    calls.clear()
+    assert run(model, tmp_path, "--engine=ray", jobs=jobs) == 3
+    assert not calls  # nothing was done in this process
+    assert records(tmp_path)[folder.name, STAGES[1]].status == "failed"
+    made = outputs(tmp_path)
+    assert outputs(whole).items() <= made.items()
