@@ -69,6 +69,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="seconds after which the job of a process on a lost machine is taken over",
     )
     parser.add_argument(
+        "--mirror",
+        metavar="URL",
+        help="keep a copy there and fetch from there what is missing here: gs://bucket/night, or "
+        "any other URL that fsspec knows",
+    )
+    parser.add_argument(
         "--engine",
         choices=("local", "ray"),
         default="local",
@@ -114,6 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         stop = threading.Event()
         runner = Runner(jobs, model, arguments, stop)
+        if not arguments.dry_run:
+            runner.fetch()
         needs = {job: runner.ledger.next(job) for job in jobs}
         _require_stages_before(jobs, arguments.stages[0], runner.ledger)
         bytes_needed = sum(job_bytes(job, model) for job in jobs if needs[job] in _STAGES)
@@ -136,6 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         signals = _stop_on_signals(stop)
         counts = runner.run()
+    runner.copy()
     print(f"{counts.done} done, {counts.failed} failed, {counts.left} left")
     if signals:
         raise utils.Stopped(signals[0])

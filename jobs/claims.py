@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from utils import RunError
+
 CLAIMS_FOLDER = "claims"
 DEFAULT_EXPIRY = 120.0  # seconds without a sign of life; signs come four times as often
 
@@ -51,7 +53,11 @@ class Claims:
             self.release(claim)
 
     def take(self, job_folder: Path) -> Claim | None:
-        """Takes the job of this folder, or returns None because another process has it."""
+        """Takes the job of this folder, or returns None because another process has it.
+
+        Raises:
+            RunError: the file system, such as that of a mounted bucket, has no hard links.
+        """
         folder = job_folder / CLAIMS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         latest = _latest(folder)
@@ -69,6 +75,8 @@ class Claims:
                 # Over NFS a link that was made can be reported so when the first reply was lost.
                 if temporary.stat().st_nlink != 2:
                     return None
+            except OSError as error:
+                raise RunError(f"{folder} cannot be claimed by link(2): {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
         self._held.add(claim)

@@ -21,6 +21,7 @@ import utils
 from cogvideox.checkpoint import ModelFolder
 from jobs.claims import Claim, Claims, is_claimed
 from jobs.gallery import Gallery
+from jobs.mirror import Mirror
 from jobs.records import (
     INPUTS,
     OUTPUTS,
@@ -147,6 +148,7 @@ class Runner:
         self._gallery = Gallery(self._output_dir)
         self.ledger = Ledger(self._output_dir, self._stages, arguments.retry_failed)
         self._expiry = arguments.claim_expiry
+        self._mirror = Mirror(arguments.mirror, self._output_dir) if arguments.mirror else None
         self._unprepared: dict[tuple[str, Shape], Exception] = {}
         self._videos_since: float | None = None
         self._done_before = 0
@@ -155,12 +157,36 @@ class Runner:
         """Checks all that needs no weights; raises ValueError."""
         self._workshop.check(self._jobs, self._stages)
 
+    def fetch(self) -> None:
+        """Fetches from the mirror what this machine lacks."""
+        if self._mirror:
+            fetched = self._mirror.pull(self._jobs)
+            print(f"{fetched} file(s) fetched from the mirror")
+
+    def copy(self) -> None:
+        """Copies to the mirror what is not there yet.
+
+        Raises:
+            utils.RunError: the mirror's file system refuses.
+        """
+        for job in self._jobs if self._mirror else []:
+            try:
+                self._mirror.push(job)
+            except Exception as error:  # of any file system
+                raise utils.RunError(
+                    f"{job.folder} was not copied to the mirror, the same command does it: {error}"
+                ) from error
+
     def mesh(self, shape: Shape) -> dict[str, int]:
         """The mesh of a shape's transformer, once `check` has passed."""
         return self._workshop.mesh(shape)
 
     def run(self) -> Counts:
-        """Works until no job is left or `stop` is set; waits for jobs that others work on."""
+        """Works until no job is left or `stop` is set; waits for jobs that others work on.
+
+        Raises:
+            utils.RunError: the disk is full.
+        """
         with Claims(self._expiry) as self._claims:
             try:
                 waiting = False
@@ -192,7 +218,7 @@ class Runner:
             elif need == ENCODE:
                 self._do(ENCODE, job, claim)
             worked += need in (CONFIG, ENCODE)
-            self._claims.release(claim)
+            self._release(job, claim)
         self._workshop.release_text_encoder()
         return worked
 
@@ -231,8 +257,16 @@ class Runner:
             self._do(DECODE, job, claim)
         self._finish(job, claim)
 
-    def _finish(self, job: Job, claim: Claim) -> None:
+    def _release(self, job: Job, claim: Claim) -> None:
+        try:
+            if self._mirror:
+                self._mirror.push(job)
+        except Exception as error:  # of any file system; what is not copied now is copied later
+            print(f"warning: {job.folder} was not copied to the mirror: {error}")
         self._claims.release(claim)
+
+    def _finish(self, job: Job, claim: Claim) -> None:
+        self._release(job, claim)
         if not self._stop.is_set() and self.ledger.next(job) in (DONE, FAILED):
             print(f"{self._progress()}: {job.folder}")
             self._gallery.update()

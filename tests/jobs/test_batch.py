@@ -290,6 +290,32 @@ def test_processes_share_a_folder_and_survive_kills(model, whole, tmp_path):
     assert outputs(tmp_path) == outputs(whole)
 
 
+def test_a_mirror_outlives_the_machine(model, whole, tmp_path, calls, capsys):
+    """A bucket, played by fsspec's memory: what was copied is not made again elsewhere."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    mirror = f"--mirror=memory://{tmp_path.name}"
+    assert run(model, first, "--stages=1,2", mirror) == 0
+    assert run(model, first, "--only=kite", mirror) == 0
+    calls.clear()
+    assert run(model, second, mirror) == 0
+    assert (calls["_embed"], calls["_denoise"], calls["_decode"]) == (0, 0, 2)
+    assert outputs(second) == outputs(whole)
+    assert "was not copied" not in capsys.readouterr().out
+
+
+def test_a_mirror_that_fails_costs_no_video(model, whole, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.put_file", fail)
+    with pytest.raises(utils.RunError, match="no network"):
+        run(model, tmp_path, f"--mirror=memory://{tmp_path.name}")
+    assert "was not copied to the mirror" in capsys.readouterr().out
+    assert outputs(tmp_path) == outputs(whole)
+
+
 def test_a_ray_cluster_of_this_machine(model, whole, tmp_path, calls):
     """Its worker makes the same files, and a job that fails there is one that failed."""
     jobs = [*JOBS, {"prompt": "A black kite", "size": "32x48", "num_frames": 5, "name": "cursed"}]

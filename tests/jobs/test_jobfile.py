@@ -133,6 +133,8 @@ def test_what_does_not_fit_the_batch(tmp_path: Path, capsys):
     out = tmp_path / "out"
     assert "--only blue*" in refusal(capsys, jobs, out, "--only=blue*")
     assert "lack what the stages before make" in refusal(capsys, jobs, out, "--stages=3")
+    assert "--mirror" in refusal(capsys, jobs, out, "--mirror=gs://bucket")
+    assert "nope" in refusal(capsys, jobs, out, "--mirror=nope://bucket")
     assert "2,1" in refusal(capsys, jobs, out, "--stages=2,1")
     assert not out.exists()
 
