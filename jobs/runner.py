@@ -97,12 +97,16 @@ class Ledger:
         done, failed = states.count(DONE), states.count(FAILED)
         return Counts(done, failed, len(jobs) - done - failed)
 
-    def checksum(self, path: Path) -> str | None:
-        """The sha256 of a file, read again only if the file changed; None if there is none."""
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            return None
+    def checksums(self, folder: Path, names: Sequence[str]) -> dict[str, str]:
+        """The sha256 of files by name; read again only if a file changed.
+
+        Raises:
+            FileNotFoundError: one is not there.
+        """
+        return {name: self._checksum(folder / name) for name in names}
+
+    def _checksum(self, path: Path) -> str:
+        stat = path.stat()
         version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._checksums.get(path, (None,))[0] != version:
             self._checksums[path] = version, checksum(path)
@@ -113,12 +117,15 @@ class Ledger:
         record = records.get(stage)
         if record is None or record.status != "done":
             return False
-        before = STAGES[: STAGES.index(stage)]
-        made = {name: value for s in before if s in records
-                for name, value in records[s].outputs.items()}  # fmt: skip
-        return all(self.checksum(folder / n) == value for n, value in record.outputs.items()) and (
-            all(made.get(name) == value for name, value in record.inputs.items())
-        )
+        made: dict[str, str] = {}
+        for before in STAGES[: STAGES.index(stage)]:
+            made |= records[before].outputs if before in records else {}
+        if any(made.get(name) != value for name, value in record.inputs.items()):
+            return False
+        try:
+            return self.checksums(folder, OUTPUTS[stage]) == record.outputs
+        except FileNotFoundError:
+            return False
 
 
 class Runner:
@@ -353,8 +360,8 @@ class Runner:
         return {
             "status": "done",
             "seconds": round(time.perf_counter() - start, 4),
-            "inputs": {name: self.ledger.checksum(folder / name) for name in INPUTS[stage]},
-            "outputs": {name: self.ledger.checksum(folder / name) for name in OUTPUTS[stage]},
+            "inputs": self.ledger.checksums(folder, INPUTS[stage]),
+            "outputs": self.ledger.checksums(folder, OUTPUTS[stage]),
             "section": utils.read_config(folder)[stage],
         }
 
