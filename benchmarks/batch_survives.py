@@ -3,7 +3,8 @@
 The small shipped model on the CPU in float32. Every run works in a folder of its own under the same
 relative names, so that all files of the jobs must be equal byte for byte to those of a run that
 nothing disturbed. Prints JSON; ends with exit code 1 if anything was lost, differs, or was computed
-again after it had been recorded as done.
+again after it had been recorded as done. Processes are forked from one that has only imported the
+libraries: killing imports would prove nothing and take most of the time.
 
     python benchmarks/batch_survives.py --jobs 30 --kills 50
     python benchmarks/batch_survives.py --jobs 30 --processes 4 --kills 1
@@ -14,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,12 +28,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import batch  # noqa: E402
 from jobs.records import OUTPUTS, StageRecord, read_batch  # noqa: E402
-from utils import CONFIG_FILE  # noqa: E402
+from utils import CONFIG_FILE, run_main  # noqa: E402
 
 # Height, width, frames, guidance: small, so that starting up is most of the time.
 _SHAPES = [(32, 48, 5, 3), (48, 32, 9, 3), (32, 32, 9, 1), (32, 64, 5, 1), (48, 48, 9, 3)]
 _OUTPUT_DIR = "batch"
+_IMPORTED = ["jobs.runner", "jobs.workshop", "cogvideox.denoise", "cogvideox.text_encoder"]
+_IMPORTED += ["cogvideox.vae_torchax", "cogvideox.contact_sheet", "PIL.Image"]
+_FORKS = multiprocessing.get_context("forkserver")
 
 Done = dict[tuple[str, str], StageRecord]  # (job's folder, stage) -> its record
 
@@ -45,6 +50,8 @@ def main() -> None:
     parser.add_argument("--ray_workers", type=int, default=0, help="run over a local Ray cluster")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    _FORKS.set_forkserver_preload(_IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         report = prove(Path(folder), arguments)
     print(json.dumps(vars(arguments) | report, indent=2))
@@ -55,7 +62,7 @@ def prove(folder: Path, arguments: argparse.Namespace) -> dict:
     (folder / "jobs.jsonl").write_text("".join(map(job_line, range(arguments.jobs))))
     whole, broken = folder / "whole", folder / "broken"
     start = time.monotonic()
-    finish(whole, 1)
+    finish(whole)
     seconds = time.monotonic() - start
     if arguments.ray_workers:
         killed, seen = share_over_ray(broken, arguments.ray_workers, arguments.kills)
@@ -63,7 +70,7 @@ def prove(folder: Path, arguments: argparse.Namespace) -> dict:
         killed, seen = share(broken, arguments.processes, arguments.kills)
     else:
         killed, seen = kill_often(broken, arguments.kills, random.Random(arguments.seed))
-    finish(broken, 1)
+    finish(broken)
     states = read_batch(broken / _OUTPUT_DIR)
     last = done_records(broken)
     attempts = Counter(record.attempt for record in last.values())
@@ -88,24 +95,34 @@ def job_line(i: int) -> str:
     return json.dumps(job | {"scheduler": "ddim" if i % 3 == 0 else "dpm"}) + "\n"
 
 
-def start_batch(folder: Path, *more: str) -> subprocess.Popen:
+def start_batch(folder: Path, *more: str) -> multiprocessing.Process:
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, ROOT / "batch.py", "../jobs.jsonl", "--output_dir", _OUTPUT_DIR]
-    command += ["--model_id", ROOT / "models/toyworld", "--dtype=float32", "--allow_unsupported"]
-    log = open(folder / "log.txt", "ab")
-    return subprocess.Popen(
-        [*command, "--checkpoint_every=1", *more],
-        cwd=folder,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
+    process = _FORKS.Process(target=_batch, args=(folder, more))
+    process.start()
+    return process
 
 
-def finish(folder: Path, processes: int) -> None:
-    for process in [start_batch(folder) for _ in range(processes)]:
-        if process.wait():
-            sys.exit((folder / "log.txt").read_text()[-4000:])
+def _batch(folder: Path, more: tuple[str, ...]) -> None:
+    """batch.py in `folder`, in a process of its own."""
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["batch.py", "../jobs.jsonl", "--output_dir", _OUTPUT_DIR, "--dtype=float32"]
+    sys.argv += ["--model_id", str(ROOT / "models/toyworld"), "--allow_unsupported"]
+    sys.argv += ["--checkpoint_every=1", *more]
+    run_main(batch.main)
+
+
+def wait(process: multiprocessing.Process, folder: Path) -> None:
+    """Waits for a process that should end well."""
+    process.join()
+    if process.exitcode:
+        sys.exit((folder / "log.txt").read_text()[-4000:])
+
+
+def finish(folder: Path) -> None:
+    wait(start_batch(folder), folder)
 
 
 def done_records(folder: Path) -> Done:
@@ -132,15 +149,15 @@ def kill_often(folder: Path, kills: int, moments: random.Random) -> tuple[int, D
         wanted = min(len(seen) + more, stages - 1)
         process = start_batch(folder)
         if wanted == len(seen):  # somewhere in the start-up, or in the first stage
-            time.sleep(moments.uniform(0, 15))
-        while len(done_records(folder)) < wanted and process.poll() is None:
+            time.sleep(moments.uniform(0, 5))
+        while len(done_records(folder)) < wanted and process.is_alive():
             time.sleep(0.05)
         time.sleep(moments.uniform(0, 0.5))
-        if process.poll() is not None:
+        if not process.is_alive():
             print(f"finished after {kill} kills", file=sys.stderr)
             return kill, seen
         process.kill()
-        process.wait()
+        process.join()
         now = done_records(folder)
         lost = [key for key, record in seen.items() if now.get(key) != record]
         if lost:
@@ -155,14 +172,13 @@ def share(folder: Path, processes: int, kills: int) -> tuple[int, Done]:
     running = [start_batch(folder) for _ in range(processes)]
     seen: Done = {}
     for process in running[:kills]:
-        while len(done_records(folder)) < len(seen) + 3 and process.poll() is None:
+        while len(done_records(folder)) < len(seen) + 3 and process.is_alive():
             time.sleep(0.05)
         process.kill()
-        process.wait()
+        process.join()
         seen = done_records(folder)
     for process in running[kills:]:
-        if process.wait():
-            sys.exit((folder / "log.txt").read_text()[-4000:])
+        wait(process, folder)
     return kills, done_records(folder)
 
 
@@ -170,7 +186,7 @@ def share_over_ray(folder: Path, workers: int, kills: int) -> tuple[int, Done]:
     """A Ray cluster of this machine; `kills` of its workers are killed midway."""
     driver = start_batch(folder, "--engine=ray", f"--workers_per_node={workers}")
     killed: set[int] = set()
-    while driver.poll() is None:
+    while driver.is_alive():
         time.sleep(0.2)
         records = done_records(folder).values()
         alive = {int(r.worker.rpartition(":")[2]) for r in records} - killed
@@ -178,8 +194,7 @@ def share_over_ray(folder: Path, workers: int, kills: int) -> tuple[int, Done]:
             victim = min(alive)
             os.kill(victim, signal.SIGKILL)
             killed.add(victim)
-    if driver.wait():
-        sys.exit((folder / "log.txt").read_text()[-4000:])
+    wait(driver, folder)
     return len(killed), done_records(folder)
 
 
