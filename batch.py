@@ -234,6 +234,7 @@ def status(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # progress is for a log file, too
     if sys.argv[1:2] == ["status"]:
         status(parse_status(sys.argv[2:]))
     elif sys.argv[1:2] == ["rerun"]:
