@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import utils
@@ -92,7 +92,7 @@ def run(jobs: Sequence[Job], arguments: argparse.Namespace, stop: threading.Even
                 ray.get(ref)
             except RayTaskError as error:
                 raise utils.RunError(f"a worker cannot work: {error.cause}") from error
-            except RayActorError as error:
+            except RayError as error:
                 deaths = deaths + 1 if counts.left == before.left else 1
                 print(f"warning: a worker was lost: {' '.join(str(error).split())[:200]}")
             else:
