@@ -66,7 +66,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.glob("out/*/*")
-        if path.name in names
+        if path.name in names and path.is_file()
     }
 
 
