@@ -62,7 +62,7 @@ def test_steps_and_noise_equal_diffusers(name, prediction_type, steps):
         "rescale_betas_zero_snr": prediction_type != "epsilon",
     }
     schedule = scheduler.make_schedule(settings(scheduler=name, num_inference_steps=steps), config)
-    theirs = scheduler.SCHEDULERS[name].from_config(config)
+    theirs = getattr(diffusers, scheduler.SCHEDULERS[name]).from_config(config)
     theirs.set_timesteps(steps)
     shape = (1, 4, 2, 3, 5)
     generator = torch.Generator().manual_seed(9)
