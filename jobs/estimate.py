@@ -12,8 +12,8 @@ from jobs.records import STAGES, Job, JobState
 from jobs.workshop import Shape, shape_of
 
 # Multiplications a second and device, by jax's name of the device. The v6e's is a compiler estimate
-# (1.06 s a step of 768x1360x81 on eight), the H200's was measured (6.21 s a step on one).
-_SPEED = {"TPU v6 lite": 1.74e14, "NVIDIA H200": 2.38e14}
+# (0.94 s a step of 768x1360x81 on eight), the H200's was measured (6.27 s a step on one).
+_SPEED = {"TPU v6 lite": 1.97e14, "NVIDIA H200": 2.36e14}
 # An mp4 of default quality, by pixel and frame; noise takes more, cartoons less.
 _VIDEO_BYTES = 0.15
 _OTHER_BYTES = 2 << 20  # contact sheet, records
