@@ -32,11 +32,14 @@ _LEAST_MOTION = 0.5
 class Reading:
     """What a video shows: a background and its objects, from the largest to the smallest.
 
-    A value that fits no name of the world is `NONE`.
+    A value that fits no name of the world is `NONE`. `fits` says how well each object keeps to its
+    shape: the overlap (intersection over union) with the ideal shape of the same area and centroid,
+    averaged over the frames.
     """
 
     background: str
     things: tuple[Thing, ...]
+    fits: tuple[float, ...]
 
 
 def read_video(frames: np.ndarray) -> Reading:
@@ -49,9 +52,11 @@ def read_video(frames: np.ndarray) -> Reading:
     background = np.median(_border(frames), axis=0)
     difference = np.linalg.norm(frames - background, axis=-1)
     blobs = _blobs(difference > _CONTRAST)
+    seen = [_read_thing(frames, background, blob) for blob in blobs]
     return Reading(
         _nearest(background, BACKGROUNDS),
-        tuple(_read_thing(frames, background, blob) for blob in blobs),
+        tuple(thing for thing, _ in seen),
+        tuple(fit for _, fit in seen),
     )
 
 
@@ -65,7 +70,11 @@ def evaluate_video(frames: np.ndarray) -> dict[str, str]:
         The keys of `ATTRIBUTES` with names of the world or `NONE`, and `count`, the number of
         objects seen.
     """
-    reading = read_video(frames)
+    return largest_of(read_video(frames))
+
+
+def largest_of(reading: Reading) -> dict[str, str]:
+    """The dictionary of `evaluate_video` for what was read."""
     thing = reading.things[0] if reading.things else Thing(NONE, NONE, NONE)
     return {**vars(thing), "background": reading.background, "count": str(len(reading.things))}
 
@@ -78,7 +87,11 @@ def truth_of(scene: Scene) -> dict[str, str]:
 
 def shows(frames: np.ndarray, scene: Scene) -> bool:
     """Whether a video shows a scene: its background and exactly its things, in any order."""
-    reading = read_video(frames)
+    return agrees(read_video(frames), scene)
+
+
+def agrees(reading: Reading, scene: Scene) -> bool:
+    """Whether what was read is a scene: its background and exactly its things, in any order."""
     return reading.background == scene.background and sorted(map(str, reading.things)) == sorted(
         map(str, scene.things)
     )
@@ -114,7 +127,10 @@ def _blobs(mask: np.ndarray) -> list[np.ndarray]:
     return sorted(blobs, key=np.sum, reverse=True)
 
 
-def _read_thing(frames: np.ndarray, background: np.ndarray, blob: np.ndarray) -> Thing:
+def _read_thing(
+    frames: np.ndarray, background: np.ndarray, blob: np.ndarray
+) -> tuple[Thing, float]:
+    """An object, and how well it keeps to its shape."""
     interior = ndimage.binary_erosion(blob, np.ones((1, 3, 3)))
     color = np.median(frames[interior], axis=0)
     # The share of the object's colour in each pixel, along the line between the two colours, in
@@ -129,15 +145,15 @@ def _read_thing(frames: np.ndarray, background: np.ndarray, blob: np.ndarray) ->
     x = (alpha[lives] * grid_x).sum(axis=(1, 2)) / area
     y = (alpha[lives] * grid_y).sum(axis=(1, 2)) / area
     r = np.sqrt(area / np.pi)
-    return Thing(
-        _nearest(color, COLORS),
-        _read_shape(alpha[lives], x, y, r),
-        _read_motion(lives, x, y, r, len(frames)),
-    )
+    shape, fit = _read_shape(alpha[lives], x, y, r)
+    motion = _read_motion(lives, x, y, r, len(frames))
+    return Thing(_nearest(color, COLORS), shape, motion), fit
 
 
-def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> str:
-    """The shape whose template overlaps alpha [F, H, W] best, summed over the frames."""
+def _read_shape(
+    alpha: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray
+) -> tuple[str, float]:
+    """The shape whose template overlaps alpha [F, H, W] best, averaged over the frames, and how."""
     grid_y, grid_x = np.indices(alpha.shape[1:]) + 0.5
     dx = torch.from_numpy(grid_x - x[:, None, None])
     dy = torch.from_numpy(grid_y - y[:, None, None])
@@ -145,9 +161,10 @@ def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray) 
     overlaps = []
     for shape in range(len(SHAPES)):
         template = coverage(torch.tensor(shape), dx, dy, size).numpy()
-        union = np.maximum(alpha, template).sum()
-        overlaps.append(np.minimum(alpha, template).sum() / union)
-    return SHAPES[int(np.argmax(overlaps))]
+        union = np.maximum(alpha, template).sum(axis=(1, 2))
+        overlaps.append((np.minimum(alpha, template).sum(axis=(1, 2)) / union).mean())
+    best = int(np.argmax(overlaps))
+    return SHAPES[best], float(overlaps[best])
 
 
 def _read_motion(

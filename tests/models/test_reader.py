@@ -33,6 +33,20 @@ def test_two_things_are_read_right_and_not_mistaken_for_others():
         assert not shows(video, Scene(scenes[i].background, scenes[i].things[:1]))
 
 
+def test_a_dented_outline_fits_worse_than_a_true_one():
+    scenes = [Scene("black", (Thing("red", shape, "left"),)) for shape in SHAPES]
+    for video in drawn(scenes):
+        (fit,) = read_video(video).fits
+        assert 0.95 < fit <= 1
+        inside = np.argwhere((video[8] != video[8, 0, 0]).any(axis=-1))
+        top, left = inside.min(axis=0)
+        bottom = inside.max(axis=0)[0]
+        video[8:, top : (top + bottom) // 2, : left + 6] = video[0, 0, 0]
+        video[8:, bottom - 5 : bottom + 1] = video[0, 0, 0]
+        (dented,) = read_video(video).fits
+        assert dented < fit - 0.02
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_time_reversed_motion_is_read_as_its_opposite(shape):
     opposite = {"left": "right", "up": "down", "grow": "shrink"}

@@ -9,7 +9,7 @@ import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 from models.captions import held_out_captions
-from models.reader import evaluate_video, truth_of
+from models.reader import largest_of, read_video, truth_of
 
 MODEL = Path(__file__).parents[2] / "models/toyworld"
 
@@ -30,12 +30,8 @@ def test_videos_show_what_the_captions_say(decoder, folder):
     video = folder / f"{decoder}.npy"
     arguments = ["--input_dir", str(folder), "--output_video", str(video), "--dtype=float32"]
     stage3.run(stage3.parse_arguments(arguments), decoder)
-    shapes_right = 0
     for i, prompt in enumerate(held_out_captions(4)):
-        seen = evaluate_video(np.load(video.with_stem(f"{decoder}-{i}")))
-        truth = truth_of(prompt.scene)
-        for attribute in ("color", "motion", "background"):
-            assert seen[attribute] == truth[attribute], prompt.text
-        shapes_right += seen["shape"] == truth["shape"]
-    # The model draws 93% of shapes right; the same seed gives the same videos everywhere.
-    assert shapes_right >= 3
+        reading = read_video(np.load(video.with_stem(f"{decoder}-{i}")))
+        assert largest_of(reading) == truth_of(prompt.scene), prompt.text
+        # True videos have 0.99 and more, dented outlines as of a badly denoised latent 0.8.
+        assert min(reading.fits) > 0.85, prompt.text
