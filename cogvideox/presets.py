@@ -56,7 +56,7 @@ _PUBLISHED_V1_5 = {
         num_frames=17,
         fps=16,
         num_inference_steps=25,
-        guidance_scale=3.0,
+        guidance_scale=2.0,
     ),
 }
 
