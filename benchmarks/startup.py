@@ -3,12 +3,14 @@
     python benchmarks/startup.py --make_model /disk/model        # random weights, 11 GB, once
     python benchmarks/startup.py --model_id /disk/model --json   # cold, cached, with executables
 
-Each run is a process of its own, ended after two steps. `cold` compiles, with an empty compilation
-cache; `cached` reads the cache that `cold` filled; `executables` reads what compile_ahead.py made.
-`--drop_page_cache` (needs root) has each run read the weights from the disk again.
+Each run is a process of its own, ended after two steps, or with `--no_steps` before the first.
+`cold` compiles, with an empty compilation cache; `cached` reads the cache that `cold` filled;
+`executables` reads what compile_ahead.py made. `--drop_page_cache` (needs root) has each run read
+the weights from the disk again.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -34,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="768x1360x81", help="height x width x frames")
     parser.add_argument("--runs", nargs="+", default=["cold", "cached", "executables"])
     parser.add_argument("--drop_page_cache", action="store_true")
+    parser.add_argument("--no_steps", action="store_true", help="and so compare no latents")
     parser.add_argument("--json", action="store_true", help="one JSON object a run")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -44,7 +47,7 @@ def main() -> None:
     if arguments.make_model:
         make_model(arguments)
     elif arguments.child:
-        run_stage(json.loads(arguments.child))
+        run_stage(json.loads(arguments.child), steps=not arguments.no_steps)
     else:
         compare(arguments)
 
@@ -150,7 +153,8 @@ def compare(arguments: argparse.Namespace) -> None:
                 subprocess.run(["sync"], check=True)
                 Path("/proc/sys/vm/drop_caches").write_text("3")
             done = subprocess.run(
-                [sys.executable, __file__, "--child", json.dumps(stage)],
+                [sys.executable, __file__, "--child", json.dumps(stage)]
+                + ["--no_steps"] * arguments.no_steps,
                 check=True,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -161,7 +165,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 "size": arguments.size,
                 "page_cache": "dropped" if arguments.drop_page_cache else "as it was",
                 **json.loads(done.stdout.splitlines()[-1]),
-                "latents": _digest(work / run),
+                "latents": None if arguments.no_steps else _digest(work / run),
             }
             rows.append(row)
             print(json.dumps(row) if arguments.json else table(row), flush=True)
@@ -185,7 +189,11 @@ def write_embeddings(model: Path, folder: Path) -> None:
     utils.record_section(folder, stage, section, inherited=folder)
 
 
-def run_stage(stage_arguments: list[str]) -> None:
+class FirstStep(Exception):
+    """The first step would begin."""
+
+
+def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
     """Stage 2 with the clock read at its phases; prints JSON as its last line."""
     started = time.time() - _process_age()
     stamps = [("interpreter", time.time())]
@@ -197,11 +205,17 @@ def run_stage(stage_arguments: list[str]) -> None:
     import utils
 
     make_plan, denoise, result = stage2.make_plan, stage2.denoise, {}
+    log = None
 
     def stamped_plan(*args: Any, **kwargs: Any) -> Any:
         stamp("arguments and stage file")
         plan = make_plan(*args, **kwargs)
         stamp("imports, devices, checks")
+
+        from runtime.compilation import CompilationLog
+
+        nonlocal log
+        log = CompilationLog()
         return plan
 
     def stamped_denoise(plan: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,6 +225,8 @@ def run_stage(stage_arguments: list[str]) -> None:
         def stamped_step(*step_args: Any) -> Any:
             if not calls:
                 stamp("noise and positions")
+                if not steps:
+                    raise FirstStep
             calls.append(time.time())
             return step(*step_args)
 
@@ -225,15 +241,11 @@ def run_stage(stage_arguments: list[str]) -> None:
                 stamp("weights and prompts")
 
     stage2.make_plan, stage2.denoise, stage2.Timings = stamped_plan, stamped_denoise, StampedTimings
-    stage2.run(stage2.parse_arguments(stage_arguments))
+    with contextlib.suppress(FirstStep):
+        stage2.run(stage2.parse_arguments(stage_arguments))
 
     import jax
 
-    timings = json.loads(
-        (
-            Path(stage_arguments[stage_arguments.index("--output_dir") + 1]) / "stage2_timings.json"
-        ).read_text()
-    )
     before, seconds = started, {}
     for name, at in stamps:
         seconds[name] = round(at - before, 3)
@@ -244,8 +256,8 @@ def run_stage(stage_arguments: list[str]) -> None:
                 "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
                 "seconds_to_first_step": round(before - started, 2),
                 "seconds": seconds,
-                "compilation": timings["compilation"],
-                "step_seconds": result["steps"],
+                "compilations": log.summary(),
+                "step_seconds": result.get("steps"),
             }
         )
     )
