@@ -176,7 +176,9 @@ def test_the_id_follows_what_decides_the_output(tmp_path: Path):
 
     one = ids(j())
     # Defaults that are said, names and where the work is done change nothing.
-    assert one == ids(j(height=96, guidance=3, steps=25)) == ids(j(name="kite"), "--dp=1")
+    default = read(tmp_path, "jobs.jsonl", j().encode())[0].settings
+    said = j(height=default.height, guidance=default.guidance_scale, fps=default.fps)
+    assert one == ids(said) == ids(j(name="kite"), "--dp=1")
     others = [j(seed=0), j(prompt="A red kite "), j(guidance=3.5), j(fps=8), j(quality=7)]
     others += [j(negative_prompt="blur"), j(scheduler="ddim"), j(max_sequence_length=31)]
     different = {ids(other) for other in others} | {ids(j(), "--dtype=float32")}
