@@ -60,7 +60,8 @@ def connect() -> None:
     Ray installs signal handlers of its own here.
     """
     environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
-    ray.init(include_dashboard=False, log_to_driver=True, runtime_env=environment)
+    # With the workers' output come all of libtpu's logs of the machine; it stays in Ray's folder.
+    ray.init(include_dashboard=False, log_to_driver=False, runtime_env=environment)
 
 
 def run(jobs: Sequence[Job], arguments: argparse.Namespace, stop: threading.Event) -> Counts:
@@ -84,16 +85,19 @@ def run(jobs: Sequence[Job], arguments: argparse.Namespace, stop: threading.Even
             stopped = True
             for worker, _ in workers.values():
                 worker.stop.remote()
+        before, counts = counts, ledger.count(jobs)
+        if counts != before:
+            print(f"[{counts.done} done, {counts.failed} failed, {counts.left} left]")
         refs = {ref: slot for slot, (_, ref) in workers.items()}
         for ref in ray.wait(list(refs), timeout=_POLL_SECONDS)[0]:
             worker, _ = workers.pop(refs[ref])
-            before, counts = counts, ledger.count(jobs)
+            left, counts = counts.left, ledger.count(jobs)
             try:
                 ray.get(ref)
             except RayTaskError as error:
                 raise utils.RunError(f"a worker cannot work: {error.cause}") from error
             except RayError as error:
-                deaths = deaths + 1 if counts.left == before.left else 1
+                deaths = deaths + 1 if counts.left == left else 1
                 print(f"warning: a worker was lost: {' '.join(str(error).split())[:200]}")
             else:
                 ray.kill(worker)
