@@ -47,7 +47,7 @@ def in_two_processes(model: Path, folder: Path) -> None:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     model = save_tiny_model(folder / "model", num_attention_heads=8)
-    pair = run_pair(*[["-m", "tests.parity.test_processes", str(model), str(folder)]] * 2)
+    pair = run_pair(*[["-m", "tests.parity.test_processes_parity", str(model), str(folder)]] * 2)
     for process in pair:
         assert process.returncode == 0, process.stderr
     assert "mesh" in pair[0].stdout and "denoising" in pair[0].stderr
