@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import ray
 
 import batch
 import stage1_text_encoder as stage1
@@ -319,6 +320,14 @@ def test_a_mirror_that_fails_costs_no_video(model, whole, tmp_path, capsys, monk
     assert outputs(tmp_path) == outputs(whole)
 
 
+@pytest.fixture
+def ray_cluster():
+    """Ends the cluster that a test started; it would go on beside the tests after it."""
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_ray_cluster_of_this_machine(model, whole, tmp_path, calls):
     """Its worker makes the same files, and a job that fails there is one that failed."""
     jobs = [*JOBS, {"prompt": "A black kite", "size": "32x48", "num_frames": 5, "name": "cursed"}]
