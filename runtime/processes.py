@@ -61,6 +61,9 @@ def join() -> None:
         "num_processes": _number("JAX_NUM_PROCESSES"),
         "process_id": _number("JAX_PROCESS_ID"),
     }
+    own, count = numbers["process_id"], numbers["num_processes"]
+    if own is not None and count is not None and own >= count:
+        raise ValueError(f"JAX_PROCESS_ID={own} is not one of JAX_NUM_PROCESSES={count}, from 0 on")
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "host:1")
     if not re.fullmatch(r".+:\d+", address):
         raise ValueError(f"JAX_COORDINATOR_ADDRESS={address!r} is not host:port")

@@ -46,7 +46,7 @@ def test_what_one_refuses_all_refuse(tmp_path):
     ("variable", "value", "said"),
     [
         ("JAX_NUM_PROCESSES", "two", "'two' is not a number"),
-        ("JAX_PROCESS_ID", "2", "process_id < num_processes"),
+        ("JAX_PROCESS_ID", "2", "is not one of JAX_NUM_PROCESSES=2"),
         ("JAX_COORDINATOR_ADDRESS", "localhost", "is not host:port"),
     ],
 )
