@@ -17,7 +17,7 @@ from models.captions import (
     partial_caption,
     two_thing_captions,
 )
-from models.train_toyworld import Recipe, draw_training_scenes
+from models.training import Recipe, draw_training_scenes
 from models.world import BACKGROUNDS
 
 
