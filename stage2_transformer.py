@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -126,24 +128,25 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
     settings = complete_settings(wishes, model, any_size=arguments.allow_unsupported)
     latents, padding = latent_shape(settings, model, batch)
     with ThreadPoolExecutor(1) as background:
+        # Devices take seconds to start, in which everything is imported and checked that they do
+        # not decide.
         starting = background.submit(utils.start_jax, arguments.dtype)
-        import diffusers  # noqa: F401 (takes as long as the devices do to start)
+        from cogvideox.checkpoint import stored_tensors
+        from cogvideox.scheduler import make_schedule
+        from cogvideox.transformer_weights import check_weights
 
+        weights = stored_tensors(model.path / "transformer")
+        check_weights(model.config("transformer"), weights)
+        schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
+        # The noise needs it, long after; until then it is imported beside the reading of weights.
+        threading.Thread(target=importlib.import_module, args=("torch",)).start()
         starting.result()
 
     import jax
 
-    from cogvideox.checkpoint import stored_tensors
-
-    weights = stored_tensors(model.path / "transformer")
     denoiser = make_denoiser(
         arguments, model, weights, latents, tokens, settings.guided, jax.devices()
     )
-    denoiser.check_weights()
-
-    from cogvideox.scheduler import make_schedule
-
-    schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
     return Plan(settings, padding, denoiser, schedule)
 
 

@@ -17,6 +17,7 @@ from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu,
 from cogvideox.modulated_norm import norm_and_modulate, norm_and_modulate_tpu
 from cogvideox.qk_norm import Rotary, norm_and_rotate
 from splash_attention import query_scale, sequence_minor_attention
+from splash_attention.block_sizes import choose_block_sizes, current_chip
 from splash_attention.reference import reference_attention
 
 _CUDNN_TILE = 128
@@ -78,6 +79,7 @@ class AttentionKernel:
         part: [b, R, S] and the number of shards -> [b, shards, R, s].
         token_multiple: s should be a multiple of this.
         query_scale: head_dim -> what q is multiplied with before it is rounded.
+        block_sizes: head_dim, queries, keys, dtype -> tiles by name, on the chip compiled for.
     """
 
     name: str
@@ -89,6 +91,7 @@ class AttentionKernel:
     norm_and_modulate: Callable[..., jax.Array] = norm_and_modulate
     token_multiple: int = 1
     query_scale: Callable[[int], float] = lambda head_dim: 1.0
+    block_sizes: Callable[[int, int, int, str], dict[str, int]] = lambda *_: {}
 
 
 def choose_attention(choice: str, backend: str, dtype: str) -> AttentionKernel:
@@ -133,6 +136,13 @@ def _splash(
         interpret=interpret,
     )
     return out.reshape(out.shape[0], -1, out.shape[-1])
+
+
+def _splash_block_sizes(head_dim: int, queries: int, keys: int, dtype: str) -> dict[str, int]:
+    sizes = choose_block_sizes(
+        current_chip(interpret=False), head_dim, queries, keys, jnp.dtype(dtype)
+    )
+    return dataclasses.asdict(sizes)
 
 
 def _natural(x: jax.Array, head_dim: int) -> jax.Array:
@@ -203,6 +213,7 @@ KERNELS = {
         norm_and_modulate=norm_and_modulate_tpu,
         token_multiple=128,
         query_scale=query_scale,
+        block_sizes=_splash_block_sizes,
     ),
     "cudnn": AttentionKernel("cudnn", _cudnn, token_multiple=_CUDNN_TILE),
     "reference": AttentionKernel("reference", _reference),

@@ -5,38 +5,31 @@ headers alone, before any weight is read.
 """
 
 import dataclasses
-import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import ml_dtypes
 import numpy as np
 import safetensors
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from cogvideox.diffusers_defaults import DEFAULTS
 
 
 class Config(dict):
-    """A JSON configuration, completed by the defaults of the diffusers class it configures.
-
-    Files from before a key existed lack it, those of 1.0 models patch_size_t, for example.
-    """
+    """A JSON configuration, completed by the defaults of the diffusers class it configures."""
 
     def __init__(self, path: Path):
         super().__init__(_read_json(path))
         self._path = path
 
     def __missing__(self, key: str) -> Any:
-        import diffusers  # only when it is needed: it takes seconds
-
-        made = getattr(diffusers, str(self.get("_class_name")), None)
-        parameter = inspect.signature(made.__init__).parameters.get(key) if made else None
-        if parameter is None or parameter.default is inspect.Parameter.empty:
+        defaults = DEFAULTS.get(str(self.get("_class_name")), {})
+        if key not in defaults:
             raise ValueError(f"{self._path} has no {key!r}")
-        return parameter.default
+        return defaults[key]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +79,14 @@ def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
 
 def _download(model_id: str, patterns: list[str]) -> str:
     """A hub snapshot holding the files of `patterns`, from the network or the local hub cache."""
+    # Only here: the client takes as long to import as a folder takes to check.
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
     ignored = ["*.bin", "*.pt", "*.msgpack", "*.h5"]
     try:
         return huggingface_hub.snapshot_download(

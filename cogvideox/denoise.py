@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,7 +25,7 @@ from cogvideox.loop_checkpoint import LoopCheckpoint
 from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
 from cogvideox.settings import LatentShape
 from cogvideox.tokens import TokenLayout, positions
-from cogvideox.transformer_weights import abstract_parameters, check_weights, load_parameters
+from cogvideox.transformer_weights import abstract_parameters, load_parameters
 from runtime.compiler_options import transformer_options
 from runtime.executables import Program, find_or_compile, machine_fields
 from runtime.mesh import place
@@ -92,10 +91,6 @@ class Denoiser:
         specs = {"rotary": (P(), P()), "embedding": _ROWS}  # attention sees all tokens
         return {name: specs[name] for name in self.positions}
 
-    def check_weights(self) -> None:
-        """Raises ValueError if the weight files do not fit the config or the sharding table."""
-        check_weights(self.config, self.weights)
-
     def load(self) -> dict[str, jax.Array]:
         """Reads the weights into their shards."""
         dtype = jnp.dtype(self.dtype)
@@ -131,10 +126,22 @@ class Denoiser:
             "guided": self.guided,
             "dtype": self.dtype,
             "attention": self.attention.name,
+            "block_sizes": self._block_sizes,
             "compiler_options": transformer_options(self.mesh.devices.flat[0]),
             **machine_fields(self.mesh, ("torch", "torchax", "diffusers")),
         }
         return Program("stage2_transformer", f"{b}x{t}x{h}x{w}{mesh}", fields, self.lower)
+
+    @property
+    def _block_sizes(self) -> dict[str, int]:
+        """The attention kernel's tiles, which the chip and the shapes decide."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self.attention.block_sizes(
+                self.config["attention_head_dim"],
+                self.layout.padded,
+                self.layout.tokens,
+                self.dtype,
+            )
 
     def lower(self) -> jax.stages.Lowered:
         """The step lowered for abstract arguments, placed as `run` places the real ones."""
@@ -241,7 +248,7 @@ class Denoiser:
             the step after it, so only the last may be kept.
         """
         rows = self._sharding(_TOKENS)
-        noises = draw_noise(seed, self.latents.sizes, getattr(torch, self.dtype), schedule)
+        noises = draw_noise(seed, self.latents.sizes, self.dtype, schedule)
         latents, done = next(noises), 0
         previous_x0 = np.zeros(latents.shape, np.float32)
         if start:

@@ -1,30 +1,26 @@
 """DDIM and DPM steps of CogVideoX as one pure function of arrays, and noise in diffusers' order.
 
 Both schedulers, for every prediction type, are linear in the sample, the model output, the last
-prediction of x0 and the noise. The coefficients are computed on the host by diffusers' own
-scheduler classes in their own precision (float64 for the published beta schedule), so the jitted
-step holds no schedule: another step count, scheduler or prediction type compiles nothing.
+prediction of x0 and the noise. The coefficients are computed on the host in diffusers' precision
+(float64 for the published beta schedule), so the jitted step holds no schedule: another step count,
+scheduler or prediction type compiles nothing.
 
 Follows diffusers' schedulers/scheduling_dpm_cogvideox.py (DPM-Solver++ 2M SDE, arXiv 2211.01095,
-in CogVideoX's form) and scheduling_ddim_cogvideox.py (arXiv 2010.02502).
+in CogVideoX's form) and scheduling_ddim_cogvideox.py (arXiv 2010.02502), which tests compare;
+importing them would take longer than reading the weights.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
+from cogvideox.diffusers_defaults import SCHEDULER as SCHEDULER_DEFAULTS
 from cogvideox.settings import DenoisingSettings
-
-if TYPE_CHECKING:
-    import diffusers
 
 SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
 
@@ -88,37 +84,75 @@ def make_schedule(settings: DenoisingSettings, config: Mapping[str, Any]) -> Sch
     Raises:
         ValueError: more steps than the model was trained with, or an unknown prediction type.
     """
-    import diffusers  # only here: it takes seconds
-
-    scheduler_class = getattr(diffusers, SCHEDULERS[settings.scheduler])
-    scheduler = scheduler_class.from_config(dict(config))
-    scheduler.set_timesteps(settings.num_inference_steps)
-    timesteps = [int(t) for t in scheduler.timesteps]
-    stride = scheduler.config.num_train_timesteps // settings.num_inference_steps
+    config = SCHEDULER_DEFAULTS | dict(config)
+    steps = settings.num_inference_steps
+    if steps > config["num_train_timesteps"]:
+        raise ValueError(f"{steps} steps are more than {config['num_train_timesteps']}")
+    alphas = _alphas(config)
+    final = alphas.dtype.type(1) if config["set_alpha_to_one"] else alphas[0]
+    timesteps = _timesteps(config, steps)
+    stride = config["num_train_timesteps"] // steps
     coefficients, draws = [], []
     for i, timestep in enumerate(timesteps):
         previous = timestep - stride
-        alpha = scheduler.alphas_cumprod[timestep]
-        alpha_next = (
-            scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
-        )
-        if settings.scheduler == "ddim":
-            update, drawn = _ddim_update(alpha, alpha_next), 0
-        else:
-            # diffusers falls back to first order, with one draw, where it has no earlier x0 to
-            # use (the first step) or steps past the end (the last one, for most step counts).
-            second_order = i > 0 and previous >= 0
-            alpha_back = scheduler.alphas_cumprod[timesteps[i - 1]] if i > 0 else None
-            update = _dpm_update(scheduler, alpha, alpha_next, alpha_back, second_order)
-            drawn = 2 if second_order else 1
-        weights = (*_x0_weights(scheduler.config.prediction_type, alpha), *update)
+        alpha, alpha_next = alphas[timestep], alphas[previous] if previous >= 0 else final
+        # Zero terminal SNR makes alpha 0: infinities cancel below.
+        with np.errstate(divide="ignore"):
+            if settings.scheduler == "ddim":
+                update, drawn = _ddim_update(alpha, alpha_next), 0
+            else:
+                # diffusers falls back to first order, with one draw, where it has no earlier x0
+                # to use (the first step) or steps past the end (the last one, mostly).
+                second_order = i > 0 and previous >= 0
+                alpha_back = alphas[timesteps[i - 1]] if second_order else None
+                update = _dpm_update(alpha, alpha_next, alpha_back)
+                drawn = 2 if second_order else 1
+            weights = (*_x0_weights(config["prediction_type"], alpha), *update)
         coefficients.append(StepCoefficients(*map(float, weights)))
         draws.append(drawn)
     scales = [_guidance_scale(settings, timestep) for timestep in timesteps]
     return Schedule(tuple(timesteps), tuple(scales), tuple(coefficients), tuple(draws))
 
 
-def _x0_weights(prediction_type: str, alpha: torch.Tensor) -> tuple[Any, Any]:
+def _alphas(config: Mapping[str, Any]) -> np.ndarray:
+    """The products of all alphas up to each training timestep."""
+    kind, count = config["beta_schedule"], config["num_train_timesteps"]
+    start, stop = config["beta_start"], config["beta_end"]
+    if config["trained_betas"] is not None:
+        betas = np.asarray(config["trained_betas"], np.float32)
+    elif kind == "linear":
+        betas = np.linspace(start, stop, count, dtype=np.float32)
+    elif kind == "scaled_linear":
+        betas = np.linspace(start**0.5, stop**0.5, count) ** 2
+    elif kind == "squaredcos_cap_v2":
+        bars = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = np.minimum(1 - bars[1:] / bars[:-1], 0.999).astype(np.float32)
+    else:
+        raise ValueError(f"the scheduler's beta_schedule {kind!r} is not known")
+    alphas = np.cumprod(1 - betas, dtype=np.float64).astype(betas.dtype)
+    shift = config["snr_shift_scale"]
+    alphas = alphas / (shift + (1 - shift) * alphas)
+    if config["rescale_betas_zero_snr"]:
+        roots = np.sqrt(alphas)
+        alphas = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+    return alphas
+
+
+def _timesteps(config: Mapping[str, Any], steps: int) -> list[int]:
+    """The training timesteps to denoise at, the noisiest first."""
+    spacing, trained = config["timestep_spacing"], config["num_train_timesteps"]
+    if spacing == "linspace":
+        timesteps = np.linspace(0, trained - 1, steps).round()[::-1]
+    elif spacing == "leading":
+        timesteps = np.arange(steps)[::-1] * (trained // steps) + config["steps_offset"]
+    elif spacing == "trailing":
+        timesteps = np.round(np.arange(trained, 0, -trained / steps)) - 1
+    else:
+        raise ValueError(f"the scheduler's timestep_spacing {spacing!r} is not known")
+    return [int(timestep) for timestep in timesteps]
+
+
+def _x0_weights(prediction_type: str, alpha: np.floating) -> tuple[Any, Any]:
     """The weights of sample and model output in the prediction of x0."""
     if prediction_type == "v_prediction":
         return alpha**0.5, -((1 - alpha) ** 0.5)
@@ -129,23 +163,27 @@ def _x0_weights(prediction_type: str, alpha: torch.Tensor) -> tuple[Any, Any]:
     raise ValueError(f"the scheduler's prediction_type {prediction_type!r} is not known")
 
 
-def _ddim_update(alpha: torch.Tensor, alpha_next: torch.Tensor) -> tuple[Any, ...]:
+def _ddim_update(alpha: np.floating, alpha_next: np.floating) -> tuple[Any, ...]:
     sample = ((1 - alpha_next) / (1 - alpha)) ** 0.5
     return sample, alpha_next**0.5 - alpha**0.5 * sample, 0.0, 0.0
 
 
 def _dpm_update(
-    scheduler: diffusers.CogVideoXDPMScheduler,
-    alpha: torch.Tensor,
-    alpha_next: torch.Tensor,
-    alpha_back: torch.Tensor | None,
-    second_order: bool,
+    alpha: np.floating, alpha_next: np.floating, alpha_back: np.floating | None
 ) -> tuple[Any, ...]:
-    h, r, _, _ = scheduler.get_variables(alpha, alpha_next, alpha_back)
-    sample, x0, *extrapolation = scheduler.get_mult(h, r, alpha, alpha_next, alpha_back)
-    noise = (1 - alpha_next) ** 0.5 * (1 - (-2 * h).exp()) ** 0.5
-    current, previous = extrapolation if second_order else (1.0, 0.0)
-    return sample, -x0 * current, x0 * previous, noise
+    """First order without `alpha_back`, of the step before."""
+
+    def log_snr(alpha: np.floating) -> np.floating:
+        return np.log((alpha / (1 - alpha)) ** 0.5)
+
+    h = log_snr(alpha_next) - log_snr(alpha)
+    sample = ((1 - alpha_next) / (1 - alpha)) ** 0.5 * np.exp(-h)
+    x0 = -np.expm1(-2 * h) * alpha_next**0.5
+    noise = (1 - alpha_next) ** 0.5 * (1 - np.exp(-2 * h)) ** 0.5
+    back = 0.0
+    if alpha_back is not None:
+        back = 1 / (2 * (log_snr(alpha) - log_snr(alpha_back)) / h)
+    return sample, x0 * (1 + back), -x0 * back, noise
 
 
 def _guidance_scale(settings: DenoisingSettings, timestep: int) -> float:
@@ -163,24 +201,24 @@ def _guidance_scale(settings: DenoisingSettings, timestep: int) -> float:
 
 
 def draw_noise(
-    seed: int, shape: tuple[int, ...], dtype: torch.dtype, schedule: Schedule
+    seed: int, shape: tuple[int, ...], dtype: str, schedule: Schedule
 ) -> Iterator[np.ndarray]:
     """Noise exactly as diffusers draws it: a CPU generator, in `dtype`, over the padded latents.
 
     Yields:
         The initial latents [B, T, C, H, W], then the noise of each step (zeros where the step
-        adds none); the dtype is `dtype`'s numpy equivalent.
+        adds none), in `dtype`.
     """
+    import torch  # only here: it takes seconds, in which weights can be read
+
     generator = torch.Generator("cpu").manual_seed(seed)
 
-    numpy_dtype = jnp.dtype(str(dtype).removeprefix("torch."))
-
     def draw() -> np.ndarray:
-        noise = torch.randn(shape, generator=generator, dtype=dtype)
-        return noise.float().numpy().astype(numpy_dtype)
+        noise = torch.randn(shape, generator=generator, dtype=getattr(torch, dtype))
+        return noise.float().numpy().astype(jnp.dtype(dtype))
 
     yield draw()
-    unused = np.zeros(shape, numpy_dtype)
+    unused = np.zeros(shape, jnp.dtype(dtype))
     for count in schedule.noise_draws:
         drawn = [draw() for _ in range(count)]
         yield drawn[-1] if drawn else unused

@@ -6,7 +6,7 @@ eight-dimensional transposes would cost more to compile than all blocks together
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,36 +84,66 @@ def positions(config: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
     size in the config, which differs between published revisions. Text does not rotate, and has
     no sincos embedding.
 
+    Source: diffusers' models/embeddings.py, get_3d_rotary_pos_embed and get_3d_sincos_pos_embed,
+    and get_resize_crop_region_for_grid of its CogVideoX pipeline; tests compare them.
+
     Returns:
         {"rotary": (cos, sin) [D / 2, S] float32} or {"embedding": [S, E] float32}, S padded.
     """
-    # Only here, because it takes seconds, in which weights can be read.
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    if not config["use_rotary_positional_embeddings"]:
+        return {"embedding": layout.place(_sincos(config, layout.grid), axis=0)}
+    import torch  # only here: importing takes seconds, and numpy's cosines differ in the last bit
 
     frames, *grid = layout.grid
-    if not config["use_rotary_positional_embeddings"]:
-        import diffusers
-        import torch
-
-        with torch.device("meta"):
-            module = diffusers.CogVideoXTransformer3DModel.from_config(dict(config, num_layers=0))
-        ratio = config["temporal_compression_ratio"]
-        joint = module.patch_embed._get_positional_embeddings(
-            layout.latents.height, layout.latents.width, (frames - 1) * ratio + 1, device="cpu"
-        )
-        video = joint[0, config["max_text_seq_length"] :].numpy()
-        return {"embedding": layout.place(video, axis=0)}
+    points = [torch.arange(size, dtype=torch.float32) for size in layout.grid]
     if config["patch_size_t"] is None:
-        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+        for axis, (start, stop) in enumerate(_crop(config, grid), 1):
+            size = layout.grid[axis]
+            points[axis] = torch.linspace(start, stop * (size - 1) / size, size)
+        points[0] = torch.linspace(0, frames * (frames - 1) / frames, frames)
+    head_dim = config["attention_head_dim"]
+    angles = []
+    for axis, width in enumerate((head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)):
+        rates = 1 / 10_000 ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+        shape = [width // 2, 1, 1, 1]
+        shape[1 + axis] = -1
+        angles.append(torch.outer(rates, points[axis]).reshape(shape))
 
-        patch = config["patch_size"]
-        sample = (config["sample_width"] // patch, config["sample_height"] // patch)
-        kind = {"crops_coords": get_resize_crop_region_for_grid(tuple(grid), *sample)}
-    else:
-        kind = {"crops_coords": None, "grid_type": "slice", "max_size": grid}
-    tables = get_3d_rotary_pos_embed(
-        config["attention_head_dim"], grid_size=tuple(grid), temporal_size=frames, **kind
-    )
-    # diffusers repeats every angle for the two of a pair.
-    cos, sin = (table.numpy()[:, ::2].T for table in tables)
+    def table(function: Callable[[Any], Any]) -> np.ndarray:
+        parts = (function(part) for part in angles)
+        parts = [part.expand(-1, *layout.grid).flatten(1) for part in parts]
+        return torch.cat(parts).numpy()
+
+    cos, sin = table(torch.cos), table(torch.sin)
     return {"rotary": (layout.place(cos, 1, text_value=1), layout.place(sin, 1))}
+
+
+def _crop(config: Mapping[str, Any], grid: Sequence[int]) -> list[tuple[int, int]]:
+    """Where a 1.0 model's grid starts and stops in its own: as large as fits, in the middle."""
+    height, width = (
+        config[name] // config["patch_size"] for name in ("sample_height", "sample_width")
+    )
+    if grid[0] / grid[1] > height / width:
+        sides = height, round(height / grid[0] * grid[1])
+    else:
+        sides = round(width / grid[1] * grid[0]), width
+    starts = [round((most - side) / 2) for most, side in zip((height, width), sides, strict=True)]
+    return [(start, start + side) for start, side in zip(starts, sides, strict=True)]
+
+
+def _sincos(config: Mapping[str, Any], grid: tuple[int, int, int]) -> np.ndarray:
+    """[T H W, E] float32: sines, then cosines, of time, then width, then height."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    scales = [config[f"{kind}_interpolation_scale"] for kind in ("temporal", "spatial", "spatial")]
+
+    def waves(axis: int, channels: int) -> np.ndarray:
+        points = np.arange(grid[axis], dtype=np.float32) / np.float32(scales[axis])
+        rates = 1 / 10_000 ** (np.arange(channels // 2) / (channels / 2))
+        shape = [1, 1, 1, channels]
+        shape[axis] = grid[axis]
+        angles = np.outer(points, rates)
+        both = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+        return np.broadcast_to(both.reshape(shape), (*grid, channels))
+
+    parts = [waves(0, width // 4), waves(2, width * 3 // 8), waves(1, width * 3 // 8)]
+    return np.concatenate(parts, axis=-1).reshape(-1, width).astype(np.float32)

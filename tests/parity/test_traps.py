@@ -1,5 +1,7 @@
 """One test a trap: the places where this model is easily computed almost right."""
 
+import dataclasses
+import inspect
 import math
 from pathlib import Path
 
@@ -8,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.utils.torch_utils import randn_tensor
 
 from cogvideox import presets, scheduler, tokens
 from cogvideox.checkpoint import find_model
+from cogvideox.diffusers_defaults import DEFAULTS
 from cogvideox.settings import DenoisingSettings, LatentShape, decoded_frames, latent_shape
 from cogvideox.text_encoder import encode, load_text_encoder
 from tests.tiny_models import save_tiny_model
@@ -61,12 +65,31 @@ def test_steps_and_noise_equal_diffusers(name, prediction_type, steps):
         "prediction_type": prediction_type,
         "rescale_betas_zero_snr": prediction_type != "epsilon",
     }
+    _compare_with_diffusers(name, config, steps)
+
+
+@pytest.mark.parametrize("name", ["dpm", "ddim"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"timestep_spacing": "linspace", "set_alpha_to_one": False},
+        {"beta_schedule": "linear", "steps_offset": 1},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 500},
+        {"trained_betas": [0.001 * i for i in range(1, 101)], "num_train_timesteps": 100},
+    ],
+)
+def test_other_schedules_equal_diffusers(name, config):
+    _compare_with_diffusers(name, config, steps=7)
+
+
+def _compare_with_diffusers(name, config, steps):
     schedule = scheduler.make_schedule(settings(scheduler=name, num_inference_steps=steps), config)
     theirs = getattr(diffusers, scheduler.SCHEDULERS[name]).from_config(config)
     theirs.set_timesteps(steps)
     shape = (1, 4, 2, 3, 5)
     generator = torch.Generator().manual_seed(9)
-    noises = scheduler.draw_noise(9, shape, torch.float32, schedule)
+    noises = scheduler.draw_noise(9, shape, "float32", schedule)
     sample, ours = randn_tensor(shape, generator=generator), next(noises)
     np.testing.assert_array_equal(ours, sample.numpy())
     old_x0, our_x0 = None, np.zeros(shape, np.float32)
@@ -91,7 +114,7 @@ def test_dpm_draws_noise_twice_in_middle_steps():
 
 def test_bfloat16_noise_is_drawn_in_bfloat16():
     schedule = scheduler.make_schedule(settings(num_inference_steps=2), CONFIG)
-    drawn = next(scheduler.draw_noise(1, (1, 2, 3, 4, 5), torch.bfloat16, schedule))
+    drawn = next(scheduler.draw_noise(1, (1, 2, 3, 4, 5), "bfloat16", schedule))
     expected = torch.randn(
         (1, 2, 3, 4, 5), generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16
     )
@@ -158,3 +181,31 @@ def test_vae_scaling_is_the_configs(tmp_path: Path):
     for generation, factor in (("1.5", 0.7), ("1.0-rope", 1.15258426)):
         folder = save_tiny_model(tmp_path / generation, generation)
         assert VaeConfig.from_folder(folder / "vae").scaling_factor == factor
+
+
+def test_defaults_are_diffusers():
+    for name, defaults in DEFAULTS.items():
+        parameters = dict(inspect.signature(getattr(diffusers, name).__init__).parameters)
+        del parameters["self"]
+        assert defaults == {key: parameter.default for key, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("size", [(6, 8, 10), (4, 20, 6), (2, 6, 24)])
+def test_positions_of_1_0_equal_diffusers(size):
+    """Rotary tables cropped from a grid of 15 x 20, and the sincos embedding."""
+    frames, height, width = size
+    layout = tokens.TokenLayout(LatentShape(1, frames, 16, 2 * height, 2 * width), 2, 1, 5, 0)
+    layout = dataclasses.replace(layout, padded=layout.tokens + 3)
+    config = DEFAULTS["CogVideoXTransformer3DModel"] | {"sample_height": 30, "sample_width": 40}
+    rotary = config | {"use_rotary_positional_embeddings": True}
+    crop = get_resize_crop_region_for_grid((height, width), 20, 15)
+    theirs = diffusers.models.embeddings.get_3d_rotary_pos_embed(64, crop, (height, width), frames)
+    for ours, table in zip(tokens.positions(rotary, layout)["rotary"], theirs, strict=True):
+        np.testing.assert_array_equal(np.repeat(ours[:, 5:-3].T, 2, axis=1), table)
+    theirs = diffusers.models.embeddings.get_3d_sincos_pos_embed(
+        1920, (width, height), frames, 1.875
+    )
+    ours = tokens.positions(config, layout)["embedding"]
+    assert not ours[:5].any() and not ours[-3:].any()
+    # Both in float64 and then rounded.
+    np.testing.assert_allclose(ours[5:-3], theirs.flatten(0, 1), rtol=0, atol=1e-7)
