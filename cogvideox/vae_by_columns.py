@@ -18,6 +18,7 @@ from cogvideox.vae_parts import (
     Resnet,
     Upsample,
     WidthShards,
+    edges,
     frame_repeat,
     modulation,
 )
@@ -57,7 +58,7 @@ class ColumnLayers:
         pad = ((0, 0),) * 4 + ((0, -channels % vae_conv_tpu.LANES),)
         z = jnp.pad(z, pad)
         cache = None if cache is None else jnp.pad(cache, pad)
-        borders = self._neighbours(_behind(cache, _edges(z)), z.shape[2])
+        borders = self.shards.neighbours(_behind(cache, edges(z)), z.shape[2])
         out, cache, sums = vae_conv_tpu.causal_conv(
             z,
             cache,
@@ -106,7 +107,7 @@ class ColumnLayers:
         real = self.shards.real_columns(x.shape[2])
         out, sums = vae_conv_tpu.upsample(
             x,
-            *self._neighbours(_edges(x), x.shape[2]),
+            *self.shards.neighbours(edges(x), x.shape[2]),
             *upsample.conv,
             real,
             upsample.frames(x.shape[1]),
@@ -130,12 +131,12 @@ class ColumnLayers:
         modulated = modulation(sums, x.shape, z, norm, self.groups, self.shards)
         repeat, offset = frame_repeat(z.shape[1], x.shape[1])
         # The neighbours get this device's border columns as the kernel would make them.
-        gain, shift = (_show_frames(_edges(v), repeat, offset) for v in modulated)
-        edges = jax.nn.silu(_edges(x).astype(jnp.float32) * gain + shift).astype(x.dtype)
+        gain, shift = (_show_frames(edges(v), repeat, offset) for v in modulated)
+        borders = jax.nn.silu(edges(x).astype(jnp.float32) * gain + shift).astype(x.dtype)
         out, cache, sums = vae_conv_tpu.causal_conv(
             x,
             cache,
-            *self._neighbours(_behind(cache, edges), x.shape[2]),
+            *self.shards.neighbours(_behind(cache, borders), x.shape[2]),
             *conv,
             self.shards.real_columns(x.shape[2]),
             modulation=modulated,
@@ -146,22 +147,11 @@ class ColumnLayers:
         )
         return Features(out, sums), cache
 
-    def _neighbours(self, edges: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
-        """The columns beside this device's `columns`, of what it has as `edges` of its own."""
-        real = self.shards.real_columns(columns)
-        edges = jnp.where(jnp.stack([real > 0, real == columns])[:, None, None], edges, 0)
-        return self.shards.neighbours(edges[:, :, :1], edges[:, :, 1:])
 
-
-def _edges(x: jax.Array) -> jax.Array:
-    """The first and the last column of [B, F, W, H, C]: [B, F, 2, H, C]."""
-    return jnp.concatenate([x[:, :, :1], x[:, :, -1:]], axis=2)
-
-
-def _behind(cache: jax.Array | None, edges: jax.Array) -> jax.Array:
+def _behind(cache: jax.Array | None, borders: jax.Array) -> jax.Array:
     """Edges of frames behind those of the two frames before them: [B, F + 2, 2, H, C]."""
-    before = jnp.repeat(edges[:, :1], 2, axis=1) if cache is None else _edges(cache)
-    return jnp.concatenate([before, edges], axis=1)
+    before = jnp.repeat(borders[:, :1], 2, axis=1) if cache is None else edges(cache)
+    return jnp.concatenate([before, borders], axis=1)
 
 
 def _show_frames(v: jax.Array, repeat: int, offset: int) -> jax.Array:

@@ -137,15 +137,29 @@ class WidthShards:
         real = jnp.arange(columns) < self.real_columns(columns)
         return jnp.where(real.reshape(-1, *(1,) * (x.ndim - axis - 1)), x, 0)
 
-    def neighbours(self, first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The last columns of the left device and the first of the right one; zero at borders.
+    def neighbours(self, edges: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+        """The columns left and right of this device's: [B, F, 1, ...] each.
+
+        They are zero where they are padding or beyond the picture.
 
         Args:
-            first, last: this device's own border columns, zero where they are padding.
+            edges: this device's own first and last column; see `edges`.
+            columns: how many this device has, a multiple of `local_width`.
         """
+        real = self.real_columns(columns)
+        own = jnp.stack([real > 0, real == columns]).reshape(2, *(1,) * (edges.ndim - 3))
+        edges = jnp.where(own, edges, 0)
         to_right = [(i, i + 1) for i in range(self.count - 1)]
         to_left = [(i + 1, i) for i in range(self.count - 1)]
-        return lax.ppermute(last, self.axis, to_right), lax.ppermute(first, self.axis, to_left)
+        return (
+            lax.ppermute(edges[:, :, 1:], self.axis, to_right),
+            lax.ppermute(edges[:, :, :1], self.axis, to_left),
+        )
+
+
+def edges(x: jax.Array) -> jax.Array:
+    """The first and the last column of [B, F, W, ...]: [B, F, 2, ...]."""
+    return jnp.concatenate([x[:, :, :1], x[:, :, -1:]], axis=2)
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision:
@@ -169,10 +183,10 @@ def frame_repeat(latent_frames: int, frames: int) -> tuple[int, int]:
     return frames // latent_frames, 0
 
 
-def frame_sums(x: jax.Array, shards: WidthShards) -> jax.Array:
-    """Sum and sum of squares of [B, W, H, C] over real columns and rows: float32 [B, 2, C]."""
-    x = shards.keep_real(x.astype(jnp.float32), axis=1)
-    return jnp.stack([x.sum(axis=(1, 2)), jnp.square(x).sum(axis=(1, 2))], axis=1)
+def channel_sums(x: jax.Array, shards: WidthShards) -> jax.Array:
+    """Sum and sum of squares of [B, F, W, H, C], see `Features`: float32 [B, 2, C]."""
+    x = shards.keep_real(x.astype(jnp.float32), axis=2)
+    return jnp.stack([x.sum(axis=(1, 2, 3)), jnp.square(x).sum(axis=(1, 2, 3))], axis=1)
 
 
 def modulation(

@@ -20,7 +20,4 @@ def transformer_options(device: jax.Device) -> dict[str, str]:
 
 def vae_options(device: jax.Device) -> dict[str, str]:
     """Options of the VAE's programs."""
-    if device.platform != "gpu":
-        return {}
-    # XLA otherwise copies what a loop over frames keeps of the last two, every time.
-    return {"xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_DOUBLE_BUFFER"}
+    return {}

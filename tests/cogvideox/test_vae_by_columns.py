@@ -50,7 +50,7 @@ def compare(compute, caches, arrays, devices: int, width: int) -> None:
     shards = WidthShards("width", devices, width)
 
     def by_frames(cache):
-        frames = (with_neighbours(cache[:, t], shards)[:, None] for t in range(2))
+        frames = (with_neighbours(cache[:, t : t + 1], shards) for t in range(2))
         return None if cache is None else tuple(frames)
 
     def by_columns(cache):
