@@ -6,6 +6,7 @@ no estimate (their cycles come from the kernel's schedule) and waiting for colle
 
 import collections
 import dataclasses
+import math
 import re
 
 import jax
@@ -113,12 +114,17 @@ def _kind(kind: str, line: str) -> str:
 def _received(kind: str, shape: str, line: str) -> int:
     """Bytes a chip receives from others, from the result's shape and the group's size."""
     groups = re.search(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]+)\})", line)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
     size = 1
-    if groups:
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        size = math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    elif groups:
         size = int(groups[2]) if groups[2] else len(groups[3].split(","))
     shapes = _SHAPE.findall(shape)
     if f" {kind}-start(" in line:
-        # Its tuple holds operands, results, and then maybe contexts.
+        # Its tuple holds operands, results, and then maybe contexts, which are scalars.
+        shapes = [(dtype, dims) for dtype, dims in shapes if dims]
         operands = len(_SHAPE.findall(shape.split(")")[0])) if shape[1] == "(" else len(shapes) // 2
         shapes = shapes[operands : 2 * operands]
     total = 0
