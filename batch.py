@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
+import stage_files
 import utils
 from jobs import claims
 from jobs.jobfile import read_job_file
@@ -125,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
         needs = {job: runner.ledger.next(job) for job in jobs}
         _require_stages_before(jobs, arguments.stages[0], runner.ledger)
         bytes_needed = sum(job_bytes(job, model) for job in jobs if needs[job] in _STAGES)
-        utils.check_output_folder(arguments.output_dir, needed_bytes=bytes_needed + (1 << 30))
+        stage_files.check_output_folder(arguments.output_dir, needed_bytes=bytes_needed + (1 << 30))
         if arguments.engine == "local" or arguments.dry_run:
             runner.check()
         if arguments.dry_run:

@@ -12,11 +12,13 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stage2_transformer as stage2
+import stage_files
 import utils
 from utils import ArgumentParser, RunError, checking_input
 
@@ -158,15 +160,22 @@ def make_plans(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         _check(arguments)
         targets = make_targets(arguments)
 
-    from cogvideox.plan import Planner
+    from cogvideox import plan
 
-    planner = Planner(compile_all=arguments.compile_all)
-    plans = []
-    for target in utils.progress(targets, total=len(targets), what="planning", unit="size"):
-        denoiser = target.denoiser if 2 in arguments.stages else None
-        decoder = target.decoder if 3 in arguments.stages else None
-        plans.append(planner.plan(target.settings, target.latents, denoiser, decoder))
-    return plans
+    requests = [
+        plan.Request(
+            target.settings,
+            target.latents,
+            denoiser=target.denoiser if 2 in arguments.stages else None,
+            decoder=target.decoder if 3 in arguments.stages else None,
+        )
+        for target in targets
+    ]
+    # A GPU's compiler times candidates on the device, where two at once would disturb each other.
+    on_gpu = targets[0].denoiser.mesh.devices.flat[0].platform == "gpu"
+    threads = 1 if on_gpu else len(os.sched_getaffinity(0))
+    plans = plan.make_plans(requests, compile_all=arguments.compile_all, threads=threads)
+    return list(utils.progress(plans, total=len(requests), what="planning", unit="size"))
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -178,7 +187,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--json and --compile_all are for --plan")
     if arguments.executables is None:
         raise ValueError(f"name a folder: --executables or ${utils.EXECUTABLES_VARIABLE}")
-    utils.check_output_folder(arguments.executables)
+    stage_files.check_output_folder(arguments.executables)
 
 
 def make_targets(arguments: argparse.Namespace) -> list[Target]:

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import stage_files
 import utils
 from utils import ArgumentParser, Timings, checking_input
 
@@ -83,7 +84,7 @@ def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
     from cogvideox.settings import text_tokens
 
     check_prompts(arguments.prompt, arguments.negative_prompt)
-    utils.check_output_folder(arguments.output_dir, utils.EMBEDDINGS_FILE)
+    stage_files.check_output_folder(arguments.output_dir, stage_files.EMBEDDINGS_FILE)
     model = find_model(arguments.model_id, ["tokenizer", "text_encoder"])
     for part, known in _CLASSES.items():
         if model.component_class(part) not in known:
@@ -111,8 +112,8 @@ def embed(
         if words:
             print(f"warning: --{name} is longer than {tokens} tokens; lost: {words!r}")
     return {
-        "prompt_embeds": utils.to_numpy(prompt_embeds),
-        "negative_prompt_embeds": utils.to_numpy(negative_prompt_embeds),
+        "prompt_embeds": stage_files.to_numpy(prompt_embeds),
+        "negative_prompt_embeds": stage_files.to_numpy(negative_prompt_embeds),
     }
 
 
@@ -120,7 +121,7 @@ def save(
     tensors: dict[str, np.ndarray], arguments: argparse.Namespace, model: ModelFolder, tokens: int
 ) -> Path:
     """Writes this stage's file and section into `arguments.output_dir`."""
-    section = utils.make_section(
+    section = stage_files.make_section(
         {
             "model_id": model.model_id,
             "revision": model.revision,
@@ -130,10 +131,10 @@ def save(
             "dtype": arguments.dtype,
         }
     )
-    path = arguments.output_dir / utils.EMBEDDINGS_FILE
-    utils.check_finite(tensors, STAGE)
-    utils.write_stage_file(path, STAGE, tensors, section)
-    utils.record_section(arguments.output_dir, STAGE, section, inherited=arguments.output_dir)
+    path = arguments.output_dir / stage_files.EMBEDDINGS_FILE
+    stage_files.check_finite(tensors, STAGE)
+    stage_files.write_stage_file(path, STAGE, tensors, section)
+    stage_files.record_section(arguments.output_dir, STAGE, section, inherited=arguments.output_dir)
     return path
 
 

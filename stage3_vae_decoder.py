@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import stage_files
 import utils
 from runtime import processes
 from utils import ArgumentParser, Timings, checking_input
@@ -54,7 +55,7 @@ def add_output(parser: ArgumentParser) -> None:
         "--output_video",
         type=Path,
         help=".mp4, .gif, .webp, .npy (float32, exact), or a folder of PNG frames "
-        f"(default: {utils.VIDEO_FILE} in the folder of the latents)",
+        f"(default: {stage_files.VIDEO_FILE} in the folder of the latents)",
     )
 
 
@@ -104,14 +105,16 @@ def check(
     if channels != vae["latent_channels"]:
         raise ValueError(f"latents of {channels} channels, a VAE of {vae['latent_channels']}")
     decoding_weights(model.path / "vae")
-    videos = utils.numbered(arguments.output_video or folder / utils.VIDEO_FILE, batch)
+    videos = stage_files.numbered(arguments.output_video or folder / stage_files.VIDEO_FILE, batch)
     values = 3 * height * width * spatial_factor(vae) ** 2
     values *= decoded_frames(latent_frames, temporal_factor(vae))
     for video in videos:
         if processes.is_first():
             check_output_path(video, fps=fps, quality=arguments.quality)
         needed = values * (4 if wants_float(video) else 1)
-        utils.check_output_folder(video.parent, contact_sheet(video).name, needed_bytes=needed)
+        stage_files.check_output_folder(
+            video.parent, contact_sheet(video).name, needed_bytes=needed
+        )
         if video.exists():
             print(f"will replace {video}")
     return videos
@@ -122,14 +125,14 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     utils.join_processes(arguments)
     timings = Timings()
     arguments.input_dir = processes.folder_of_first(
-        arguments.input_dir, [utils.CONFIG_FILE, utils.LATENTS_FILE]
+        arguments.input_dir, [stage_files.CONFIG_FILE, stage_files.LATENTS_FILE]
     )
     with checking_input():
         utils.check_executables(arguments.executables)
         config, latents_file = open_latents(arguments)
         shape = latents_file.shapes["latents"]
         fps = arguments.fps or latents_file.section["fps"]
-        model = utils.find_same_model(arguments.model_id, latents_file, ["vae"])
+        model = stage_files.find_same_model(arguments.model_id, latents_file, ["vae"])
         videos = check(arguments, model, arguments.input_dir, shape, fps)
         utils.start_jax(arguments.dtype)
 
@@ -148,7 +151,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     compilations = CompilationLog()
     with timings.phase("load"), checking_input():
         decoder = decoder_module.load_decoder(model.path / "vae", mesh, jnp.dtype(arguments.dtype))
-        latents = utils.read_tensors(latents_file)["latents"]
+        latents = stage_files.read_tensors(latents_file)["latents"]
     output = "float32" if wants_float(videos[0]) else "uint8"
     with timings.phase("compile"):
         decoder.compile(latents.shape, output=output, executables=arguments.executables)
@@ -165,7 +168,9 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
             collections.deque(batches, maxlen=0)
             return
         write_videos(batches, num_frames, videos, arguments, recorded)
-        utils.record_section(arguments.input_dir, STAGE, section, inherited=arguments.input_dir)
+        stage_files.record_section(
+            arguments.input_dir, STAGE, section, inherited=arguments.input_dir
+        )
     # The devices decode a batch while the one before is encoded: the two add up to more.
     timings.at_once["run and save"] = {
         "decoding": round(decoder.decode_seconds, 4),
@@ -180,13 +185,13 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
 def make_section(
     arguments: argparse.Namespace,
     model: ModelFolder,
-    latents_file: utils.StageFile,
+    latents_file: stage_files.StageFile,
     videos: list[Path],
     mesh: dict[str, int],
     decoder_name: str,
 ) -> dict[str, Any]:
     """What generation_config.json says of this stage."""
-    return utils.make_section(
+    return stage_files.make_section(
         {
             "model_id": model.model_id,
             "revision": model.revision,
@@ -201,13 +206,13 @@ def make_section(
     )
 
 
-def open_latents(arguments: argparse.Namespace) -> tuple[dict, utils.StageFile]:
+def open_latents(arguments: argparse.Namespace) -> tuple[dict, stage_files.StageFile]:
     """The config and the checked header of stage 2's file."""
-    config = utils.read_config(arguments.input_dir)
-    file = utils.open_stage_file(
-        arguments.input_dir, utils.LATENTS_FILE, "stage2_transformer", config, {"latents"}
+    config = stage_files.read_config(arguments.input_dir)
+    file = stage_files.open_stage_file(
+        arguments.input_dir, stage_files.LATENTS_FILE, "stage2_transformer", config, {"latents"}
     )
-    utils.check_inputs_are_current(file, config, "embeddings", "stage1_text_encoder")
+    stage_files.check_inputs_are_current(file, config, "embeddings", "stage1_text_encoder")
     return config, file
 
 

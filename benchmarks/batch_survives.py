@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 import batch  # noqa: E402
 from jobs.records import OUTPUTS, StageRecord, read_batch  # noqa: E402
-from utils import CONFIG_FILE, run_main  # noqa: E402
+from stage_files import CONFIG_FILE  # noqa: E402
+from utils import run_main  # noqa: E402
 
 # Height, width, frames, guidance: small, so that starting up is most of the time.
 _SHAPES = [(32, 48, 5, 3), (48, 32, 9, 3), (32, 32, 9, 1), (32, 64, 5, 1), (48, 48, 9, 3)]

@@ -175,7 +175,7 @@ def write_embeddings(model: Path, folder: Path) -> None:
     """Stage 1's files, of random embeddings."""
     import numpy as np
 
-    import utils
+    import stage_files
 
     config = json.loads((model / "transformer/config.json").read_text())
     shape = (1, config["max_text_seq_length"], config["text_embed_dim"])
@@ -184,9 +184,9 @@ def write_embeddings(model: Path, folder: Path) -> None:
     tensors = {name: rng.standard_normal(shape, np.float32) for name in names}
     stage = "stage1_text_encoder"
     settings = {"model_id": str(model), "revision": None, "prompt": "noise"}
-    section = {**settings, "fingerprint": utils.fingerprint(settings), "made_with": {}}
-    utils.write_stage_file(folder / utils.EMBEDDINGS_FILE, stage, tensors, section)
-    utils.record_section(folder, stage, section, inherited=folder)
+    section = {**settings, "fingerprint": stage_files.fingerprint(settings), "made_with": {}}
+    stage_files.write_stage_file(folder / stage_files.EMBEDDINGS_FILE, stage, tensors, section)
+    stage_files.record_section(folder, stage, section, inherited=folder)
 
 
 class FirstStep(Exception):

@@ -8,7 +8,8 @@ time; for others the memory alone is told.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from cogvideox.denoise import Denoiser
 from cogvideox.settings import DenoisingSettings
 from cogvideox.transformer_weights import abstract_parameters
 from cogvideox.vae_decode import Decoder, frame_batches
-from runtime.executables import Program, compile_all
+from runtime.executables import Program
 from runtime.hlo_costs import memory, read_costs
 from runtime.mesh import fitting_meshes, make_mesh
 from runtime.topology import CHIPS
@@ -75,65 +76,108 @@ class Estimate:
         }
 
 
-class Planner:
-    """Plans of several sizes on one machine, each derived from those before where it can be.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A size to plan for.
+
+    Attributes:
+        latents: what is decoded, [B, C, T, H, W].
+        denoiser: on the mesh to compile; None leaves stage 2 out.
+        decoder: None leaves stage 3 out.
+    """
+
+    settings: DenoisingSettings
+    latents: tuple[int, ...]
+    denoiser: Denoiser | None
+    decoder: Decoder | None
+
+
+def make_plans(
+    requests: Sequence[Request], *, compile_all: bool, threads: int
+) -> Iterator[dict[str, Any]]:
+    """What a video of each size would take on one machine, as JSON values.
+
+    One mesh a size and the decoder of the first size are compiled, the rest is derived.
 
     Args:
         compile_all: compiles every mesh and every decoder instead.
+        threads: programs to compile at once.
     """
+    known: tuple[Estimate, tuple[int, ...]] | None = None
+    pool = ThreadPoolExecutor(threads)
+    try:
+        compiler = _Compiler(pool)
+        for i, request in enumerate(requests):
+            if request.denoiser is not None:
+                others = _other_meshes(request.denoiser) if compile_all else []
+                for denoiser in (request.denoiser, *others):
+                    compiler.start(denoiser.program)
+            if request.decoder is not None and (compile_all or i == 0):
+                for program in _decoder_programs(request):
+                    compiler.start(program)
+        for request in requests:
+            plan = _plan_step(request, compiler, compile_all)
+            if request.decoder is not None:
+                if known is None or compile_all:
+                    estimate = _estimate_decode(request, compiler)
+                else:
+                    estimate = derive_decode(request.decoder, request.latents, *known)
+                if estimate.hbm:  # nothing can be derived from a program that was refused
+                    known = known or (estimate, request.latents)
+                mesh = request.decoder.mesh
+                described = estimate.describe(mesh.devices.flat[0])
+                plan["decode"] = {"mesh": dict(mesh.shape), **described}
+            parts = [plan.get("best_step"), plan.get("decode")]
+            if all(part and part["fits"] and part["seconds"] is not None for part in parts):
+                step, decode = (part["seconds"] for part in parts)
+                steps = request.settings.num_inference_steps
+                plan["video_seconds"] = round(steps * step + decode, 1)
+            yield plan
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    def __init__(self, *, compile_all: bool):
-        self._compile_all = compile_all
-        self._decoded: tuple[tuple[int, ...], Estimate] | None = None
 
-    def plan(
-        self,
-        settings: DenoisingSettings,
-        latents: tuple[int, ...],
-        denoiser: Denoiser | None,
-        decoder: Decoder | None,
-    ) -> dict[str, Any]:
-        """What a video would take, as JSON values.
+class _Compiler:
+    """Compiles in threads, holding no lock of Python's, what this thread lowers meanwhile."""
 
-        Args:
-            latents: what is decoded, [B, C, T, H, W].
-            denoiser: on the mesh to compile; None leaves stage 2 out.
-            decoder: None leaves stage 3 out.
-        """
-        size = f"{settings.height}x{settings.width}x{settings.num_frames}"
-        plan: dict[str, Any] = {"size": size, "steps": settings.num_inference_steps}
-        if denoiser is not None:
-            plan |= self._plan_step(denoiser)
-        if decoder is not None:
-            device = decoder.mesh.devices.flat[0]
-            decode = self._estimate_decode(decoder, latents).describe(device)
-            plan["decode"] = {"mesh": dict(decoder.mesh.shape), **decode}
-        parts = [plan.get("best_step"), plan.get("decode")]
-        if all(part and part["fits"] and part["seconds"] is not None for part in parts):
-            step, decode = (part["seconds"] for part in parts)
-            plan["video_seconds"] = round(settings.num_inference_steps * step + decode, 1)
+    def __init__(self, pool: ThreadPoolExecutor):
+        self._pool = pool
+        self._started: dict[str, Future] = {}
+
+    def start(self, program: Program) -> None:
+        name = program.manifest_name
+        if name not in self._started:
+            options = program.fields.get("compiler_options")
+            self._started[name] = self._pool.submit(program.lower().compile, options)
+
+    def result(self, program: Program) -> jax.stages.Compiled | None:
+        """The program compiled, None where the compiler finds it too large for the memory."""
+        self.start(program)
+        try:
+            return self._started[program.manifest_name].result()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
+
+
+def _plan_step(request: Request, compiler: _Compiler, compile_all: bool) -> dict[str, Any]:
+    settings, denoiser = request.settings, request.denoiser
+    size = f"{settings.height}x{settings.width}x{settings.num_frames}"
+    plan = {"size": size, "steps": settings.num_inference_steps}
+    if denoiser is None:
         return plan
-
-    def _plan_step(self, denoiser: Denoiser) -> dict[str, Any]:
-        device = denoiser.mesh.devices.flat[0]
-        own = estimate_step(denoiser)
-        rows = [{"mesh": dict(denoiser.mesh.shape), **own.describe(device)}]
-        for other in _other_meshes(denoiser):
-            # Nothing can be derived from a program that the compiler refused.
-            compiled = self._compile_all or not own.hbm
-            estimate = estimate_step(other) if compiled else derive_step(other, own, denoiser)
-            rows.append({"mesh": dict(other.mesh.shape), **estimate.describe(device)})
-        fitting = [row for row in rows if row["fits"] and row["seconds"] is not None]
-        best = min(fitting, key=lambda row: row["seconds"], default=None)
-        return {"step": rows, "best_step": best}
-
-    def _estimate_decode(self, decoder: Decoder, latents: tuple[int, ...]) -> Estimate:
-        if self._decoded and self._decoded[1].hbm and not self._compile_all:
-            known_for, known = self._decoded
-            return derive_decode(decoder, latents, known, known_for)
-        estimate = estimate_decode(decoder, latents)
-        self._decoded = latents, estimate
-        return estimate
+    device = denoiser.mesh.devices.flat[0]
+    own = _estimate_step(denoiser, compiler)
+    rows = [{"mesh": dict(denoiser.mesh.shape), **own.describe(device)}]
+    for other in _other_meshes(denoiser):
+        # Nothing can be derived from a program that the compiler refused.
+        derived = own.hbm and not compile_all
+        estimate = derive_step(other, own, denoiser) if derived else _estimate_step(other, compiler)
+        rows.append({"mesh": dict(other.mesh.shape), **estimate.describe(device)})
+    fitting = [row for row in rows if row["fits"] and row["seconds"] is not None]
+    best = min(fitting, key=lambda row: row["seconds"], default=None)
+    return plan | {"step": rows, "best_step": best}
 
 
 def table(plans: Sequence[Mapping[str, Any]]) -> str:
@@ -180,10 +224,10 @@ def _other_meshes(denoiser: Denoiser) -> list[Denoiser]:
     ]
 
 
-def estimate_step(denoiser: Denoiser) -> Estimate:
+def _estimate_step(denoiser: Denoiser, compiler: _Compiler) -> Estimate:
     """A denoising step, compiled."""
     device = denoiser.mesh.devices.flat[0]
-    (compiled,) = _compile([denoiser.program], device) or (None,)
+    compiled = compiler.result(denoiser.program)
     if compiled is None:
         return Estimate("compiled", False, {}, None, None)
     hbm = _split_weights(memory(compiled), _weight_bytes(denoiser))
@@ -220,12 +264,12 @@ def derive_step(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Est
     return Estimate("derived", fits, hbm, cycles, _received(denoiser))
 
 
-def estimate_decode(decoder: Decoder, latents: tuple[int, ...]) -> Estimate:
-    """The decode of latents [B, C, T, H, W], compiled."""
+def _estimate_decode(request: Request, compiler: _Compiler) -> Estimate:
+    """The decode, compiled."""
+    decoder, latents = request.decoder, request.latents
     device = decoder.mesh.devices.flat[0]
-    programs = decoder.programs(latents, output="uint8")
-    compiled = _compile(programs, device, decoder.compiler_threads)
-    if compiled is None:
+    compiled = [compiler.result(program) for program in _decoder_programs(request)]
+    if None in compiled:
         return Estimate("compiled", False, {}, None, None)
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder.weights))
     # Between two batches nothing but the caches stays, and they are arguments.
@@ -278,16 +322,8 @@ def derive_decode(
     return Estimate("derived", fits, hbm, cycles, received)
 
 
-def _compile(
-    programs: Sequence[Program], device: jax.Device, threads: int = 1
-) -> list[jax.stages.Compiled] | None:
-    """The programs compiled, None where the compiler finds them too large for the memory."""
-    try:
-        return [compiled for compiled, _ in compile_all(programs, threads)]
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None
+def _decoder_programs(request: Request) -> list[Program]:
+    return request.decoder.programs(request.latents, output="uint8")
 
 
 def _capacity(device: jax.Device) -> float:

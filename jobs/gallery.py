@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import get_args
 from urllib.parse import quote
 
+import stage_files
 import utils
 from jobs.records import (
     CONTACT_SHEET_FILE,
@@ -162,7 +163,7 @@ def _card(state: JobState) -> str:
 def _picture(state: JobState) -> str:
     """The contact sheet, which the page's script turns into a player; without it, a link."""
     settings = state.job.settings
-    sheet, video = state.folder / CONTACT_SHEET_FILE, state.folder / utils.VIDEO_FILE
+    sheet, video = state.folder / CONTACT_SHEET_FILE, state.folder / stage_files.VIDEO_FILE
     if not (sheet.is_file() and video.is_file()):
         return ""
     return (
@@ -209,9 +210,9 @@ def _facts(state: JobState) -> Iterator[tuple[str, str]]:
 
 def _links(state: JobState) -> str:
     files = {
-        "video": utils.VIDEO_FILE,
+        "video": stage_files.VIDEO_FILE,
         "contact sheet": CONTACT_SHEET_FILE,
-        "settings": utils.CONFIG_FILE,
+        "settings": stage_files.CONFIG_FILE,
     }
     links = [
         f'<a href="{_link(state.folder / file)}">{label}</a>'

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import utils
+import stage_files
 from cogvideox.checkpoint import ModelFolder
 from cogvideox.settings import DenoisingSettings, complete_settings, text_tokens
 from jobs.jobfile import Line
@@ -35,7 +35,7 @@ def make_jobs(lines: Sequence[Line], model: ModelFolder) -> tuple[list[Job], lis
     for line in lines:
         try:
             job = _make_job(line, model, digest)
-        except (ValueError, NotImplementedError) as error:
+        except ValueError as error:
             problems.append((line.number, str(error)))
             continue
         # Folders on some disks do not tell Kite from kite.
@@ -120,7 +120,7 @@ def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:
     hashed = decides | {
         "settings": dataclasses.asdict(decides["settings"]),
         "model": digest,
-        "format": utils.FORMAT_VERSION,
+        "format": stage_files.FORMAT_VERSION,
     }
     return Job(id=_hash(hashed), name=name, line=line.number, **decides)
 

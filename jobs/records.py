@@ -19,25 +19,26 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import stage_files
 import utils
 from cogvideox.settings import DenoisingSettings
 from jobs.claims import is_claimed
 from runtime.files import write_json
 
 JOB_FILE = "job.json"
-CONTACT_SHEET_FILE = f"{Path(utils.VIDEO_FILE).stem}_contact_sheet.png"
+CONTACT_SHEET_FILE = f"{Path(stage_files.VIDEO_FILE).stem}_contact_sheet.png"
 
 # What each stage leaves in a job's folder, beside its section in generation_config.json.
 OUTPUTS = {
-    "stage1_text_encoder": (utils.EMBEDDINGS_FILE,),
-    "stage2_transformer": (utils.LATENTS_FILE,),
-    "stage3_vae_decoder": (utils.VIDEO_FILE, CONTACT_SHEET_FILE),
+    "stage1_text_encoder": (stage_files.EMBEDDINGS_FILE,),
+    "stage2_transformer": (stage_files.LATENTS_FILE,),
+    "stage3_vae_decoder": (stage_files.VIDEO_FILE, CONTACT_SHEET_FILE),
 }
 STAGES = tuple(OUTPUTS)
 INPUTS = {
     "stage1_text_encoder": (),
-    "stage2_transformer": (utils.EMBEDDINGS_FILE,),
-    "stage3_vae_decoder": (utils.LATENTS_FILE,),
+    "stage2_transformer": (stage_files.EMBEDDINGS_FILE,),
+    "stage3_vae_decoder": (stage_files.LATENTS_FILE,),
 }
 
 StageStatus = Literal["running", "done", "failed", "interrupted"]

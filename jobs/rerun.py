@@ -14,6 +14,7 @@ import generate
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
+import stage_files
 import utils
 from cogvideox.checkpoint import find_model
 from cogvideox.settings import DenoisingSettings
@@ -47,7 +48,7 @@ class Recipe:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
         "Makes a video again, with the prompt, seed and settings that its mp4 tag names, or\n"
-        f"{utils.CONFIG_FILE} in its folder.",
+        f"{stage_files.CONFIG_FILE} in its folder.",
         "  python batch.py rerun night/kite-0123456789ab/output_video.mp4\n"
         "  python batch.py rerun kite.mp4 --model_id ./moved-model --output_dir again",
     )
@@ -95,8 +96,8 @@ def read_recipe(video: Path) -> Recipe:
     source = video
     comment = read_comment(video) if video.suffix.lower() == ".mp4" else None
     if comment is None:
-        source = video.parent / utils.CONFIG_FILE
-        config = utils.read_config(video.parent)
+        source = video.parent / stage_files.CONFIG_FILE
+        config = stage_files.read_config(video.parent)
     else:
         try:
             config = json.loads(comment)
@@ -104,7 +105,7 @@ def read_recipe(video: Path) -> Recipe:
             raise ValueError(f"the tag of {video} is not this project's: {error}") from error
     for stage in _STAGES:
         section = config.get(stage) if isinstance(config, dict) else None
-        if not isinstance(section, dict) or not utils.is_whole(section):
+        if not isinstance(section, dict) or not stage_files.is_whole(section):
             raise ValueError(f"{source} does not say what {stage}.py did for {video}")
     names = [Path(path).name for path in config[stage3.STAGE]["output_video"]]
     if comment is None and video.name not in names:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import stage_files
 import utils
 from cogvideox.checkpoint import ModelFolder
 from jobs.claims import Claim, Claims, is_claimed
@@ -362,7 +363,7 @@ class Runner:
             "seconds": round(time.perf_counter() - start, 4),
             "inputs": self.ledger.checksums(folder, INPUTS[stage]),
             "outputs": self.ledger.checksums(folder, OUTPUTS[stage]),
-            "section": utils.read_config(folder)[stage],
+            "section": stage_files.read_config(folder)[stage],
         }
 
     def _restore_config(self, job: Job) -> None:
@@ -371,8 +372,8 @@ class Runner:
         records = read_records(folder)
         if not _config_is_good(folder, records):
             sections = {r.stage: r.section for r in records.values() if r.status == "done"}
-            version = {"format_version": utils.FORMAT_VERSION}
-            write_json(folder / utils.CONFIG_FILE, version | sections)
+            version = {"format_version": stage_files.FORMAT_VERSION}
+            write_json(folder / stage_files.CONFIG_FILE, version | sections)
 
 
 def _config_is_good(folder: Path, records: dict[str, StageRecord]) -> bool:
@@ -380,7 +381,7 @@ def _config_is_good(folder: Path, records: dict[str, StageRecord]) -> bool:
     if not sections:
         return True
     try:
-        config = utils.read_config(folder)
+        config = stage_files.read_config(folder)
     except utils.InputError:
         return False
     return all(config.get(stage) == section for stage, section in sections.items())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import utils
+import stage_files
 from jobs.identity import job_arguments
 from jobs.records import Job
 
@@ -163,7 +163,7 @@ class Workshop:
             schedule=make_schedule(job.settings, config),
         )
         embeddings, _ = stage2.open_embeddings(arguments)
-        prompt_embeds = plan.denoiser.prompt_embeds(utils.read_tensors(embeddings))
+        prompt_embeds = plan.denoiser.prompt_embeds(stage_files.read_tensors(embeddings))
         section = stage2.make_section(plan, arguments, self._model, embeddings)
         every = self._arguments.checkpoint_every
         checkpoints = stage2.Checkpoints(folder, section, every, self._stop.is_set)
@@ -201,15 +201,15 @@ class Workshop:
         arguments = self._of(job)
         folder = arguments.output_dir
         config, latents_file = stage3.open_latents(arguments)
-        videos = [folder / utils.VIDEO_FILE]
+        videos = [folder / stage_files.VIDEO_FILE]
         section = stage3.make_section(
             arguments, self._model, latents_file, videos, self._decoder_mesh, f"vae_{job.decoder}"
         )
-        latents = utils.read_tensors(latents_file)["latents"]
+        latents = stage_files.read_tensors(latents_file)["latents"]
         frames = decoded_frames(latents.shape[2], temporal_factor(self._model.config("vae")))
         batches = self._until_aborted(self._decoder.decode(latents, output="uint8"))
         stage3.write_videos(batches, frames, videos, arguments, {**config, stage3.STAGE: section})
-        utils.record_section(folder, stage3.STAGE, section, inherited=folder)
+        stage_files.record_section(folder, stage3.STAGE, section, inherited=folder)
 
     def _until_aborted(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for batch in batches:

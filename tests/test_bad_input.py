@@ -11,6 +11,7 @@ import generate
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
+import stage_files
 import utils
 from cogvideox.checkpoint import find_model
 from tests.tiny_models import save_tiny_model
@@ -143,7 +144,7 @@ def test_output_folder_that_is_a_file(models, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("stage", "name"), [(stage2, utils.EMBEDDINGS_FILE), (stage3, utils.LATENTS_FILE)]
+    ("stage", "name"), [(stage2, stage_files.EMBEDDINGS_FILE), (stage3, stage_files.LATENTS_FILE)]
 )
 class TestStageFiles:
     def test_missing(self, stage, name, files, capsys):
@@ -164,24 +165,24 @@ class TestStageFiles:
         assert "was not written by" in refusal(capsys, stage, "--input_dir", files)
 
     def test_other_format_version(self, stage, name, files, capsys, monkeypatch):
-        monkeypatch.setattr(utils, "FORMAT_VERSION", "2")
-        config = json.loads((files / utils.CONFIG_FILE).read_text())
-        (files / utils.CONFIG_FILE).write_text(json.dumps(config | {"format_version": "2"}))
+        monkeypatch.setattr(stage_files, "FORMAT_VERSION", "2")
+        config = json.loads((files / stage_files.CONFIG_FILE).read_text())
+        (files / stage_files.CONFIG_FILE).write_text(json.dumps(config | {"format_version": "2"}))
         assert "format version 1" in refusal(capsys, stage, "--input_dir", files)
 
     def test_no_config(self, stage, name, files, capsys):
-        (files / utils.CONFIG_FILE).unlink()
-        assert utils.CONFIG_FILE in refusal(capsys, stage, "--input_dir", files)
+        (files / stage_files.CONFIG_FILE).unlink()
+        assert stage_files.CONFIG_FILE in refusal(capsys, stage, "--input_dir", files)
 
     def test_broken_config(self, stage, name, files, capsys):
-        (files / utils.CONFIG_FILE).write_text("{")
+        (files / stage_files.CONFIG_FILE).write_text("{")
         assert "not valid JSON" in refusal(capsys, stage, "--input_dir", files)
 
     def test_stale(self, stage, name, files, capsys):
-        config = json.loads((files / utils.CONFIG_FILE).read_text())
+        config = json.loads((files / stage_files.CONFIG_FILE).read_text())
         config["stage1_text_encoder"]["prompt"] = "A blue dog"
         config["stage2_transformer"]["seed"] = 7
-        (files / utils.CONFIG_FILE).write_text(json.dumps(config))
+        (files / stage_files.CONFIG_FILE).write_text(json.dumps(config))
         assert "stale" in refusal(capsys, stage, "--input_dir", files)
 
     def test_of_another_model(self, stage, name, files, models, capsys):
@@ -190,10 +191,10 @@ class TestStageFiles:
 
 
 def test_latents_whose_prompt_was_encoded_anew(files, models, capsys, monkeypatch):
-    config = json.loads((files / utils.CONFIG_FILE).read_text())
+    config = json.loads((files / stage_files.CONFIG_FILE).read_text())
     settings = {"model_id": str(models / "good"), "prompt": "A blue dog"}
-    config["stage1_text_encoder"] = utils.make_section(settings)
-    (files / utils.CONFIG_FILE).write_text(json.dumps(config))
+    config["stage1_text_encoder"] = stage_files.make_section(settings)
+    (files / stage_files.CONFIG_FILE).write_text(json.dumps(config))
     assert "ran again" in refusal(capsys, stage3, "--input_dir", files)
 
 
@@ -282,14 +283,14 @@ def with_weights(models: Path, files: Path, tmp_path: Path, change) -> Path:
     tensors = load_file(weights)
     change(tensors)
     save_file(tensors, weights)
-    config = json.loads((files / utils.CONFIG_FILE).read_text())
+    config = json.loads((files / stage_files.CONFIG_FILE).read_text())
     section = config["stage1_text_encoder"] | {"model_id": str(model)}
     settings = {k: v for k, v in section.items() if k not in ("fingerprint", "made_with")}
-    config["stage1_text_encoder"] = utils.make_section(settings)
-    (files / utils.CONFIG_FILE).write_text(json.dumps(config))
-    embeddings = load_file(files / utils.EMBEDDINGS_FILE)
-    utils.write_stage_file(
-        files / utils.EMBEDDINGS_FILE,
+    config["stage1_text_encoder"] = stage_files.make_section(settings)
+    (files / stage_files.CONFIG_FILE).write_text(json.dumps(config))
+    embeddings = load_file(files / stage_files.EMBEDDINGS_FILE)
+    stage_files.write_stage_file(
+        files / stage_files.EMBEDDINGS_FILE,
         "stage1_text_encoder",
         embeddings,
         config["stage1_text_encoder"],

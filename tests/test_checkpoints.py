@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
-import utils
+import stage_files
 from cogvideox import loop_checkpoint
 from tests.tiny_models import save_tiny_model
 
@@ -34,7 +34,7 @@ def run(folder: Path, output_dir: Path, scheduler: str, dtype: str, *more: str) 
     settings = [f"--num_inference_steps={STEPS}", f"--scheduler={scheduler}", f"--dtype={dtype}"]
     where = [f"--input_dir={folder}", f"--output_dir={output_dir}"]
     stage2.run(stage2.parse_arguments([*where, *settings, "--seed=3", *more]))
-    return load_file(output_dir / utils.LATENTS_FILE)["latents"]
+    return load_file(output_dir / stage_files.LATENTS_FILE)["latents"]
 
 
 @pytest.mark.parametrize(

@@ -7,32 +7,35 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import stage_files
 import utils
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_end_the_run(bad):
     latents = np.zeros((1, 2, 3), np.float32)
-    utils.check_finite({"latents": latents}, "stage2_transformer")
+    stage_files.check_finite({"latents": latents}, "stage2_transformer")
     latents[0, 1, 2] = bad
     with pytest.raises(utils.RunError, match="1 of 6 values of latents"):
-        utils.check_finite({"latents": latents}, "stage2_transformer")
+        stage_files.check_finite({"latents": latents}, "stage2_transformer")
 
 
 def test_a_stage_keeps_the_sections_of_the_others(tmp_path: Path):
     for stage in ("stage1_text_encoder", "stage2_transformer", "stage1_text_encoder"):
-        section = utils.make_section({"model_id": "m", "seed": 0})
-        utils.record_section(tmp_path, stage, section, inherited=tmp_path)
-    config = json.loads((tmp_path / utils.CONFIG_FILE).read_text())
+        section = stage_files.make_section({"model_id": "m", "seed": 0})
+        stage_files.record_section(tmp_path, stage, section, inherited=tmp_path)
+    config = json.loads((tmp_path / stage_files.CONFIG_FILE).read_text())
     assert {"stage1_text_encoder", "stage2_transformer"} <= config.keys()
 
 
 def test_equal_runs_write_equal_files(tmp_path: Path):
     """safetensors writes metadata in random order."""
     tensors = {"b": np.ones((3, 5), np.float32), "a": np.zeros(2, np.int8)}
-    section = utils.make_section({"model_id": 'm"é'})
+    section = stage_files.make_section({"model_id": 'm"é'})
     for i in range(8):
-        utils.write_stage_file(tmp_path / f"{i}.safetensors", "stage", tensors, section, more="x")
+        stage_files.write_stage_file(
+            tmp_path / f"{i}.safetensors", "stage", tensors, section, more="x"
+        )
     first, *others = [path.read_bytes() for path in tmp_path.iterdir()]
     assert others == [first] * 7
     read = load_file(tmp_path / "0.safetensors")
@@ -43,6 +46,6 @@ def test_equal_runs_write_equal_files(tmp_path: Path):
 def test_transposed_arrays_are_written_as_they_read(tmp_path: Path):
     """safetensors writes memory as it lies; a transposed array's lies otherwise."""
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4).swapaxes(0, 2)
-    section = utils.make_section({"model_id": "m"})
-    utils.write_stage_file(tmp_path / "file.safetensors", "stage", {"array": array}, section)
+    section = stage_files.make_section({"model_id": "m"})
+    stage_files.write_stage_file(tmp_path / "file.safetensors", "stage", {"array": array}, section)
     np.testing.assert_array_equal(load_file(tmp_path / "file.safetensors")["array"], array)

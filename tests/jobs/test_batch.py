@@ -17,6 +17,7 @@ import batch
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
+import stage_files
 import utils
 from cogvideox import text_encoder
 from cogvideox.denoise import Denoiser
@@ -63,7 +64,7 @@ def run(model: Path, folder: Path, *more: str, jobs: list[dict] = JOBS) -> int:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    names = [name for files in OUTPUTS.values() for name in files] + [utils.CONFIG_FILE]
+    names = [name for files in OUTPUTS.values() for name in files] + [stage_files.CONFIG_FILE]
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.glob("out/*/*")
@@ -163,19 +164,19 @@ def test_again_computes_nothing(model, copy, calls):
 
 
 def test_what_is_damaged_is_made_again_from_the_last_good_stage(model, copy, whole, calls):
-    (job_folder(copy, "kite") / utils.VIDEO_FILE).unlink()
-    with open(job_folder(copy, "a-blue") / utils.LATENTS_FILE, "r+b") as file:
+    (job_folder(copy, "kite") / stage_files.VIDEO_FILE).unlink()
+    with open(job_folder(copy, "a-blue") / stage_files.LATENTS_FILE, "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
-    (job_folder(copy, "a-red") / utils.CONFIG_FILE).write_text("{")
-    (job_folder(copy, "a-red") / utils.EMBEDDINGS_FILE).unlink()
+    (job_folder(copy, "a-red") / stage_files.CONFIG_FILE).write_text("{")
+    (job_folder(copy, "a-red") / stage_files.EMBEDDINGS_FILE).unlink()
     assert run(model, copy) == 0
     assert (calls["_embed"], calls["_denoise"], calls["_decode"]) == (1, 1, 1)
     assert outputs(copy) == outputs(whole)
 
 
 def test_a_damaged_config_is_written_again_without_work(model, copy, whole, calls):
-    (job_folder(copy, "kite") / utils.CONFIG_FILE).unlink()
+    (job_folder(copy, "kite") / stage_files.CONFIG_FILE).unlink()
     assert run(model, copy) == 0
     assert not calls and outputs(copy) == outputs(whole)
 
@@ -217,7 +218,7 @@ def test_latents_now_videos_later(model, whole, tmp_path, calls, capsys):
 
 
 def test_the_plan(model, copy, tmp_path, capsys):
-    (job_folder(copy, "kite") / utils.VIDEO_FILE).unlink()
+    (job_folder(copy, "kite") / stage_files.VIDEO_FILE).unlink()
     before = sorted(copy.rglob("*"))
     assert run(model, copy, "--dry_run") == 0
     said = capsys.readouterr().out
@@ -256,7 +257,7 @@ def test_an_output_made_of_other_inputs_is_made_again(model, copy, calls):
     """As after an upgrade that changed the bits of what was made again."""
     (name, stage) = job_folder(copy, "kite").name, STAGES[2]
     record = records(copy)[name, stage]
-    changed = dataclasses.replace(record, inputs={utils.LATENTS_FILE: "0" * 64})
+    changed = dataclasses.replace(record, inputs={stage_files.LATENTS_FILE: "0" * 64})
     write_record(copy / "out" / name, changed)
     assert run(model, copy) == 0 and calls["_decode"] == 1 and calls["_denoise"] == 0
 
@@ -334,7 +335,7 @@ def test_a_ray_cluster_of_this_machine(model, whole, tmp_path, calls):
     cursed = run(model, tmp_path, "--stages=1", "--only=cursed", jobs=jobs)
     assert cursed == 0
     folder = job_folder(tmp_path, "cursed")
-    (folder / utils.LATENTS_FILE).mkdir()  # so that stage 2 cannot write there
+    (folder / stage_files.LATENTS_FILE).mkdir()  # so that stage 2 cannot write there
     calls.clear()
     assert run(model, tmp_path, "--engine=ray", jobs=jobs) == 3
     assert not calls  # nothing was done in this process

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
-import utils
+import stage_files
 from jobs.gallery import GALLERY_FILE, Gallery, write_gallery
 from jobs.records import CONTACT_SHEET_FILE, STAGES, JobState, read_batch, write_job, write_record
 from tests.jobs.test_records import JOB, record
@@ -64,8 +64,8 @@ def add_job(folder: Path, number: int, statuses: list[str], **fields) -> JobStat
         said = {"error": error, "traceback": f"{error}\n" * 3} if status == "failed" else {}
         write_record(folder / job.folder, record(stage, status, seconds=61.5, **said))
     if statuses == ["done"] * 3:
-        (folder / job.folder / utils.VIDEO_FILE).touch()
-        (folder / job.folder / utils.CONFIG_FILE).touch()
+        (folder / job.folder / stage_files.VIDEO_FILE).touch()
+        (folder / job.folder / stage_files.CONFIG_FILE).touch()
         header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x03\xc0\0\0\x02\x10"
         (folder / job.folder / CONTACT_SHEET_FILE).write_bytes(header)
 

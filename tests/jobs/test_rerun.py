@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import generate
+import stage_files
 import utils
 from cogvideox.video import open_video_writer
 from jobs import rerun
@@ -52,9 +53,9 @@ def test_from_the_tag(made, tmp_path):
     found = tmp_path / "moved_rerun"
     for name in ("a-0.mp4", "a-1.mp4"):
         assert np.array_equal(frames(made / name), frames(found / name))
-    one, two = (load_file(folder / utils.LATENTS_FILE)["latents"] for folder in (made, found))
+    one, two = (load_file(folder / stage_files.LATENTS_FILE)["latents"] for folder in (made, found))
     assert np.array_equal(one, two)
-    first, second = map(utils.read_config, (made, found))
+    first, second = map(stage_files.read_config, (made, found))
     for stage in ("stage1_text_encoder", "stage2_transformer"):
         assert first[stage]["fingerprint"] == second[stage]["fingerprint"]
 
@@ -68,7 +69,7 @@ def test_settings_beside_the_video(made, tmp_path):
         writer.write(np.zeros((1, 48, 80, 3), np.uint8))
     arguments = rerun.parse_arguments([str(folder / "a-0.mp4")])
     recipe = rerun.read_recipe(arguments.video)
-    assert recipe.source == folder / utils.CONFIG_FILE and recipe.decoder == "flax"
+    assert recipe.source == folder / stage_files.CONFIG_FILE and recipe.decoder == "flax"
     first, second, third = rerun.stage_arguments(recipe, arguments, tmp_path / "out")
     assert first.prompt == [PROMPT, "A blue dog"] and first.negative_prompt == "-blurry"
     assert (second.seed, second.guidance_scale, second.use_dynamic_cfg) == (0, 3.3, True)
@@ -85,7 +86,7 @@ def test_settings_beside_the_video(made, tmp_path):
     ],
 )
 def test_what_nothing_is_known_of(name, content, said, made, tmp_path):
-    shutil.copy(made / utils.CONFIG_FILE, tmp_path)
+    shutil.copy(made / stage_files.CONFIG_FILE, tmp_path)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(utils.InputError, match=said):
@@ -107,7 +108,7 @@ def test_nothing_is_overwritten(made, tmp_path):
 
 
 def test_changed_settings_end_with_one_line(made, tmp_path):
-    config = json.loads((made / utils.CONFIG_FILE).read_text())
+    config = json.loads((made / stage_files.CONFIG_FILE).read_text())
     config["stage2_transformer"]["seed"] = 8
     with open_video_writer(
         tmp_path / "v.mp4", fps=5, num_frames=1, comment=json.dumps(config)

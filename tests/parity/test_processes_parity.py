@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 import generate
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
+import stage_files
 import utils
 from tests.pairs import run_pair
 from tests.tiny_models import save_tiny_model
@@ -58,7 +59,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_latents_equal_those_of_one_process(mesh, folder):
-    one, two = (load_file(folder / name / utils.LATENTS_FILE)["latents"] for name in ("one", mesh))
+    one, two = (
+        load_file(folder / name / stage_files.LATENTS_FILE)["latents"] for name in ("one", mesh)
+    )
     assert np.abs(one - two).max() / one.std() < 2e-5
 
 
