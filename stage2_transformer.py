@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import stage_files
 import utils
 from runtime import processes
 from utils import ArgumentParser, Timings, checking_input
@@ -138,8 +137,6 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
         weights = stored_tensors(model.path / "transformer")
         check_weights(model.config("transformer"), weights)
         schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
-        # The noise needs it, long after; until then it is imported beside the reading of weights.
-        threading.Thread(target=importlib.import_module, args=("torch",)).start()
         starting.result()
 
     import jax
@@ -192,16 +189,23 @@ def make_denoiser(
 
 def run(arguments: argparse.Namespace) -> None:
     utils.join_processes(arguments)
+    from cogvideox.noise import drawing_beside
+
+    with drawing_beside():
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     timings, output_dir = Timings(), arguments.output_dir or arguments.input_dir
     arguments.input_dir = processes.folder_of_first(
-        arguments.input_dir, [utils.CONFIG_FILE, utils.EMBEDDINGS_FILE]
+        arguments.input_dir, [stage_files.CONFIG_FILE, stage_files.EMBEDDINGS_FILE]
     )
     with checking_input():
         embeddings, model = open_embeddings(arguments)
         utils.check_executables(arguments.executables)
-        utils.check_output_folder(output_dir, utils.LATENTS_FILE)
+        stage_files.check_output_folder(output_dir, stage_files.LATENTS_FILE)
         if arguments.profile:
-            utils.check_output_folder(arguments.profile)
+            stage_files.check_output_folder(arguments.profile)
         batch, tokens, _ = embeddings.shapes["prompt_embeds"]
         plan = make_plan(arguments, model, batch, tokens)
     mesh, attention = dict(plan.denoiser.mesh.shape), plan.denoiser.attention.name
@@ -214,7 +218,7 @@ def run(arguments: argparse.Namespace) -> None:
         compiling = background.submit(plan.denoiser.compile, arguments.executables)
         with timings.phase("load"):
             parameters = plan.denoiser.load()
-            prompt_embeds = plan.denoiser.prompt_embeds(utils.read_tensors(embeddings))
+            prompt_embeds = plan.denoiser.prompt_embeds(stage_files.read_tensors(embeddings))
         with timings.phase("compile"):  # what loading did not hide
             step = compiling.result()
     print(f"stage 2: {compilations.sentence()}")
@@ -240,12 +244,12 @@ def _profile(folder: Path | None) -> Any:
 
 
 def make_section(
-    plan: Plan, arguments: argparse.Namespace, model: ModelFolder, embeddings: utils.StageFile
+    plan: Plan, arguments: argparse.Namespace, model: ModelFolder, embeddings: stage_files.StageFile
 ) -> dict[str, Any]:
     """What generation_config.json says of this stage."""
     import jax
 
-    return utils.make_section(
+    return stage_files.make_section(
         {
             "model_id": model.model_id,
             "revision": model.revision,
@@ -330,24 +334,24 @@ def denoise(
 def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_dir: Path) -> Path:
     """Writes this stage's file and section, and removes its checkpoint."""
     tensors = {"latents": latents}
-    utils.check_finite(tensors, STAGE)
-    path = output_dir / utils.LATENTS_FILE
-    utils.write_stage_file(path, STAGE, tensors, section, vae_scaling_applied="false")
-    utils.record_section(output_dir, STAGE, section, inherited=input_dir)
+    stage_files.check_finite(tensors, STAGE)
+    path = output_dir / stage_files.LATENTS_FILE
+    stage_files.write_stage_file(path, STAGE, tensors, section, vae_scaling_applied="false")
+    stage_files.record_section(output_dir, STAGE, section, inherited=input_dir)
     (output_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
     return path
 
 
-def open_embeddings(arguments: argparse.Namespace) -> tuple[utils.StageFile, ModelFolder]:
+def open_embeddings(arguments: argparse.Namespace) -> tuple[stage_files.StageFile, ModelFolder]:
     """The checked header of stage 1's file, and the model it was made with."""
     from cogvideox.settings import text_tokens
 
     names = {"prompt_embeds", "negative_prompt_embeds"}
-    config = utils.read_config(arguments.input_dir)
-    file = utils.open_stage_file(
-        arguments.input_dir, utils.EMBEDDINGS_FILE, "stage1_text_encoder", config, names
+    config = stage_files.read_config(arguments.input_dir)
+    file = stage_files.open_stage_file(
+        arguments.input_dir, stage_files.EMBEDDINGS_FILE, "stage1_text_encoder", config, names
     )
-    model = utils.find_same_model(arguments.model_id, file, ["transformer", "scheduler"])
+    model = stage_files.find_same_model(arguments.model_id, file, ["transformer", "scheduler"])
     transformer = model.config("transformer")
     shape = file.shapes["prompt_embeds"]
     if len(shape) != 3 or 0 in shape or file.shapes["negative_prompt_embeds"] != shape:

@@ -22,7 +22,8 @@ from cogvideox.attention import AttentionKernel, padded_tokens
 from cogvideox.block import row_indices
 from cogvideox.checkpoint import StoredTensor
 from cogvideox.loop_checkpoint import LoopCheckpoint
-from cogvideox.scheduler import Schedule, StepCoefficients, draw_noise, step
+from cogvideox.noise import draw_noise
+from cogvideox.scheduler import Schedule, StepCoefficients, step
 from cogvideox.settings import LatentShape
 from cogvideox.tokens import TokenLayout, positions
 from cogvideox.transformer_weights import abstract_parameters, load_parameters
@@ -248,7 +249,8 @@ class Denoiser:
             the step after it, so only the last may be kept.
         """
         rows = self._sharding(_TOKENS)
-        noises = draw_noise(seed, self.latents.sizes, self.dtype, schedule)
+        dtype = jnp.dtype(self.dtype)
+        noises = draw_noise(seed, self.latents.sizes, dtype, schedule.noise_draws)
         latents, done = next(noises), 0
         previous_x0 = np.zeros(latents.shape, np.float32)
         if start:

@@ -1,4 +1,4 @@
-"""DDIM and DPM steps of CogVideoX as one pure function of arrays, and noise in diffusers' order.
+"""DDIM and DPM steps of CogVideoX as one pure function of arrays.
 
 Both schedulers, for every prediction type, are linear in the sample, the model output, the last
 prediction of x0 and the noise. The coefficients are computed on the host in diffusers' precision
@@ -12,7 +12,7 @@ importing them would take longer than reading the weights.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -198,27 +198,3 @@ def _guidance_scale(settings: DenoisingSettings, timestep: int) -> float:
     steps = settings.num_inference_steps
     phase = math.pi * ((steps - timestep) / steps) ** 5.0
     return 1 + settings.guidance_scale * ((1 - math.cos(phase)) / 2)
-
-
-def draw_noise(
-    seed: int, shape: tuple[int, ...], dtype: str, schedule: Schedule
-) -> Iterator[np.ndarray]:
-    """Noise exactly as diffusers draws it: a CPU generator, in `dtype`, over the padded latents.
-
-    Yields:
-        The initial latents [B, T, C, H, W], then the noise of each step (zeros where the step
-        adds none), in `dtype`.
-    """
-    import torch  # only here: it takes seconds, in which weights can be read
-
-    generator = torch.Generator("cpu").manual_seed(seed)
-
-    def draw() -> np.ndarray:
-        noise = torch.randn(shape, generator=generator, dtype=getattr(torch, dtype))
-        return noise.float().numpy().astype(jnp.dtype(dtype))
-
-    yield draw()
-    unused = np.zeros(shape, jnp.dtype(dtype))
-    for count in schedule.noise_draws:
-        drawn = [draw() for _ in range(count)]
-        yield drawn[-1] if drawn else unused

@@ -6,6 +6,7 @@ eight-dimensional transposes would cost more to compile than all blocks together
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,29 +93,28 @@ def positions(config: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
     """
     if not config["use_rotary_positional_embeddings"]:
         return {"embedding": layout.place(_sincos(config, layout.grid), axis=0)}
-    import torch  # only here: importing takes seconds, and numpy's cosines differ in the last bit
-
     frames, *grid = layout.grid
-    points = [torch.arange(size, dtype=torch.float32) for size in layout.grid]
+    points = [np.arange(size, dtype=np.float32) for size in layout.grid]
     if config["patch_size_t"] is None:
         for axis, (start, stop) in enumerate(_crop(config, grid), 1):
             size = layout.grid[axis]
-            points[axis] = torch.linspace(start, stop * (size - 1) / size, size)
-        points[0] = torch.linspace(0, frames * (frames - 1) / frames, frames)
+            points[axis] = np.linspace(start, stop * (size - 1) / size, size, dtype=np.float32)
     head_dim = config["attention_head_dim"]
     angles = []
     for axis, width in enumerate((head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)):
-        rates = 1 / 10_000 ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+        # diffusers' angles, as it rounds them.
+        powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        rates = 1 / (10_000.0 ** powers.astype(np.float64)).astype(np.float32)
         shape = [width // 2, 1, 1, 1]
         shape[1 + axis] = -1
-        angles.append(torch.outer(rates, points[axis]).reshape(shape))
+        angles.append(np.outer(rates, points[axis]).reshape(shape))
 
-    def table(function: Callable[[Any], Any]) -> np.ndarray:
-        parts = (function(part) for part in angles)
-        parts = [part.expand(-1, *layout.grid).flatten(1) for part in parts]
-        return torch.cat(parts).numpy()
+    def table(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        parts = (function(part.astype(np.float64)).astype(np.float32) for part in angles)
+        parts = [np.broadcast_to(part, (len(part), *layout.grid)) for part in parts]
+        return np.concatenate(parts).reshape(-1, math.prod(layout.grid))
 
-    cos, sin = table(torch.cos), table(torch.sin)
+    cos, sin = table(np.cos), table(np.sin)
     return {"rotary": (layout.place(cos, 1, text_value=1), layout.place(sin, 1))}
 
 

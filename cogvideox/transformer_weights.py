@@ -5,9 +5,10 @@ Needs neither torch nor diffusers, whose imports would take longer than reading 
 
 import collections
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,8 +26,10 @@ _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 # half a head apart (see cogvideox/block.py).
 _GATED = re.compile(r"transformer_blocks\.ff\.net\.0\.proj\.(weight|bias)")
 _ROTATED = re.compile(r"transformer_blocks\.attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)")
-# Threads that copy layers from mapped files.
-_READERS = 8
+# Threads that copy layers from mapped files, and that send whole parameters to the devices.
+_READERS, _SENDERS = 32, 2
+# Parameters in host buffers at once, of up to 3.2 GB.
+_ON_THE_WAY = 4
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -145,17 +148,20 @@ def load_parameters(
             return _gated_order
         return _in_order
 
-    loaded: dict[str, jax.Array] = {}
-    on_the_way: collections.deque[jax.Array] = collections.deque()
-    with ThreadPoolExecutor(_READERS) as readers:
-        for name, shape in shapes.items():
-            if len(on_the_way) == 2:  # at most so many host buffers, of up to 3.2 GB
-                on_the_way.popleft().block_until_ready()
+    loaded: dict[str, Future] = {}
+    on_the_way: collections.deque[Future] = collections.deque()
+    with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(_SENDERS) as senders:
+        # The largest first: the last transfer is the one that nothing hides.
+        for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+            if len(on_the_way) == _ON_THE_WAY:
+                on_the_way.popleft().result().block_until_ready()
             sharding = NamedSharding(mesh, specs[name])
             sources = _sources(name, stored)
-            loaded[name] = _load_sharded(sources, shape, sharding, dtype, order(name), readers)
+            shards = _read_shards(sources, shapes[name], sharding, dtype, order(name), readers)
+            loaded[name] = senders.submit(_send, shards, shapes[name], sharding)
             on_the_way.append(loaded[name])
-    return loaded
+            del shards  # freed when it has been sent
+        return {name: loaded[name].result() for name in shapes}
 
 
 def check_weights(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> None:
@@ -190,19 +196,15 @@ def _sources(name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor | li
     return layers
 
 
-def _load_sharded(
+def _read_shards(
     source: StoredTensor | list[StoredTensor],
     shape: tuple[int, ...],
     sharding: NamedSharding,
     dtype: jnp.dtype,
     order: RowOrder,
     readers: ThreadPoolExecutor,
-) -> jax.Array:
-    """Reads a parameter shard by shard; `order` gives the rows of a stacked one.
-
-    Copies to the devices go on after it returns: while one parameter is on its way, the readers
-    fill the buffers of the next.
-    """
+) -> list[tuple[np.ndarray, list[jax.Device]]]:
+    """A parameter's shards and who holds them; `order` gives the rows of a stacked one."""
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
@@ -218,5 +220,15 @@ def _load_sharded(
             list(readers.map(copy_layer, range(len(source))))
         else:
             shard[...] = source.mapped()[index]
-        shards += [jax.device_put(shard, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        shards.append((shard, devices))
+    return shards
+
+
+def _send(
+    shards: list[tuple[np.ndarray, list[jax.Device]]],
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+) -> jax.Array:
+    """Starts the copies to the devices."""
+    placed = [jax.device_put(shard, device) for shard, devices in shards for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
