@@ -5,8 +5,8 @@
 
 Each run is a process of its own, ended after two steps, or with `--no_steps` before the first.
 `cold` compiles, with an empty compilation cache; `cached` reads the cache that `cold` filled;
-`executables` reads what compile_ahead.py made. `--drop_page_cache` (needs root) has each run read
-the weights from the disk again.
+`executables` reads what compile_ahead.py made, with an empty cache; its latents should be those of
+the runs before. `--drop_page_cache` (needs root) has each run read the weights from the disk again.
 """
 
 import argparse
@@ -140,11 +140,10 @@ def compare(arguments: argparse.Namespace) -> None:
             if run == "executables":
                 ahead = ["--model_id", model, "--sizes", arguments.size, "--stages", "2"]
                 ahead += ["--executables", work / "executables", "--allow_unsupported"]
-                own = environment | {"JAX_COMPILATION_CACHE_DIR": str(work / "cache_ahead")}
                 subprocess.run(
                     [sys.executable, ROOT / "compile_ahead.py", *ahead],
                     check=True,
-                    env=own,
+                    env=environment,
                     stdout=sys.stderr,
                 )
                 shutil.rmtree(work / "cache", ignore_errors=True)

@@ -18,6 +18,7 @@ import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -320,8 +321,11 @@ def compile_into(programs: Sequence[Program], folder: Path, *, threads: int = 1)
         except Refused as refused:
             print(f"{program.name}: made anew: {refused}")
         missing.append(program)
-    # What a CPU's cache gives back loads once more, but lacks functions when it runs.
-    with without_persistent_cache():
+    # What a CPU's cache gives back loads once more, but lacks functions when it runs. A GPU's
+    # compiler picks algorithms by timing them: through the cache, runs without the executable take
+    # the same ones, and make the same bits.
+    on_gpu = all("platform" in program.fields for program in missing)
+    with nullcontext() if on_gpu else without_persistent_cache():
         compiled = compile_all(missing, threads)
     for program, (executable, seconds) in zip(missing, compiled, strict=True):
         _write(program, executable, seconds, folder)
