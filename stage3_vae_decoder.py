@@ -162,7 +162,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     waited = Timings()
     with timings.phase("run and save"):
         recorded = {**config, STAGE: section}
-        batches = _waited_for(decoder.decode(latents, output=output), waited)
+        batches = _with_first_timed(decoder.decode(latents, output=output), waited)
         batches = _shown(batches, num_frames)
         if not processes.is_first():
             collections.deque(batches, maxlen=0)
@@ -171,10 +171,11 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         stage_files.record_section(
             arguments.input_dir, STAGE, section, inherited=arguments.input_dir
         )
-    # The devices decode a batch while the one before is encoded: the two add up to more.
+    # The encoder works from the first frames on, while the devices decode more: the two add up to
+    # more than both took.
     timings.at_once["run and save"] = {
         "decoding": round(decoder.decode_seconds, 4),
-        "saving": round(timings.seconds["run and save"] - waited.seconds["frames"], 4),
+        "saving": round(timings.seconds["run and save"] - waited.seconds["first frames"], 4),
     }
     for video in videos:
         print(f"video: {video}\ncontact sheet: {contact_sheet(video)}")
@@ -216,14 +217,12 @@ def open_latents(arguments: argparse.Namespace) -> tuple[dict, stage_files.Stage
     return config, file
 
 
-def _waited_for(batches: Iterator[np.ndarray], waited: Timings) -> Iterator[np.ndarray]:
-    """The same batches; `waited` learns how long each was waited for."""
-    while True:
-        with waited.phase("frames"):
-            frames = next(batches, None)
-        if frames is None:
-            return
-        yield frames
+def _with_first_timed(batches: Iterator[np.ndarray], timings: Timings) -> Iterator[np.ndarray]:
+    """The same batches; `timings` learns how long the first was waited for."""
+    with timings.phase("first frames"):
+        first = next(batches)
+    yield first
+    yield from batches
 
 
 def _shown(batches: Iterable[np.ndarray], num_frames: int) -> Iterator[np.ndarray]:

@@ -38,7 +38,6 @@ Cache = tuple[jax.Array, jax.Array]
 Pieces = list[jax.Array]
 
 _RING = 3  # frames that a causal convolution reads
-_ALIGNMENT = 8  # channels that cuDNN's tensor core kernels want a multiple of
 
 
 def with_neighbours(x: jax.Array, shards: WidthShards) -> jax.Array:
@@ -76,7 +75,6 @@ def _ring_kernels(conv: Conv) -> jax.Array:
     channels, out_channels = conv.weight.shape[0] // 9, conv.bias.shape[0]
     kernel = conv.weight.reshape(_RING, 3, channels, 3, out_channels).transpose(4, 1, 3, 0, 2)
     kernel = kernel.reshape(out_channels, 3, 3, _RING * channels)
-    kernel = jnp.pad(kernel, ((0, -out_channels % _ALIGNMENT), (0, 0), (0, 0), (0, 0)))
     return jnp.concatenate([kernel, kernel], axis=3)
 
 
@@ -325,10 +323,10 @@ def _causal_conv(
         ring = _put(ring, prepared(now, t), (t + 2) % _RING, shards)
         start = -t % _RING * channels
         kernel = lax.dynamic_slice_in_dim(kernels, start, _RING * channels, axis=3)
-        # Apart from what follows, because XLA would make one of cuDNN's fused convolutions of it,
-        # with which three decodes of 768x1360x81 did not end within two minutes on an H200.
+        # Apart from what follows: one of cuDNN's fused convolutions could not write into `out`, and
+        # its result would be copied there.
         y = lax.optimization_barrier(_conv_2d(ring, kernel, shards))
-        y = y[..., :out_channels].astype(jnp.float32) + conv.bias
+        y = y.astype(jnp.float32) + conv.bias
         if residual is not None:
             y += residual.frame(t)
         return lax.dynamic_update_index_in_dim(out, y.astype(dtype), t, axis=1), ring

@@ -16,8 +16,3 @@ def transformer_options(device: jax.Device) -> dict[str, str]:
     if device.platform != "tpu":
         return {}
     return _ASYNC | (_ROOMY if device.device_kind in ("TPU v6 lite", "TPU v5 lite") else {})
-
-
-def vae_options(device: jax.Device) -> dict[str, str]:
-    """Options of the VAE's programs."""
-    return {}
