@@ -253,7 +253,7 @@ def compile_target(target: Target, arguments: argparse.Namespace) -> None:
 
     parts = []
     if 2 in arguments.stages:
-        parts.append(([target.denoiser.program], 1))
+        parts.append((target.denoiser.programs, 1))
     if 3 in arguments.stages:
         programs = target.decoder.programs(target.latents, output=arguments.frames)
         parts.append((programs, target.decoder.compiler_threads))
@@ -266,7 +266,7 @@ def compile_target(target: Target, arguments: argparse.Namespace) -> None:
             seconds = f"compiled in {manifest['compile_seconds']} s"
             print(
                 f"{path.name}: {seconds if path.name in made else 'already there'}, "
-                f"{size / 1e6:.1f} MB, {hbm / 1e9:.2f} GB a device"
+                f"{size / 1e6:.2f} MB, {hbm / 1e9:.2f} GB a device"
             )
 
 

@@ -217,7 +217,7 @@ def _run(arguments: argparse.Namespace) -> None:
     with ThreadPoolExecutor(1) as background:
         compiling = background.submit(plan.denoiser.compile, arguments.executables)
         with timings.phase("load"):
-            parameters = plan.denoiser.load()
+            parameters = plan.denoiser.load(arguments.executables)
             prompt_embeds = plan.denoiser.prompt_embeds(stage_files.read_tensors(embeddings))
         with timings.phase("compile"):  # what loading did not hide
             step = compiling.result()

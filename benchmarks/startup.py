@@ -138,14 +138,7 @@ def compare(arguments: argparse.Namespace) -> None:
             ):
                 stage += [flag, value]
             if run == "executables":
-                ahead = ["--model_id", model, "--sizes", arguments.size, "--stages", "2"]
-                ahead += ["--executables", work / "executables", "--allow_unsupported"]
-                subprocess.run(
-                    [sys.executable, ROOT / "compile_ahead.py", *ahead],
-                    check=True,
-                    env=environment,
-                    stdout=sys.stderr,
-                )
+                compile_ahead(model, arguments.size, work / "executables", environment)
                 shutil.rmtree(work / "cache", ignore_errors=True)
                 stage += ["--executables", str(work / "executables")]
             if arguments.drop_page_cache:
@@ -168,6 +161,19 @@ def compare(arguments: argparse.Namespace) -> None:
             }
             rows.append(row)
             print(json.dumps(row) if arguments.json else table(row), flush=True)
+
+
+def compile_ahead(model: Path, size: str, folder: Path, environment: dict[str, str]) -> None:
+    """Makes stage 2's executables, once."""
+    if folder.exists():
+        return
+    ahead = ["--model_id", model, "--sizes", size, "--stages", "2", "--allow_unsupported"]
+    subprocess.run(
+        [sys.executable, ROOT / "compile_ahead.py", *ahead, "--executables", folder],
+        check=True,
+        env=environment,
+        stdout=sys.stderr,
+    )
 
 
 def write_embeddings(model: Path, folder: Path) -> None:

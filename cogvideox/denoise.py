@@ -26,7 +26,8 @@ from cogvideox.noise import draw_noise
 from cogvideox.scheduler import Schedule, StepCoefficients, step
 from cogvideox.settings import LatentShape
 from cogvideox.tokens import TokenLayout, positions
-from cogvideox.transformer_weights import abstract_parameters, load_parameters
+from cogvideox.transformer_weights import abstract_parameters
+from cogvideox.weight_loading import load_parameters, stack_programs
 from runtime.compiler_options import transformer_options
 from runtime.executables import Program, find_or_compile, machine_fields
 from runtime.mesh import place
@@ -92,10 +93,10 @@ class Denoiser:
         specs = {"rotary": (P(), P()), "embedding": _ROWS}  # attention sees all tokens
         return {name: specs[name] for name in self.positions}
 
-    def load(self) -> dict[str, jax.Array]:
-        """Reads the weights into their shards."""
+    def load(self, executables: Path | None = None) -> dict[str, jax.Array]:
+        """Reads the weights into their shards, with programs from the folder or compiled."""
         dtype = jnp.dtype(self.dtype)
-        return load_parameters(self.config, self.weights, self.mesh, dtype)
+        return load_parameters(self.config, self.weights, self.mesh, dtype, executables)
 
     def prompt_embeds(self, embeddings: Mapping[str, np.ndarray]) -> jax.Array:
         """The transformer's text input [B or 2B, S, E]: negative prompts first if guided."""
@@ -109,6 +110,12 @@ class Denoiser:
         """The step from the folder of executables, or compiled; needs no weights."""
         devices = list(self.mesh.devices.flat)
         return find_or_compile([self.program], executables, devices=devices)[0]
+
+    @property
+    def programs(self) -> list[Program]:
+        """The step, and what loading the weights runs."""
+        stacks = stack_programs(self.config, self.mesh, jnp.dtype(self.dtype))
+        return [self.program, *{stack.name: stack for stack in stacks.values()}.values()]
 
     @property
     def program(self) -> Program:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from cogvideox import transformer_weights
+from cogvideox import weight_loading
 from cogvideox.attention import KERNELS
 from cogvideox.checkpoint import find_model, stored_tensors
 from cogvideox.denoise import Denoiser
@@ -67,12 +67,29 @@ def test_mesh_equals_one_device(mesh_shape, model, one_device):
     assert difference / one_device.std() < 2e-5
 
 
+@pytest.mark.parametrize("mesh_shape", [(2, 1, 4), (1, 2, 1)])
+def test_layers_stacked_on_the_devices_are_those_stacked_before(mesh_shape, model, monkeypatch):
+    found = find_model(str(model), ["transformer"])
+    stored, mesh = stored_tensors(found.path / "transformer"), make_mesh(mesh_shape)
+    load = weight_loading.load_parameters
+    config, dtype = found.config("transformer"), jax.numpy.dtype("bfloat16")
+    assert not weight_loading.stack_programs(config, mesh, dtype)
+    before = load(config, stored, mesh, dtype)
+    monkeypatch.setattr(weight_loading, "STACKED_ON_DEVICES_BYTES", 0)
+    assert len(weight_loading.stack_programs(config, mesh, dtype)) > 10
+    after = load(config, stored, mesh, dtype)
+    assert list(before) == list(after)
+    for name, parameter in after.items():
+        assert parameter.sharding.is_equivalent_to(before[name].sharding, parameter.ndim)
+        np.testing.assert_array_equal(np.asarray(parameter), np.asarray(before[name]))
+
+
 def test_weights_are_split_where_the_table_says(model):
     found = find_model(str(model), ["transformer"])
     mesh = make_mesh((2, 1, 4))
     config = found.config("transformer")
     stored = stored_tensors(found.path / "transformer")
-    parameters = transformer_weights.load_parameters(config, stored, mesh, np.dtype("float32"))
+    parameters = weight_loading.load_parameters(config, stored, mesh, np.dtype("float32"))
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"]
 
