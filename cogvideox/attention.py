@@ -1,7 +1,6 @@
 """The attention kernel that each backend runs, behind one interface.
 
-A kernel works on one device. It takes q and v with the sequence last, [b, R, S] with R = heads x D
-rows, and k with the sequence first, [b, S, R]: what the TPU kernel multiplies without a transpose.
+A kernel works on one device, on all tokens of some heads: R = heads x D rows.
 """
 
 import dataclasses
@@ -14,6 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu, part_tokens_tpu
+from cogvideox.exchange import (
+    in_order,
+    own_first,
+    project,
+    project_out,
+    project_out_tpu,
+    project_tpu,
+)
 from cogvideox.modulated_norm import norm_and_modulate, norm_and_modulate_tpu
 from cogvideox.qk_norm import Rotary, norm_and_rotate
 from splash_attention import query_scale, sequence_minor_attention
@@ -30,53 +37,43 @@ class Bounds(NamedTuple):
     values: jax.Array  # [b, R], of each row of v
 
 
-def _join(x: jax.Array) -> jax.Array:
-    """[b, shards, R, s] to [b, R, shards x s]."""
-    return jnp.concatenate([x[:, i] for i in range(x.shape[1])], axis=-1)
-
-
 def _queries(x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None) -> jax.Array:
-    return norm_and_rotate(_join(x), weight, bias, rotary)
+    return norm_and_rotate(x, weight, bias, rotary and tuple(map(own_first, rotary)))
 
 
 def _keys(x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None) -> jax.Array:
-    return jnp.swapaxes(_queries(x, weight, bias, rotary), 1, 2)
+    return in_order(_queries(x, weight, bias, rotary))
 
 
 def _values(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x = _join(x)
-    return x, jnp.abs(x).max(-1)
-
-
-def _part(x: jax.Array, shards: int) -> jax.Array:
-    """[b, R, S] to [b, shards, R, S / shards]."""
-    return jnp.stack(jnp.split(x, shards, axis=-1), axis=1)
+    return in_order(x), jnp.abs(x).max(1)
 
 
 def _values_tpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _values(x) if x.shape[1] == 1 else join_values_tpu(x)
+    return (x[:, 0], jnp.abs(x[:, 0]).max(-1)) if x.shape[1] == 1 else join_values_tpu(x)
 
 
-def _part_tpu(x: jax.Array, shards: int) -> jax.Array:
-    return _part(x, shards) if shards == 1 else part_tokens_tpu(x, shards)
+def _project_out_tpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    shards = jax.lax.axis_size("sp")
+    return project_out_tpu(x[:, None] if shards == 1 else part_tokens_tpu(x, shards), weight)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKernel:
-    """One way to attend, from what an all-to-all leaves to what the next one takes.
-
-    Tokens come and go in shards, [b, shards, R, s]; attention sees them joined, S = shards x s.
+    """One way to attend, from a device's own tokens and back to them.
 
     Attributes:
         name: as --attention has it.
-        attend: q [b, R, S], k [b, S, R], v [b, R, S], head_dim, real keys, Bounds -> [b, R, S];
-            keys past that number take no part.
-        queries: raw q [b, shards, R, s], the norm's weight and bias [D], rotary tables [D / 2, S]
-            -> q normed and rotated, [b, R, S].
-        keys: the same for k -> [b, S, R].
-        values: v [b, shards, R, s] -> [b, R, S], and the largest magnitude of each row [b, R].
+        attend: q, k, v, head_dim, real keys, Bounds -> output like q; keys past that number take no
+            part. All are [b, S, R], with k and v in the order of the sequence and q with the
+            device's own tokens first. The TPU kernel has all in the order of the sequence, and q, v
+            and the output as [b, R, S]: what it multiplies without a transpose.
         norm_and_modulate: as `modulated_norm` has it, before the projections.
-        part: [b, R, S] and the number of shards -> [b, shards, R, s].
+        project, project_out: as `exchange` has them, around attention.
+        queries: raw q from `project`, the norm's weight and bias [D], rotary tables [D / 2, S] -> q
+            normed and rotated, for `attend`.
+        keys: the same for k.
+        values: raw v -> v, and the largest magnitude of each row [b, R].
         token_multiple: s should be a multiple of this.
         query_scale: head_dim -> what q is multiplied with before it is rounded.
         block_sizes: head_dim, queries, keys, dtype -> tiles by name, on the chip compiled for.
@@ -84,11 +81,12 @@ class AttentionKernel:
 
     name: str
     attend: Callable[[jax.Array, jax.Array, jax.Array, int, int, Bounds], jax.Array]
+    norm_and_modulate: Callable[..., jax.Array] = norm_and_modulate
+    project: Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array] = project
+    project_out: Callable[[jax.Array, jax.Array], jax.Array] = project_out
     queries: Callable[..., jax.Array] = _queries
     keys: Callable[..., jax.Array] = _keys
     values: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = _values
-    part: Callable[[jax.Array, int], jax.Array] = _part
-    norm_and_modulate: Callable[..., jax.Array] = norm_and_modulate
     token_multiple: int = 1
     query_scale: Callable[[int], float] = lambda head_dim: 1.0
     block_sizes: Callable[[int, int, int, str], dict[str, int]] = lambda *_: {}
@@ -145,11 +143,6 @@ def _splash_block_sizes(head_dim: int, queries: int, keys: int, dtype: str) -> d
     return dataclasses.asdict(sizes)
 
 
-def _natural(x: jax.Array, head_dim: int) -> jax.Array:
-    """[b, R, S] to [b, S, N, D]."""
-    return x.reshape(x.shape[0], -1, head_dim, x.shape[-1]).transpose(0, 3, 1, 2)
-
-
 def _cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, _: Bounds
 ) -> jax.Array:
@@ -158,16 +151,16 @@ def _cudnn(
     On an H200 a block of 2 x 48 heads x 45,106 tokens takes 119.9 ms in one call (116.6 with the
     keys padded and masked), 110.4 this way: cuDNN is slow where the keys end inside a tile.
     """
-    q, v = _natural(q, head_dim), _natural(v[..., :keys], head_dim)
-    k = k[:, :keys].reshape(*v.shape)
+    rows = q.shape
+    q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
     attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     whole = keys - keys % _CUDNN_TILE
     if whole in (0, keys):
-        out = attend(q, k, v)
+        out = attend(q, k[:, :keys], v[:, :keys])
     else:
         out, log_total = attend(q, k[:, :whole], v[:, :whole], return_residual=True)
-        out = add_keys(out, log_total, q, k[:, whole:], v[:, whole:])
-    return out.transpose(0, 2, 3, 1).reshape(q.shape[0], -1, q.shape[1])
+        out = add_keys(out, log_total, q, k[:, whole:keys], v[:, whole:keys])
+    return out.reshape(rows)
 
 
 def add_keys(
@@ -195,10 +188,9 @@ def add_keys(
 def _reference(
     q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, _: Bounds
 ) -> jax.Array:
-    k = k[:, :keys].reshape(k.shape[0], keys, -1, head_dim)
-    parts = (_natural(q, head_dim), k, _natural(v[..., :keys], head_dim))
-    out = reference_attention(*(jnp.swapaxes(x, 1, 2) for x in parts))
-    return jnp.swapaxes(out, -1, -2).reshape(q.shape)
+    q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k[:, :keys], v[:, :keys]))
+    out = reference_attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+    return jnp.swapaxes(out, 1, 2).reshape(*q.shape[:2], -1)
 
 
 KERNELS = {
@@ -206,11 +198,12 @@ KERNELS = {
     "splash": AttentionKernel(
         "splash",
         _splash,
+        norm_and_modulate=norm_and_modulate_tpu,
+        project=project_tpu,
+        project_out=_project_out_tpu,
         queries=norm_and_rotate_tpu,
         keys=functools.partial(norm_and_rotate_tpu, transposed=True),
         values=_values_tpu,
-        part=_part_tpu,
-        norm_and_modulate=norm_and_modulate_tpu,
         token_multiple=128,
         query_scale=query_scale,
         block_sizes=_splash_block_sizes,

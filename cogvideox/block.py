@@ -1,10 +1,10 @@
 """The transformer block in JAX: what diffusers' CogVideoXBlock computes, laid out for a mesh.
 
-All blocks run as one `lax.scan` inside one `shard_map`, so every collective is written here:
+All blocks run as one `lax.scan` inside one `shard_map`, so every collective is written out:
 
 - dp splits the batch (classifier-free guidance doubles it);
-- sp splits the tokens; an all-to-all turns token shards into head shards around attention, where
-  each device sees all tokens, text included, for its heads (DeepSpeed Ulysses, arXiv 2309.14509);
+- sp splits the tokens; around attention token shards become head shards (`exchange`), and each
+  device sees all tokens, text included, for its heads (DeepSpeed Ulysses, arXiv 2309.14509);
 - tp splits the heads and the MLP's columns; norms and residuals are split by tokens over it, so
   none of that work is repeated (Megatron sequence parallelism, arXiv 2205.05198).
 
@@ -115,7 +115,10 @@ class Block:
     def _attention(self, weights: Weights, x: jax.Array, rotary: Rotary | None) -> jax.Array:
         """x [b, E, s] to [b, s, E]."""
         x = _gather(x, axis=2)
-        q, k, v = (_exchange(self._project(weights, name, x)) for name in ("to_q", "to_k", "to_v"))
+        q, k, v = (
+            self.kernel.project(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+            for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+        )
         norm_q, norm_k = (
             [weights[f"attn1.{norm}.{kind}"].astype(jnp.float32) for kind in ("weight", "bias")]
             for norm in ("norm_q", "norm_k")
@@ -127,17 +130,8 @@ class Block:
         k = self.kernel.keys(k, *norm_k, rotary)
         v, values = self.kernel.values(v)
         out = self.kernel.attend(q, k, v, self.head_dim, self.tokens, Bounds(scores, values))
-        out = _exchange(self.kernel.part(out, jax.lax.axis_size("sp")))
-        out = out.reshape(out.shape[0], -1, out.shape[-1])
-        out = jnp.einsum("bis,oi->bso", out, weights["attn1.to_out.0.weight"])
+        out = self.kernel.project_out(out, weights["attn1.to_out.0.weight"])
         return _sum_shards(out) + weights["attn1.to_out.0.bias"]
-
-    def _project(self, weights: Weights, name: str, x: jax.Array) -> jax.Array:
-        """[b, E, s] to the rows of each sp shard's heads [b, sp, R, s]."""
-        out = jnp.einsum("oi,bis->bos", weights[f"attn1.{name}.weight"], x)
-        bias = weights.get(f"attn1.{name}.bias")
-        out = out if bias is None else out + bias[:, None]
-        return out.reshape(out.shape[0], jax.lax.axis_size("sp"), -1, out.shape[-1])
 
     def _mlp(self, weights: Weights, x: jax.Array) -> jax.Array:
         """x [b, E, s] to [b, s, E]."""
@@ -150,14 +144,6 @@ class Block:
 
 
 # XLA's CPU backend keeps collectives among one device, each a copy; these leave them out.
-
-
-def _exchange(x: jax.Array) -> jax.Array:
-    """All-to-all over sp along axis 1, which has one entry a shard.
-
-    All heads of some tokens become some heads of all tokens, or the reverse.
-    """
-    return x if jax.lax.axis_size("sp") == 1 else jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)
 
 
 def _gather(x: jax.Array, axis: int) -> jax.Array:

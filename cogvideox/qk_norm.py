@@ -1,7 +1,7 @@
 """q/k norm and rotary embedding, between the projections and the attention kernel.
 
-Arrays have the sequence last, [b, R, s], with R = heads x D rows; a head's rotary pairs lie half a
-head apart (`rotary_halves`). Everything is computed in float32 and rounded once.
+A head's rotary pairs lie half a head apart (`rotary_halves`). Everything is computed in float32 and
+rounded once.
 """
 
 import math
@@ -28,19 +28,19 @@ def rotary_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def norm_and_rotate(
     x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None
 ) -> jax.Array:
-    """LayerNorm over each head's rows, then the rotary embedding.
+    """LayerNorm over each head's numbers, then the rotary embedding.
 
     Args:
-        x: [b, R, s].
+        x: [b, s, R], R = heads x D.
         weight, bias: of the norm, [D] float32; a factor on the result goes into both.
         rotary: cos and sin [D / 2, s] float32.
 
     Returns:
-        [b, R, s] in x's dtype.
+        [b, s, R] in x's dtype.
     """
-    heads = x.reshape(x.shape[0], -1, weight.size, x.shape[-1]).astype(jnp.float32)
-    out = norm_heads(heads, weight[:, None], bias[:, None], rotary)
-    return out.reshape(x.shape).astype(x.dtype)
+    heads = x.reshape(*x.shape[:2], -1, weight.size).astype(jnp.float32)
+    tables = rotary and tuple(table.T[:, None] for table in rotary)
+    return norm_heads(heads, weight, bias, tables, axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def longest_row(weight: jax.Array, bias: jax.Array) -> jax.Array:
@@ -54,14 +54,14 @@ def longest_row(weight: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def norm_heads(
-    x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None
+    x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None, axis: int = -2
 ) -> jax.Array:
-    """`norm_and_rotate` of [..., D, s] float32 with weight and bias [D, 1]."""
-    centred = x - x.mean(-2, keepdims=True)
-    variance = jnp.square(centred).mean(-2, keepdims=True)
+    """`norm_and_rotate` of x float32 with D along `axis`; the rest broadcasts against it."""
+    centred = x - x.mean(axis, keepdims=True)
+    variance = jnp.square(centred).mean(axis, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + EPS) * weight + bias
     if rotary is None:
         return normed
     cos, sin = rotary
-    even, odd = jnp.split(normed, 2, axis=-2)
-    return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=-2)
+    even, odd = jnp.split(normed, 2, axis=axis)
+    return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=axis)

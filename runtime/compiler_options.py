@@ -10,9 +10,15 @@ _ROOMY = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 # The all-to-all of v travels while k is projected, and so on; by default they are synchronous.
 _ASYNC = {"xla_tpu_enable_async_all_to_all": "true"}
 
+# GPUs of one host copy to each other by their copy engines. NCCL's kernels would take
+# multiprocessors from the products beside them, or wait for one of them to end.
+_COPY = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
+
 
 def transformer_options(device: jax.Device) -> dict[str, str]:
     """Options of the denoising step."""
+    if device.platform == "gpu":
+        return _COPY
     if device.platform != "tpu":
         return {}
     return _ASYNC | (_ROOMY if device.device_kind in ("TPU v6 lite", "TPU v5 lite") else {})

@@ -29,7 +29,8 @@ def test_splash_equals_reference(heads, poison):
     for largest_score in (np.float32(100), np.float32(1e6)):
         bound = Bounds(largest_score, np.abs(v).max(-1))
         got = _splash(scaled, padded_k, padded_v, HEAD_DIM, KEYS, bound, interpret=True)
-        expected = np.asarray(_reference(jnp.asarray(q), k, v, HEAD_DIM, KEYS, bound))
+        tokens_first = (jnp.asarray(x) for x in (np.swapaxes(q, 1, 2), k, np.swapaxes(v, 1, 2)))
+        expected = np.swapaxes(_reference(*tokens_first, HEAD_DIM, KEYS, bound), 1, 2)
         assert got.shape == q.shape
         assert np.linalg.norm(got - expected) <= 2e-6 * np.linalg.norm(expected)
 
@@ -39,9 +40,9 @@ def test_bound_on_the_length_of_a_row():
     rng = np.random.default_rng(0)
     weight, bias = rng.normal(size=(2, HEAD_DIM)).astype(np.float32)
     weight[0] = 5  # the longest row has all its variance here
-    x = rng.normal(size=(1, HEAD_DIM, 1000)).astype(np.float32)
-    x[..., 0] = 0
+    x = rng.normal(size=(1, 1000, HEAD_DIM)).astype(np.float32)
+    x[0, 0] = 0
     x[0, 0, 0] = 1000
     rows = norm_and_rotate(jnp.asarray(x), weight, bias, None)
-    longest = float(jnp.linalg.norm(rows, axis=1).max())
+    longest = float(jnp.linalg.norm(rows, axis=2).max())
     assert longest <= longest_row(weight, bias) < 1.5 * longest

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cogvideox.attention import _keys, _part, _queries, _values
 from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu, part_tokens_tpu
 from cogvideox.modulated_norm import norm_and_modulate, norm_and_modulate_tpu
+from cogvideox.qk_norm import norm_and_rotate
 
 HEAD_DIM = 64
 
@@ -34,17 +34,18 @@ def test_layout_kernels(shape, rotated):
     rotary = tuple(tables) if rotated else None
     q = norm_and_rotate_tpu(x, weight, bias, rotary, interpret=True)
     k = norm_and_rotate_tpu(x, weight, bias, rotary, transposed=True, interpret=True)
-    expected = _queries(x, weight, bias, rotary)
+    joined = jnp.swapaxes(x, 2, 3).reshape(batch, -1, rows)
+    expected = norm_and_rotate(joined, weight, bias, rotary)
     tolerance = 2e-6 * float(jnp.abs(expected).max())
-    np.testing.assert_allclose(q, expected, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(k, _keys(x, weight, bias, rotary), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(q, jnp.swapaxes(expected, 1, 2), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(k, expected, rtol=0, atol=tolerance)
 
     if shards == 1:
         return  # nothing to join
-    (v, largest), (joined, expected) = join_values_tpu(x, interpret=True), _values(x)
-    np.testing.assert_array_equal(v, joined)
-    np.testing.assert_array_equal(largest, expected)
-    np.testing.assert_array_equal(part_tokens_tpu(v, shards, interpret=True), _part(joined, shards))
+    v, largest = join_values_tpu(x, interpret=True)
+    np.testing.assert_array_equal(v, jnp.swapaxes(joined, 1, 2))
+    np.testing.assert_array_equal(largest, jnp.abs(joined).max(1))
+    np.testing.assert_array_equal(part_tokens_tpu(v, shards, interpret=True), x)
 
 
 @pytest.mark.parametrize("text_rows", [0, 37, 128, 256])

@@ -16,14 +16,14 @@ from tests.tiny_models import save_tiny_model
 _COLLECTIVE = re.compile(
     r" (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
 )
-# q, k, v and the output change hands over sp. Over tp, two gathers of the tokens, two sums that
-# scatter them, and a gather of each of the two modulations (a vector).
+# q, k, v and the output change hands over sp, with each of the other shards. Over tp, two gathers
+# of the tokens, two sums that scatter them, and a gather of each of the two modulations (a vector).
 NEEDED = {
     (1, 1, 1): {},
     (2, 1, 1): {},
-    (2, 4, 1): {"all-to-all": 4},
+    (2, 4, 1): {"collective-permute": 4 * 3},
     (2, 1, 4): {"all-gather": 4, "reduce-scatter": 2},
-    (2, 2, 2): {"all-to-all": 4, "all-gather": 4, "reduce-scatter": 2},
+    (2, 2, 2): {"collective-permute": 4, "all-gather": 4, "reduce-scatter": 2},
 }
 
 
