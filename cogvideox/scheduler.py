@@ -22,8 +22,6 @@ import numpy as np
 from cogvideox.diffusers_defaults import SCHEDULER as SCHEDULER_DEFAULTS
 from cogvideox.settings import DenoisingSettings
 
-SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
-
 
 class StepCoefficients(NamedTuple):
     """The weights of one denoising step; float scalars, or float32 arrays [] inside jit.
@@ -78,7 +76,7 @@ def make_schedule(settings: DenoisingSettings, config: Mapping[str, Any]) -> Sch
     """The timesteps, guidance scales, coefficients and noise draws of a run.
 
     Args:
-        settings: names the scheduler, a key of SCHEDULERS, the steps and the guidance.
+        settings: names the scheduler, dpm or ddim, the steps and the guidance.
         config: the model's scheduler_config.json, of either scheduler class.
 
     Raises:
