@@ -52,14 +52,14 @@ def with_neighbours(x: jax.Array, shards: WidthShards) -> jax.Array:
 
 
 def _conv_2d(x: jax.Array, kernel: jax.Array, shards: WidthShards) -> jax.Array:
-    """[B, W (+ 2 if the width is split), H, C] by [C', KW, KH, C].
+    """[B, W (+ 2 if the width is split), H, C] by [KW, KH, C, C'].
 
     [B, W, H, C'] for 3x3 kernels, [B, W + 1, H + 1, C'] for 2x2.
     """
     pad_width = 1 if shards.count == 1 else 0
     return lax.conv_general_dilated(
         x,
-        kernel.transpose(1, 2, 3, 0),  # XLA's own convolution on CPUs is 10 times slower in OHWI
+        kernel,
         window_strides=(1, 1),
         padding=((pad_width, pad_width), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -68,25 +68,25 @@ def _conv_2d(x: jax.Array, kernel: jax.Array, shards: WidthShards) -> jax.Array:
 
 
 def _ring_kernels(conv: Conv) -> jax.Array:
-    """[3 (frames) 3 (columns) C, 3 (rows) C'] -> [C', 3, 3, 2 3 (frames) C], the frames twice.
+    """[3 (frames) 3 (columns) C, 3 (rows) C'] -> [3, 3, 2 3 (frames) C, C'], the frames twice.
 
     Any three frames of it in a row are the taps for one turn of the ring.
     """
     channels, out_channels = conv.weight.shape[0] // 9, conv.bias.shape[0]
-    kernel = conv.weight.reshape(_RING, 3, channels, 3, out_channels).transpose(4, 1, 3, 0, 2)
-    kernel = kernel.reshape(out_channels, 3, 3, _RING * channels)
-    return jnp.concatenate([kernel, kernel], axis=3)
+    kernel = conv.weight.reshape(_RING, 3, channels, 3, out_channels).transpose(1, 3, 0, 2, 4)
+    kernel = kernel.reshape(3, 3, _RING * channels, out_channels)
+    return jnp.concatenate([kernel, kernel], axis=2)
 
 
 def _phase_kernel(conv: Conv) -> jax.Array:
-    """[2 (side), 2 (columns) C, 2 (parity) 2 (rows) C'] -> [2 (side) 2 (parity) C', 2, 2, C].
+    """[2 (side), 2 (columns) C, 2 (parity) 2 (rows) C'] -> [2, 2, C, 2 (side) 2 (parity) C'].
 
     Around the corner between four pixels lie the right half of the left ones and the left half of
     the right ones: sides and parities change their order.
     """
     channels, out_channels = conv.weight.shape[1] // 2, conv.bias.shape[0]
     kernel = conv.weight.reshape(2, 2, channels, 2, 2, out_channels)[::-1, :, :, ::-1]
-    return kernel.transpose(0, 3, 5, 1, 4, 2).reshape(4 * out_channels, 2, 2, channels)
+    return kernel.transpose(1, 4, 2, 0, 3, 5).reshape(2, 2, channels, 4 * out_channels)
 
 
 def upsample_frame(x: jax.Array, conv: Conv, shards: WidthShards) -> jax.Array:
@@ -322,7 +322,7 @@ def _causal_conv(
         now = dataclasses.replace(video, stored=out) if overwrite else video
         ring = _put(ring, prepared(now, t), (t + 2) % _RING, shards)
         start = -t % _RING * channels
-        kernel = lax.dynamic_slice_in_dim(kernels, start, _RING * channels, axis=3)
+        kernel = lax.dynamic_slice_in_dim(kernels, start, _RING * channels, axis=2)
         # Apart from what follows: one of cuDNN's fused convolutions could not write into `out`, and
         # its result would be copied there.
         y = lax.optimization_barrier(_conv_2d(ring, kernel, shards))

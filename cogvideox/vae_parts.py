@@ -146,6 +146,8 @@ class WidthShards:
             edges: this device's own first and last column; see `edges`.
             columns: how many this device has, a multiple of `local_width`.
         """
+        if self.count == 1:
+            return (jnp.zeros_like(edges[:, :, :1]),) * 2
         real = self.real_columns(columns)
         own = jnp.stack([real > 0, real == columns]).reshape(2, *(1,) * (edges.ndim - 3))
         edges = jnp.where(own, edges, 0)
