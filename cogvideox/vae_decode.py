@@ -29,6 +29,7 @@ from cogvideox.vae_by_frames import FrameLayers
 from cogvideox.vae_conv_tpu import LANES
 from cogvideox.vae_parts import Layers, WidthShards
 from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, read_weights
+from runtime.compiler_options import vae_options
 from runtime.executables import Program, find_or_compile, machine_fields
 from runtime.mesh import place
 
@@ -212,6 +213,7 @@ class Decoder:
             "first_latents": first,
             "frames": output,
             "dtype": jnp.dtype(self.dtype).name,
+            "compiler_options": vae_options(self.mesh.devices.flat[0]),
             **machine_fields(self.mesh, _LIBRARIES[self.name]),
         }
         label = f"{b}x{sizes[0]}x{height}x{width}-{AXIS}{self.mesh.size}-{output}"

@@ -160,7 +160,7 @@ def compile_all(
     """Each program compiled, and the seconds that the compiler took."""
 
     def compile_one(
-        lowered: jax.stages.Lowered, options: Mapping[str, str] | None
+        lowered: jax.stages.Lowered, options: Mapping[str, str | float] | None
     ) -> tuple[jax.stages.Compiled, float]:
         start = time.perf_counter()
         return lowered.compile(options), time.perf_counter() - start
