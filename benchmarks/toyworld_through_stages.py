@@ -8,6 +8,7 @@ outlines keep to their shapes. With `--things 2` the captions ask for two object
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -61,7 +62,8 @@ def main() -> None:
     for first in range(0, len(prompts), arguments.batch):
         batch = prompts[first : first + arguments.batch]
         texts = [prompt.text for prompt in batch]
-        videos = generate(texts, first, arguments.decoder, options)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the report
+            videos = generate(texts, first, arguments.decoder, options)
         for prompt, video in zip(batch, videos, strict=True):
             reading = read_video(video)
             fits += reading.fits
