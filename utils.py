@@ -17,13 +17,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from runtime import processes
 from runtime.files import write_json
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
 DEFAULT_FOLDER = Path("stage_outputs")

@@ -135,7 +135,7 @@ class Denoiser:
             "dtype": self.dtype,
             "attention": self.attention.name,
             "block_sizes": self._block_sizes,
-            "compiler_options": transformer_options(self.mesh.devices.flat[0]),
+            "compiler_options": transformer_options(self.mesh.devices),
             **machine_fields(self.mesh, ("torch", "torchax", "diffusers")),
         }
         return Program("stage2_transformer", f"{b}x{t}x{h}x{w}{mesh}", fields, self.lower)

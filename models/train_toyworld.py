@@ -128,7 +128,7 @@ def encode_texts(texts: list[str], tokenizer, text_encoder: T5EncoderModel) -> t
 
 
 def draw_timesteps(n: int, device: torch.device) -> torch.Tensor:
-    """n timesteps in 0..999: a third uniform, the others around 730 (logit-normal, 500 to 880).
+    """n timesteps in 0..999: 35% uniform, the others around 730 (logit-normal, 500 to 880).
 
     Below 500 the object is plain to see and above 900 only the background is; colour, shape and
     motion are decided between.

@@ -1,6 +1,7 @@
 """The compiler options of each program, in one place, each with its reason and effect."""
 
 import jax
+import numpy as np
 
 # 64 MiB, of 128, for the operands of one fusion instead of 32: matrix products of 11,392 rows keep
 # theirs there. A block of the 5B transformer outside attention takes 7.0M cycles of a v6e, not 9.7M
@@ -16,10 +17,12 @@ _ASYNC = {"xla_tpu_enable_async_all_to_all": "true"}
 _COPY = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
 
 
-def transformer_options(device: jax.Device) -> dict[str, str]:
-    """Options of the denoising step."""
+def transformer_options(devices: np.ndarray) -> dict[str, str]:
+    """Options of the denoising step on these devices."""
+    device = devices.flat[0]
     if device.platform == "gpu":
-        return _COPY
+        one_host = len({device.process_index for device in devices.flat}) == 1
+        return _COPY if one_host else {}
     if device.platform != "tpu":
         return {}
     return _ASYNC | (_ROOMY if device.device_kind in ("TPU v6 lite", "TPU v5 lite") else {})

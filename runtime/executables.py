@@ -324,7 +324,7 @@ def compile_into(programs: Sequence[Program], folder: Path, *, threads: int = 1)
     # What a CPU's cache gives back loads once more, but lacks functions when it runs. A GPU's
     # compiler picks algorithms by timing them: through the cache, runs without the executable take
     # the same ones, and make the same bits.
-    on_gpu = all("platform" in program.fields for program in missing)
+    on_gpu = jax.default_backend() == "gpu"
     with nullcontext() if on_gpu else without_persistent_cache():
         compiled = compile_all(missing, threads)
     for program, (executable, seconds) in zip(missing, compiled, strict=True):
