@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import sys
@@ -231,18 +230,16 @@ def _make_target(
     settings: DenoisingSettings,
     devices: Sequence[jax.Device],
 ) -> Target:
-    import jax.numpy as jnp
-
     from cogvideox.settings import latent_shape
+    from cogvideox.vae_decode import make_decoder
     from cogvideox.vae_weights import VaeConfig
     from runtime.mesh import all_devices, make_mesh
 
     latents, padding = latent_shape(settings, model, arguments.batch)
     denoiser = stage2.make_denoiser(arguments, model, {}, latents, tokens, settings.guided, devices)
-    module = importlib.import_module(f"cogvideox.vae_{arguments.decoder}")
     mesh = make_mesh(all_devices(arguments.dp, arguments.tp, len(devices)), devices)
     config = VaeConfig.from_folder(model.path / "vae")
-    decoder = module.abstract_decoder(config, mesh, jnp.dtype(arguments.dtype))
+    decoder = make_decoder(f"vae_{arguments.decoder}", config, mesh, arguments.dtype)
     batch, frames, channels, *size = latents.sizes
     return Target(settings, (batch, channels, frames - padding, *size), denoiser, decoder)
 

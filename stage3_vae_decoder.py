@@ -10,9 +10,9 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import importlib
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,14 +97,14 @@ def check(
         ValueError: an unknown suffix, a place that cannot be written, weights that do not fit.
     """
     from cogvideox.settings import decoded_frames, spatial_factor, temporal_factor
-    from cogvideox.vae_weights import decoding_weights
+    from cogvideox.vae_weights import VaeConfig, stored_weights
     from cogvideox.video import check_output_path, wants_float
 
     batch, channels, latent_frames, height, width = latents
     vae = model.config("vae")
     if channels != vae["latent_channels"]:
         raise ValueError(f"latents of {channels} channels, a VAE of {vae['latent_channels']}")
-    decoding_weights(model.path / "vae")
+    stored_weights(model.path / "vae", VaeConfig.from_folder(model.path / "vae"))
     videos = stage_files.numbered(arguments.output_video or folder / stage_files.VIDEO_FILE, batch)
     values = 3 * height * width * spatial_factor(vae) ** 2
     values *= decoded_frames(latent_frames, temporal_factor(vae))
@@ -137,24 +137,30 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         utils.start_jax(arguments.dtype)
 
         import jax
-        import jax.numpy as jnp
 
+        from cogvideox.vae_decode import make_decoder
+        from cogvideox.vae_weights import VaeConfig
         from runtime.mesh import all_devices, make_mesh
 
         mesh = make_mesh(all_devices(arguments.dp, arguments.tp, jax.device_count()))
-        decoder_module = importlib.import_module(f"cogvideox.{decoder_name}")
+        vae_config = VaeConfig.from_folder(model.path / "vae")
+        decoder = make_decoder(decoder_name, vae_config, mesh, arguments.dtype)
 
     from cogvideox.settings import decoded_frames, temporal_factor
     from cogvideox.video import wants_float
     from runtime.compilation import CompilationLog
 
     compilations = CompilationLog()
-    with timings.phase("load"), checking_input():
-        decoder = decoder_module.load_decoder(model.path / "vae", mesh, jnp.dtype(arguments.dtype))
-        latents = stage_files.read_tensors(latents_file)["latents"]
     output = "float32" if wants_float(videos[0]) else "uint8"
-    with timings.phase("compile"):
-        decoder.compile(latents.shape, output=output, executables=arguments.executables)
+    with ThreadPoolExecutor(1) as background:
+        compiling = background.submit(
+            decoder.compile, shape, output=output, executables=arguments.executables
+        )
+        with timings.phase("load"):
+            decoder.load(model.path / "vae")
+            latents = stage_files.read_tensors(latents_file)["latents"]
+        with timings.phase("compile"):  # what loading did not hide
+            compiling.result()
     print(f"stage 3: {compilations.sentence()}")
 
     section = make_section(arguments, model, latents_file, videos, dict(mesh.shape), decoder_name)

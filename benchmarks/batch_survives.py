@@ -37,7 +37,8 @@ from utils import run_main  # noqa: E402
 _SHAPES = [(32, 48, 5, 3), (48, 32, 9, 3), (32, 32, 9, 1), (32, 64, 5, 1), (48, 48, 9, 3)]
 _OUTPUT_DIR = "batch"
 _IMPORTED = ["jobs.runner", "jobs.workshop", "cogvideox.denoise", "cogvideox.text_encoder"]
-_IMPORTED += ["cogvideox.vae_torchax", "cogvideox.contact_sheet", "PIL.Image"]
+_IMPORTED += ["cogvideox.vae_decode", "cogvideox.vae_torchax", "cogvideox.contact_sheet"]
+_IMPORTED += ["PIL.Image"]
 _FORKS = multiprocessing.get_context("forkserver")
 
 Done = dict[tuple[str, str], StageRecord]  # (job's folder, stage) -> its record

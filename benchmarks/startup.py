@@ -1,12 +1,14 @@
-"""Where the time from the start of stage 2's process to its first step goes, at full size.
+"""Where the time from the start of a stage's process to its first step or frames goes, full size.
 
-    python benchmarks/startup.py --make_model /disk/model        # random weights, 11 GB, once
+    python benchmarks/startup.py --make_model /disk/model        # random weights, 12 GB, once
     python benchmarks/startup.py --model_id /disk/model --json   # cold, cached, with executables
+    python benchmarks/startup.py --model_id /disk/model --decoders torchax flax --json
 
-Each run is a process of its own, ended after two steps, or with `--no_steps` before the first.
-`cold` compiles, with an empty compilation cache; `cached` reads the cache that `cold` filled;
-`executables` reads what compile_ahead.py made, with an empty cache; its latents should be those of
-the runs before. `--drop_page_cache` (needs root) has each run read the weights from the disk again.
+Each run of stage 2 is a process of its own, ended after two steps, or with `--no_steps` before the
+first; each decoder then makes an mp4 of the latents. `cold` compiles, with an empty compilation
+cache; `cached` reads the cache that `cold` filled; `executables` reads what compile_ahead.py made,
+with an empty cache; its latents and videos should be those of the runs before. `--drop_page_cache`
+(needs root) has each run read the weights from the disk again.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+DECODER_SCRIPTS = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.py"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,8 +41,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--drop_page_cache", action="store_true")
     parser.add_argument("--no_steps", action="store_true", help="and so compare no latents")
     parser.add_argument("--json", action="store_true", help="one JSON object a run")
+    parser.add_argument("--decoders", nargs="+", choices=tuple(DECODER_SCRIPTS), default=[])
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.decoders and arguments.no_steps:
+        parser.error("--decoders need the latents that --no_steps leaves out")
+    return arguments
 
 
 def main() -> None:
@@ -53,9 +60,11 @@ def main() -> None:
 
 
 def make_model(arguments: argparse.Namespace) -> None:
-    """Writes a folder in diffusers layout: configs, and random transformer weights."""
+    """Writes a folder in diffusers layout: configs, and random weights of transformer and VAE."""
     import ml_dtypes
     import numpy as np
+    import torch
+    from diffusers import AutoencoderKLCogVideoX
     from published_models import TRANSFORMERS
     from safetensors.numpy import save_file
 
@@ -73,14 +82,6 @@ def make_model(arguments: argparse.Namespace) -> None:
         "snr_shift_scale": 1.0,
         "timestep_spacing": "trailing",
     }
-    vae = {
-        "_class_name": "AutoencoderKLCogVideoX",
-        "block_out_channels": [128, 256, 256, 512],
-        "latent_channels": 16,
-        "layers_per_block": 3,
-        "scaling_factor": 0.7,
-        "temporal_compression_ratio": 4,
-    }
     index = {
         "_class_name": "CogVideoXPipeline",
         "scheduler": ["diffusers", "CogVideoXDPMScheduler"],
@@ -90,12 +91,13 @@ def make_model(arguments: argparse.Namespace) -> None:
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
     }
     folder = arguments.make_model
-    for part in ("transformer", "scheduler", "vae"):
+    for part in ("transformer", "scheduler"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "transformer/config.json").write_text(json.dumps(config))
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
-    (folder / "vae/config.json").write_text(json.dumps(vae))
+    torch.manual_seed(0)
+    AutoencoderKLCogVideoX(scaling_factor=0.7).to(torch.bfloat16).save_pretrained(folder / "vae")
 
     noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
 
@@ -127,7 +129,6 @@ def compare(arguments: argparse.Namespace) -> None:
         work = Path(name)
         write_embeddings(model, work)
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(work / "cache")}
-        rows = []
         for run in arguments.runs:
             if run == "cold":
                 shutil.rmtree(work / "cache", ignore_errors=True)
@@ -138,7 +139,7 @@ def compare(arguments: argparse.Namespace) -> None:
             ):
                 stage += [flag, value]
             if run == "executables":
-                compile_ahead(model, arguments.size, work / "executables", environment)
+                compile_ahead(model, arguments, work / "executables", environment)
                 shutil.rmtree(work / "cache", ignore_errors=True)
                 stage += ["--executables", str(work / "executables")]
             if arguments.drop_page_cache:
@@ -152,28 +153,59 @@ def compare(arguments: argparse.Namespace) -> None:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            row = {
-                "run": run,
-                "size": arguments.size,
-                "page_cache": "dropped" if arguments.drop_page_cache else "as it was",
-                **json.loads(done.stdout.splitlines()[-1]),
-                "latents": None if arguments.no_steps else _digest(work / run),
-            }
-            rows.append(row)
-            print(json.dumps(row) if arguments.json else table(row), flush=True)
+            rows = [json.loads(done.stdout.splitlines()[-1])]
+            rows[0]["latents"] = None if arguments.no_steps else _digest(work / run)
+            executables = work / "executables" if run == "executables" else None
+            for decoder in arguments.decoders:
+                rows.append(run_decoder(decoder, work / run, executables, environment))
+            for row in rows:
+                row = {"run": run, "size": arguments.size, **row}
+                row["page_cache"] = "dropped" if arguments.drop_page_cache else "as it was"
+                print(json.dumps(row) if arguments.json else table(row), flush=True)
 
 
-def compile_ahead(model: Path, size: str, folder: Path, environment: dict[str, str]) -> None:
-    """Makes stage 2's executables, once."""
-    if folder.exists():
-        return
-    ahead = ["--model_id", model, "--sizes", size, "--stages", "2", "--allow_unsupported"]
+def run_decoder(
+    decoder: str, folder: Path, executables: Path | None, environment: dict[str, str]
+) -> dict[str, Any]:
+    """Stage 3 from the latents in `folder` to an mp4, by its own closing table."""
+    video = folder / f"{decoder}.mp4"
+    arguments = ["--input_dir", folder, "--output_video", video, "--no_metadata"]
+    arguments += ["--executables", executables] if executables else []
+    started = time.time()
     subprocess.run(
-        [sys.executable, ROOT / "compile_ahead.py", *ahead, "--executables", folder],
+        [sys.executable, ROOT / DECODER_SCRIPTS[decoder], *arguments],
         check=True,
         env=environment,
         stdout=sys.stderr,
     )
+    process_seconds = time.time() - started
+    report = json.loads(video.with_name(f"{video.stem}_timings.json").read_text())
+    saving = report["at_once"]["run and save"]["saving"]  # counted from the first frames on
+    return {
+        "decoder": decoder,
+        "seconds_to_first_frames": round(process_seconds - saving, 2),
+        "process_seconds": round(process_seconds, 2),
+        **report,
+        "video": hashlib.sha256(video.read_bytes()).hexdigest()[:16],
+    }
+
+
+def compile_ahead(
+    model: Path, arguments: argparse.Namespace, folder: Path, environment: dict[str, str]
+) -> None:
+    """Makes the executables of stage 2 and of the decoders, once."""
+    if folder.exists():
+        return
+    ahead = ["--model_id", model, "--sizes", arguments.size, "--allow_unsupported"]
+    programs = [["--stages", "2"]]
+    programs += [["--stages", "3", "--decoder", decoder] for decoder in arguments.decoders]
+    for options in programs:
+        subprocess.run(
+            [sys.executable, ROOT / "compile_ahead.py", *ahead, *options, "--executables", folder],
+            check=True,
+            env=environment,
+            stdout=sys.stderr,
+        )
 
 
 def write_embeddings(model: Path, folder: Path) -> None:
@@ -270,7 +302,11 @@ def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
 
 def table(row: dict[str, Any]) -> str:
     parts = "".join(f"  {name:<34}{value:>8.2f} s\n" for name, value in row["seconds"].items())
-    return f"{row['run']}: {row['seconds_to_first_step']} s to the first step\n{parts}"
+    if "decoder" in row:
+        what, seconds = f"frames, {row['decoder']}", row["seconds_to_first_frames"]
+    else:
+        what, seconds = "step", row["seconds_to_first_step"]
+    return f"{row['run']}: {seconds} s to the first {what}\n{parts}"
 
 
 def _process_age() -> float:

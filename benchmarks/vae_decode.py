@@ -85,7 +85,6 @@ def main() -> None:
 def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """Cold compile of both programs, their memory, and the compiler's estimate of a decode."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
     from jax.sharding import Mesh
 
@@ -95,7 +94,7 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
     devices = machine_devices(topology)
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = Mesh(np.array(devices).reshape(1, -1), ("dp", "tp"))
-    decoder = abstract_decoder(decoder_name, mesh, jnp.bfloat16)
+    decoder = published_decoder(decoder_name, mesh)
 
     start, cpu_start = time.perf_counter(), time.process_time()
     programs = decoder.compile(shape, output="uint8")
@@ -157,18 +156,18 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
 
 def decoder_bytes(decoder: Any) -> int:
     """Bytes of the weights, which every chip holds whole."""
-    import jax
+    arrays = decoder.abstract_weights.values()
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder.weights))
 
+def published_decoder(name: str, mesh: Any) -> Any:
+    import jax.numpy as jnp
 
-def abstract_decoder(name: str, mesh: Any, dtype: Any) -> Any:
-    from importlib import import_module
-
+    from cogvideox.vae_decode import make_decoder
     from cogvideox.vae_weights import VaeConfig
 
-    module = import_module(f"cogvideox.vae_{name}")
-    return module.abstract_decoder(VaeConfig(scaling_factor=SCALING_FACTOR), mesh, dtype)
+    config = VaeConfig(scaling_factor=SCALING_FACTOR)
+    return make_decoder(f"vae_{name}", config, mesh, jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,13 +248,12 @@ def run_here(decoder_name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """Decode random latents with random weights on the devices of this machine."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
-    import jax.numpy as jnp
     import numpy as np
     from jax.sharding import Mesh
 
     devices = jax.devices()
     mesh = Mesh(np.array(devices).reshape(1, -1), ("dp", "tp"))
-    decoder = abstract_decoder(decoder_name, mesh, jnp.bfloat16)
+    decoder = published_decoder(decoder_name, mesh)
     random = np.random.default_rng(0)
 
     def fill(abstract: jax.ShapeDtypeStruct) -> jax.Array:
@@ -264,7 +262,7 @@ def run_here(decoder_name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         values = random.standard_normal(abstract.shape, np.float32) / inputs**0.5
         return jax.device_put(values.astype(abstract.dtype), abstract.sharding)
 
-    decoder.weights = jax.tree.map(fill, decoder.weights)
+    decoder.weights = jax.tree.map(fill, decoder.abstract_weights)
     latents = random.standard_normal(shape, np.float32)
     start = time.perf_counter()
     decoder.compile(shape, output="uint8")

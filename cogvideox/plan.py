@@ -271,7 +271,8 @@ def _estimate_decode(request: Request, compiler: _Compiler) -> Estimate:
     compiled = [compiler.result(program) for program in _decoder_programs(request)]
     if None in compiled:
         return Estimate("compiled", False, {}, None, None)
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder.weights))
+    arrays = decoder.abstract_weights.values()
+    weights = sum(array.size * array.dtype.itemsize for array in arrays)
     # Between two batches nothing but the caches stays, and they are arguments.
     hbm = max((memory(program) for program in compiled), key=lambda hbm: hbm["total"])
     hbm = _split_weights(hbm, weights)

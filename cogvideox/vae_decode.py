@@ -11,10 +11,11 @@ same two bodies.
 """
 
 import dataclasses
+import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,13 @@ from cogvideox.vae_by_columns import ColumnLayers
 from cogvideox.vae_by_frames import FrameLayers
 from cogvideox.vae_conv_tpu import LANES
 from cogvideox.vae_parts import Layers, WidthShards
-from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, read_weights
+from cogvideox.vae_weights import (
+    VaeConfig,
+    arrange,
+    arranged_shape,
+    stored_weights,
+    weight_shapes,
+)
 from runtime.compiler_options import vae_options
 from runtime.executables import Program, find_or_compile, machine_fields
 from runtime.mesh import place
@@ -47,33 +54,6 @@ Output = Literal["uint8", "float32"]
 # (weights, latents [B, T, W, H, C], cache or None) -> (video [B, F, W s, 3, H s] in -1..1, cache),
 # on one device's columns.
 Forward = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
-
-
-def width_mesh(mesh: Mesh) -> Mesh:
-    """All devices of `mesh`, in its order, on one axis that splits the width."""
-    return Mesh(mesh.devices.reshape(-1), (AXIS,))
-
-
-def abstract_weights(
-    shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, dtype: jnp.dtype
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `load_weights` returns, without its numbers."""
-    everywhere = NamedSharding(mesh, P())
-    return {
-        name: jax.ShapeDtypeStruct(arranged_shape(shape), dtype, sharding=everywhere)
-        for name, shape in shapes.items()
-    }
-
-
-def load_weights(
-    vae_folder: Path, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, dtype: jnp.dtype
-) -> dict[str, jax.Array]:
-    """The weights of a VAE folder, arranged, on every device of `mesh`; see `read_weights`."""
-    everywhere = NamedSharding(mesh, P())
-    return {
-        name: place(np.asarray(arrange(array), dtype), everywhere)
-        for name, array in read_weights(vae_folder, shapes).items()
-    }
 
 
 def frame_batches(latent_frames: int) -> list[tuple[int, int]]:
@@ -105,15 +85,15 @@ class Programs(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Decoder:
-    """A decoder with its weights on the devices.
+    """A decoder on a mesh; see `make_decoder` and `load_decoder`.
 
     Attributes:
-        name: "vae_torchax" or "vae_flax".
+        name: "vae_torchax" or "vae_flax", the module that traces it.
         config: of the VAE.
-        mesh: one axis, `width`; see `width_mesh`.
+        mesh: of one axis, `width`.
         dtype: bfloat16 or float32.
-        weights: arrays replicated over `mesh`, or `jax.ShapeDtypeStruct` to compile without any.
-        build_forward: makes the decoder's computation from its layers.
+        weights: by diffusers' names, arranged (see `vae_weights.arrange`), on every device of
+            `mesh`; None until they are loaded. Compiling needs none.
         decode_seconds: what the batches of the last `decode` took on the devices and on their way
             to the host, whatever the caller did meanwhile.
     """
@@ -122,10 +102,30 @@ class Decoder:
     config: VaeConfig
     mesh: Mesh
     dtype: jnp.dtype
-    weights: Any
-    build_forward: Callable[[Layers], Forward]
+    weights: dict[str, jax.Array] | None = None
     decode_seconds: float = 0.0
     _programs: dict[Any, Programs] = dataclasses.field(default_factory=dict)
+
+    def load(self, vae_folder: Path) -> None:
+        """Reads the weights of a VAE folder and places them on every device.
+
+        Raises:
+            ValueError: they do not fit the config; see `vae_weights.stored_weights`.
+        """
+        stored, everywhere = stored_weights(vae_folder, self.config), NamedSharding(self.mesh, P())
+        self.weights = {
+            name: place(np.asarray(arrange(tensor.read()), self.dtype), everywhere)
+            for name, tensor in stored.items()
+        }
+
+    @cached_property
+    def abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `load` places, without its numbers."""
+        everywhere = NamedSharding(self.mesh, P())
+        return {
+            name: jax.ShapeDtypeStruct(arranged_shape(shape), self.dtype, sharding=everywhere)
+            for name, shape in weight_shapes(self.config).items()
+        }
 
     def _shards(self, latents_shape: tuple[int, ...]) -> WidthShards:
         return WidthShards(AXIS, self.mesh.size, latents_shape[-1])
@@ -144,7 +144,8 @@ class Decoder:
         shards = self._shards(shape)
         b, channels, frames, height, width = shape
         scale = self.config.spatial_scale
-        forward = self.build_forward(self._layers(shards))
+        tracer = importlib.import_module(f"cogvideox.{self.name}")  # its imports take seconds
+        forward = tracer.build_forward(self.config, self._layers(shards))
 
         def on_columns(weights: Any, latents: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
             latents = (1 / self.config.scaling_factor) * latents.astype(jnp.float32)
@@ -176,7 +177,7 @@ class Decoder:
             out_shardings=(replicated, replicated, columns),
         )
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            lowered = program.lower(self.weights, latents, cache)
+            lowered = program.lower(self.abstract_weights, latents, cache)
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=columns),
             lowered.out_info[2],
@@ -288,6 +289,28 @@ class Decoder:
         frames, seconds = fetched.result()
         self.decode_seconds += seconds
         return frames
+
+
+def make_decoder(name: str, config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
+    """A decoder that compiles but holds no weights.
+
+    Args:
+        name: "vae_torchax" or "vae_flax".
+        mesh: its axes are used as one, to split the width; its devices may be absent.
+        dtype: bfloat16 or float32.
+    """
+    return Decoder(name, config, Mesh(mesh.devices.reshape(-1), (AXIS,)), jnp.dtype(dtype))
+
+
+def load_decoder(name: str, vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
+    """`make_decoder` with the config and the weights of a folder in diffusers' layout.
+
+    Raises:
+        ValueError: the config cannot be decoded, or weights do not fit it.
+    """
+    decoder = make_decoder(name, VaeConfig.from_folder(vae_folder), mesh, dtype)
+    decoder.load(vae_folder)
+    return decoder
 
 
 def _fetch(pixels: jax.Array, finite: jax.Array, start: int, end: int) -> tuple[np.ndarray, float]:

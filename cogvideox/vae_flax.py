@@ -5,19 +5,15 @@ device's columns. Arrays are [B, T, W, H, C].
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from cogvideox import vae_parts
-from cogvideox.vae_decode import Decoder, Forward, abstract_weights, load_weights, width_mesh
-from cogvideox.vae_weights import VaeConfig, arranged_shape
-
-MID_RESNETS = 2  # CogVideoXDecoder3D fixes it
+from cogvideox.vae_decode import Forward
+from cogvideox.vae_weights import MID_RESNETS, VaeConfig, arranged_shape
 
 Caches = dict[str, Any]
 
@@ -30,8 +26,7 @@ class Conv(nnx.Module):
     """The weights of a convolution with a kernel of the given size (see `vae_weights.arrange`)."""
 
     def __init__(self, channels: int, out_channels: int, *size: int) -> None:
-        self.torch_shape = (out_channels, channels, *size)
-        self.weight = _parameter(*arranged_shape(self.torch_shape))
+        self.weight = _parameter(*arranged_shape((out_channels, channels, *size)))
         self.bias = _parameter(out_channels)
 
     def weights(self) -> vae_parts.Conv:
@@ -184,11 +179,9 @@ def _modules_by_diffusers_name(decoder: VaeDecoder) -> Iterator[tuple[str, nnx.M
     yield "decoder.conv_out.conv", decoder.conv_out
 
 
-def parameters_by_diffusers_name(
-    decoder: VaeDecoder,
-) -> dict[str, tuple[nnx.Param, tuple[int, ...]]]:
-    """Each parameter under the name of its weight in a VAE folder, with that weight's shape."""
-    named: dict[str, tuple[nnx.Param, tuple[int, ...]]] = {}
+def parameters_by_diffusers_name(decoder: VaeDecoder) -> dict[str, nnx.Param]:
+    """Each parameter under the name of its weight in a VAE folder."""
+    named: dict[str, nnx.Param] = {}
 
     def add(name: str, module: nnx.Module) -> None:
         if isinstance(module, Resnet):
@@ -199,13 +192,13 @@ def parameters_by_diffusers_name(
             if module.shortcut is not None:
                 add(f"{name}.conv_shortcut", module.shortcut)
         elif isinstance(module, SpatialNorm):
-            named[f"{name}.norm_layer.weight"] = module.scale, module.scale.shape
-            named[f"{name}.norm_layer.bias"] = module.bias, module.bias.shape
+            named[f"{name}.norm_layer.weight"] = module.scale
+            named[f"{name}.norm_layer.bias"] = module.bias
             add(f"{name}.conv_y.conv", module.multiplier)
             add(f"{name}.conv_b.conv", module.summand)
         else:
-            named[f"{name}.weight"] = module.weight, module.torch_shape
-            named[f"{name}.bias"] = module.bias, module.bias.shape
+            named[f"{name}.weight"] = module.weight
+            named[f"{name}.bias"] = module.bias
 
     for name, module in _modules_by_diffusers_name(decoder):
         add(name, module)
@@ -217,41 +210,13 @@ def abstract_model(config: VaeConfig) -> VaeDecoder:
     return nnx.eval_shape(lambda: VaeDecoder(config))
 
 
-def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
-    """The stored shape of every weight, by diffusers' name."""
-    parameters = parameters_by_diffusers_name(abstract_model(config))
-    return {name: shape for name, (_, shape) in parameters.items()}
+def build_forward(config: VaeConfig, layers: vae_parts.Layers) -> Forward:
+    """The decoder's computation on one device's columns; weights by diffusers' names."""
 
+    def forward(weights, z, caches):
+        model = abstract_model(config)
+        for name, parameter in parameters_by_diffusers_name(model).items():
+            parameter.set_value(weights[name])
+        return model(z, caches, layers)
 
-def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, weights: dict[str, Any]) -> Decoder:
-    model = abstract_model(config)
-    for name, (parameter, _) in parameters_by_diffusers_name(model).items():
-        parameter.set_value(weights[name])
-    graph, state = nnx.split(model)
-
-    def build_forward(layers: vae_parts.Layers) -> Forward:
-        return lambda weights, z, caches: nnx.merge(graph, weights)(z, caches, layers)
-
-    return Decoder("vae_flax", config, mesh, dtype, state, build_forward)
-
-
-def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
-    """A decoder that compiles but holds no weights, for any mesh, also of absent devices."""
-    mesh = width_mesh(mesh)
-    return _decoder(config, mesh, dtype, abstract_weights(weight_shapes(config), mesh, dtype))
-
-
-def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
-    """Read a VAE folder and place the decoder's weights on every device of `mesh`.
-
-    Args:
-        vae_folder: diffusers' layout: config.json and safetensors.
-        mesh: its axes are used as one, to split the width.
-        dtype: bfloat16 or float32.
-
-    Raises:
-        ValueError: the config cannot be decoded, or weights do not fit it.
-    """
-    config, mesh = VaeConfig.from_folder(vae_folder), width_mesh(mesh)
-    weights = load_weights(vae_folder, weight_shapes(config), mesh, dtype)
-    return _decoder(config, mesh, dtype, weights)
+    return forward

@@ -1,16 +1,13 @@
 """The VAE decoder through TorchAx: diffusers' module tree, its leaves computed in JAX.
 
 `CogVideoXDecoder3D` is built on torch's meta device and called functionally with JAX arrays under
-torchax. What its resnets, upsamplers and convolutions compute comes from
-`vae_parts.Layers`; what remains of
-torch is the structure, the names, the order of the blocks and the way of the caches, none of which
-cares about the layout of the arrays.
+torchax. What its resnets, upsamplers and convolutions compute comes from `vae_parts.Layers`; what
+remains of torch is the structure, the names, the order of the blocks and the way of the caches,
+none of which cares about the layout of the arrays. Importing this takes seconds; tracing needs it.
 """
 
-from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import torch
 import torchax
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
@@ -21,11 +18,10 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXSpatialNorm3D,
 )
 from diffusers.models.upsampling import CogVideoXUpsample3D
-from jax.sharding import Mesh
 from torchax import interop
 
 from cogvideox import vae_parts
-from cogvideox.vae_decode import Decoder, Forward, abstract_weights, load_weights, width_mesh
+from cogvideox.vae_decode import Forward
 from cogvideox.vae_weights import VaeConfig
 
 
@@ -52,11 +48,6 @@ class _DecoderWithLatentConv(torch.nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents, conv_cache=cache)
-
-
-def _meta_module(config: VaeConfig) -> _DecoderWithLatentConv:
-    with torch.device("meta"):
-        return _DecoderWithLatentConv(config).eval()
 
 
 def _conv(module: torch.nn.Module) -> vae_parts.Conv:
@@ -158,43 +149,11 @@ def _last_conv(
 def build_forward(config: VaeConfig, layers: vae_parts.Layers) -> Forward:
     """The decoder's computation on one device's columns; weights by diffusers' names."""
     torchax.default_env()  # makes an array, which must not be one of the program that is traced
-    module = _meta_module(config)
+    with torch.device("meta"):
+        module = _DecoderWithLatentConv(config).eval()
     _compute_in_jax(module, layers)
 
     def forward(weights, latents, cache):
         return torch.func.functional_call(module, weights, (latents, cache))
 
     return interop.jax_view(forward)
-
-
-def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
-    """The stored shape of every weight, by diffusers' name."""
-    return {name: tuple(t.shape) for name, t in _meta_module(config).state_dict().items()}
-
-
-def _decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype, weights: Any) -> Decoder:
-    return Decoder(
-        "vae_torchax", config, mesh, dtype, weights, lambda layers: build_forward(config, layers)
-    )
-
-
-def abstract_decoder(config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
-    """A decoder that compiles but holds no weights, for any mesh, also of absent devices."""
-    mesh = width_mesh(mesh)
-    return _decoder(config, mesh, dtype, abstract_weights(weight_shapes(config), mesh, dtype))
-
-
-def load_decoder(vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
-    """Read a VAE folder and place the decoder's weights on every device of `mesh`.
-
-    Args:
-        vae_folder: diffusers' layout: config.json and safetensors.
-        mesh: its axes are used as one, to split the width.
-        dtype: bfloat16 or float32.
-
-    Raises:
-        ValueError: the config cannot be decoded, or weights do not fit it.
-    """
-    config, mesh = VaeConfig.from_folder(vae_folder), width_mesh(mesh)
-    weights = load_weights(vae_folder, weight_shapes(config), mesh, dtype)
-    return _decoder(config, mesh, dtype, weights)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,8 @@ from cogvideox.checkpoint import StoredTensor, check_names_and_shapes, stored_te
 
 # Present in every full VAE, of no use to a decoder.
 _NOT_FOR_DECODING = ("encoder.", "quant_conv.")
+
+MID_RESNETS = 2  # CogVideoXDecoder3D fixes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,30 +115,58 @@ def arranged_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return arrange(np.broadcast_to(np.float32(0), shape)).shape
 
 
-def decoding_weights(vae_folder: Path) -> dict[str, StoredTensor]:
-    """The headers of a VAE's weights that decoding needs; the encoder's are left out.
+def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight that decoding needs, by diffusers' name, from the config alone.
 
-    Raises:
-        ValueError: weight files are absent or damaged.
+    Source: diffusers' CogVideoXDecoder3D, whose state_dict a test compares.
     """
-    stored = stored_tensors(vae_folder)
-    return {name: t for name, t in stored.items() if not name.startswith(_NOT_FOR_DECODING)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    widths, latent = config.block_out_channels[::-1], config.latent_channels
+
+    def conv(name: str, out: int, inputs: int, *size: int) -> None:
+        shapes[f"{name}.weight"] = (out, inputs, *size)
+        shapes[f"{name}.bias"] = (out,)
+
+    def norm(name: str, channels: int) -> None:
+        shapes[f"{name}.norm_layer.weight"] = shapes[f"{name}.norm_layer.bias"] = (channels,)
+        for part in ("conv_y", "conv_b"):
+            conv(f"{name}.{part}.conv", channels, latent, 1, 1, 1)
+
+    def resnet(name: str, inputs: int, out: int) -> None:
+        for number, channels in (("1", inputs), ("2", out)):
+            norm(f"{name}.norm{number}", channels)
+            conv(f"{name}.conv{number}.conv", out, channels, 3, 3, 3)
+        if inputs != out:
+            conv(f"{name}.conv_shortcut", out, inputs, 1, 1, 1)
+
+    if config.use_post_quant_conv:
+        conv("post_quant_conv", latent, latent, 1, 1, 1)
+    conv("decoder.conv_in.conv", widths[0], latent, 3, 3, 3)
+    for i in range(MID_RESNETS):
+        resnet(f"decoder.mid_block.resnets.{i}", widths[0], widths[0])
+    for level, out in enumerate(widths):
+        block, before = f"decoder.up_blocks.{level}", widths[max(level - 1, 0)]
+        for i in range(config.layers_per_block + 1):
+            resnet(f"{block}.resnets.{i}", out if i else before, out)
+        if level < len(widths) - 1:
+            conv(f"{block}.upsamplers.0.conv", out, out, 3, 3)
+    norm("decoder.norm_out", widths[-1])
+    conv("decoder.conv_out.conv", config.out_channels, widths[-1], 3, 3, 3)
+    return shapes
 
 
-def read_weights(vae_folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Read exactly the named tensors of a VAE folder.
+def stored_weights(vae_folder: Path, config: VaeConfig) -> dict[str, StoredTensor]:
+    """The headers of exactly the weights that decoding needs.
 
     Args:
         vae_folder: holds one safetensors file, or several and their index.
-        shapes: the shape of every tensor that the decoder has, by diffusers' name.
-
-    Returns:
-        Arrays by name, in the dtype of the files.
 
     Raises:
         ValueError: files are absent or damaged, or tensors are missing, extra or of another shape;
             the message lists all of them.
     """
-    stored = decoding_weights(Path(vae_folder))
+    shapes = weight_shapes(config)
+    stored = stored_tensors(Path(vae_folder))
+    stored = {name: t for name, t in stored.items() if not name.startswith(_NOT_FOR_DECODING)}
     check_names_and_shapes(stored, shapes, what="the VAE")
-    return {name: stored[name].read() for name in shapes}
+    return {name: stored[name] for name in shapes}

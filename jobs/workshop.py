@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -176,17 +175,16 @@ class Workshop:
     def _prepare_decoder(self, job: Job) -> None:
         if self._decoder is None:
             import jax
-            import jax.numpy as jnp
 
+            from cogvideox.vae_decode import load_decoder
             from runtime.mesh import all_devices, make_mesh
 
             print("loading the VAE decoder")
             dp, tp = self._arguments.dp, self._arguments.tp
             mesh = make_mesh(all_devices(dp, tp, jax.device_count()))
-            module = importlib.import_module(f"cogvideox.vae_{job.decoder}")
             self._decoder_mesh = dict(mesh.shape)
-            self._decoder = module.load_decoder(
-                self._model.path / "vae", mesh, jnp.dtype(job.dtype)
+            self._decoder = load_decoder(
+                f"vae_{job.decoder}", self._model.path / "vae", mesh, job.dtype
             )
         _, latents_file = stage3.open_latents(self._of(job))
         self._decoder.compile(

@@ -59,7 +59,7 @@ def no_weights_are_read(request, monkeypatch):
 
     monkeypatch.setattr("cogvideox.checkpoint.StoredTensor.mapped", refuse)
     monkeypatch.setattr("cogvideox.text_encoder.load_text_encoder", refuse)
-    monkeypatch.setattr("cogvideox.vae_weights.read_weights", refuse)
+    monkeypatch.setattr("cogvideox.vae_decode.Decoder.load", refuse)
 
 
 def refusal(capsys, stage, *arguments: object) -> str:

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from cogvideox import vae_flax, vae_torchax
-from cogvideox.vae_decode import frame_batches
+from cogvideox.vae_decode import frame_batches, load_decoder
 from tests.cogvideox.vae_models import thin_vae
 
-DECODERS = {"torchax": vae_torchax, "flax": vae_flax}
+DECODERS = ("vae_torchax", "vae_flax")
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +49,28 @@ def test_frame_batches(latent_frames, expected):
 @pytest.mark.parametrize(
     ("name", "shape", "width", "frames"),
     [
-        ("flax", (2, 4), 170, 3),
-        ("flax", (1, 8), 160, 2),
-        ("torchax", (1, 8), 90, 4),
-        ("flax", (2, 4), 85, 5),
-        ("torchax", (4, 2), 13, 3),
-        ("flax", (1, 8), 3, 1),
+        ("vae_flax", (2, 4), 170, 3),
+        ("vae_flax", (1, 8), 160, 2),
+        ("vae_torchax", (1, 8), 90, 4),
+        ("vae_flax", (2, 4), 85, 5),
+        ("vae_torchax", (4, 2), 13, 3),
+        ("vae_flax", (1, 8), 3, 1),
     ],
 )
 def test_every_width_over_devices_equals_one_device(folder, name, shape, width, frames):
     """1e-5 of the largest value, 1: the group sums of the devices are added in another order."""
     latents = random_latents(frames, width)
-    one = DECODERS[name].load_decoder(folder, mesh_of(1, 1), jnp.float32)
-    many = DECODERS[name].load_decoder(folder, mesh_of(*shape), jnp.float32)
+    one = load_decoder(name, folder, mesh_of(1, 1), jnp.float32)
+    many = load_decoder(name, folder, mesh_of(*shape), jnp.float32)
     np.testing.assert_allclose(decode(many, latents), decode(one, latents), atol=1e-5, rtol=0)
 
 
 def test_both_decoders_agree_in_bfloat16_and_stay_near_float32(folder):
     latents = random_latents(3, 5, batch=2)
-    exact = decode(vae_flax.load_decoder(folder, mesh_of(1, 1), jnp.float32), latents)
+    exact = decode(load_decoder("vae_flax", folder, mesh_of(1, 1), jnp.float32), latents)
     found = [
-        decode(module.load_decoder(folder, mesh_of(1, 1), jnp.bfloat16), latents)
-        for module in DECODERS.values()
+        decode(load_decoder(name, folder, mesh_of(1, 1), jnp.bfloat16), latents)
+        for name in DECODERS
     ]
     np.testing.assert_array_equal(*found)
     # bfloat16 keeps 8 bits; a dozen layers of it in 0..1.
@@ -79,14 +78,14 @@ def test_both_decoders_agree_in_bfloat16_and_stay_near_float32(folder):
 
 
 def test_length_does_not_matter_to_compilation(folder):
-    decoder = vae_flax.load_decoder(folder, mesh_of(1, 1), jnp.float32)
+    decoder = load_decoder("vae_flax", folder, mesh_of(1, 1), jnp.float32)
     programs = decoder.compile(random_latents(5, 4).shape, output="uint8")
     assert decoder.compile(random_latents(9, 4).shape, output="uint8") is programs
     assert decoder.compile(random_latents(4, 4).shape, output="uint8") is not programs
 
 
 def test_frames_come_batch_by_batch_and_one_batch_ahead(folder, monkeypatch):
-    decoder = vae_flax.load_decoder(folder, mesh_of(1, 1), jnp.float32)
+    decoder = load_decoder("vae_flax", folder, mesh_of(1, 1), jnp.float32)
     latents = random_latents(7, 2)
     programs = decoder.compile(latents.shape, output="uint8")
     started = []
@@ -105,7 +104,7 @@ def test_frames_come_batch_by_batch_and_one_batch_ahead(folder, monkeypatch):
 
 
 def test_values_that_are_not_finite_are_an_error_that_names_the_frames(folder):
-    decoder = vae_flax.load_decoder(folder, mesh_of(1, 2), jnp.float32)
+    decoder = load_decoder("vae_flax", folder, mesh_of(1, 2), jnp.float32)
     latents = random_latents(5, 3)
     latents[0, 0, 4, 0, 2] = np.nan
     frames = decoder.decode(latents, output="uint8")
@@ -115,6 +114,6 @@ def test_values_that_are_not_finite_are_an_error_that_names_the_frames(folder):
 
 
 def test_latents_of_another_model_are_refused(folder):
-    decoder = vae_flax.load_decoder(folder, mesh_of(1, 1), jnp.float32)
+    decoder = load_decoder("vae_flax", folder, mesh_of(1, 1), jnp.float32)
     with pytest.raises(ValueError, match="16 channels, the VAE has 3"):
         decoder.compile((1, 16, 3, 2, 2), output="uint8")

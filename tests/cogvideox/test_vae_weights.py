@@ -1,6 +1,8 @@
 """Reading a VAE folder: its config, and weights that fit it or an error that says all of why."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,13 @@ import torch
 from jax.sharding import Mesh
 from safetensors.torch import load_file, save_file
 
-from cogvideox import vae_flax, vae_torchax
-from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape
+from cogvideox.vae_decode import load_decoder
+from cogvideox.vae_flax import abstract_model, parameters_by_diffusers_name
+from cogvideox.vae_weights import VaeConfig, arrange, arranged_shape, weight_shapes
 from tests.cogvideox.vae_models import thin_vae
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
-
-MODULES = [vae_torchax, vae_flax]
 
 
 @pytest.fixture
@@ -26,12 +27,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def load(module, folder, dtype=jnp.float32):
-    return module.load_decoder(folder, Mesh(np.array(jax.devices()[:1]), ("tp",)), dtype)
+def load(folder, dtype=jnp.float32):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
+    return load_decoder("vae_torchax", folder, mesh, dtype)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_weight_that_does_not_fit_is_named(folder, module):
+def test_every_weight_that_does_not_fit_is_named(folder):
     tensors = load_file(folder / WEIGHTS_FILE)
     del tensors["decoder.conv_in.conv.weight"]
     del tensors["decoder.up_blocks.0.upsamplers.0.conv.bias"]
@@ -40,7 +41,7 @@ def test_every_weight_that_does_not_fit_is_named(folder, module):
     tensors["encoder.anything"] = torch.zeros(1)  # expected, skipped
     save_file(tensors, folder / WEIGHTS_FILE)
     with pytest.raises(ValueError) as error:
-        load(module, folder)
+        load(folder)
     message = str(error.value)
     assert "missing decoder.conv_in.conv.weight" in message
     assert "missing decoder.up_blocks.0.upsamplers.0.conv.bias" in message
@@ -49,9 +50,35 @@ def test_every_weight_that_does_not_fit_is_named(folder, module):
     assert message.count(";") == 3
 
 
-def test_both_decoders_want_the_same_weights(folder):
-    config = VaeConfig.from_folder(folder)
-    assert vae_flax.weight_shapes(config) == vae_torchax.weight_shapes(config)
+@pytest.mark.parametrize("latent_conv", [False, True])
+def test_the_weights_that_are_wanted_are_those_of_diffusers_and_of_flax(tmp_path, latent_conv):
+    thin_vae(tmp_path, use_post_quant_conv=latent_conv)
+    wanted = weight_shapes(VaeConfig.from_folder(tmp_path))
+    stored = load_file(tmp_path / WEIGHTS_FILE)
+    decoding = {
+        name: tuple(tensor.shape)
+        for name, tensor in stored.items()
+        if name.startswith(("decoder.", "post_quant_conv."))
+    }
+    assert wanted == decoding
+    flax = parameters_by_diffusers_name(abstract_model(VaeConfig.from_folder(tmp_path)))
+    arranged = {name: arranged_shape(shape) for name, shape in wanted.items()}
+    assert {name: parameter.shape for name, parameter in flax.items()} == arranged
+
+
+def test_a_decoder_is_made_and_loaded_without_what_only_tracing_needs(folder):
+    """Their imports take longer than a decode."""
+    program = """
+import sys
+import jax, numpy as np
+from cogvideox.vae_decode import load_decoder
+mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tp",))
+decoder = load_decoder("vae_torchax", sys.argv[1], mesh, "float32")
+print([program.fingerprint for program in decoder.programs((1, 3, 5, 2, 4), output="uint8")])
+found = {"torch", "diffusers", "torchax", "flax"} & {*sys.modules}
+sys.exit(f"imported: {found}" if found else 0)
+"""
+    subprocess.run([sys.executable, "-c", program, folder], check=True)
 
 
 def test_upsamplers_of_bfloat16_files_are_summed_in_float32():
@@ -59,9 +86,8 @@ def test_upsamplers_of_bfloat16_files_are_summed_in_float32():
     np.testing.assert_array_equal(arrange(weight), arrange(weight.astype(np.float32)))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_files_in_parts_and_in_bfloat16(folder, module):
-    whole = load(module, folder, jnp.bfloat16)
+def test_files_in_parts_and_in_bfloat16(folder):
+    whole = load(folder, jnp.bfloat16)
     tensors = {n: t.to(torch.bfloat16) for n, t in load_file(folder / WEIGHTS_FILE).items()}
     (folder / WEIGHTS_FILE).unlink()
     names = sorted(tensors)
@@ -70,7 +96,7 @@ def test_files_in_parts_and_in_bfloat16(folder, module):
         save_file({name: tensors[name] for name in held}, folder / file)
     weight_map = {name: file for file, held in parts.items() for name in held}
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    in_parts = load(module, folder, jnp.float32)
+    in_parts = load(folder, jnp.float32)
     for mine, reference in zip(
         jax.tree.leaves(in_parts.weights), jax.tree.leaves(whole.weights), strict=True
     ):
@@ -82,7 +108,7 @@ def test_files_in_parts_and_in_bfloat16(folder, module):
 def test_absent_weights(folder):
     (folder / WEIGHTS_FILE).unlink()
     with pytest.raises(ValueError, match="no .safetensors weights"):
-        load(vae_flax, folder)
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def random_vae(folder: Path, levels: int, **config) -> AutoencoderKLCogVideoX:
     return vae
 
 
-def thin_vae(folder: Path) -> AutoencoderKLCogVideoX:
+def thin_vae(folder: Path, **config) -> AutoencoderKLCogVideoX:
     """The smallest one with every kind of layer, upsampling in time and in space only."""
     return random_vae(
         folder,
@@ -34,4 +34,5 @@ def thin_vae(folder: Path) -> AutoencoderKLCogVideoX:
         norm_num_groups=2,
         temporal_compression_ratio=2,
         scaling_factor=0.7,
+        **config,
     )

@@ -13,11 +13,10 @@ from diffusers import AutoencoderKLCogVideoX
 from diffusers.video_processor import VideoProcessor
 from jax.sharding import Mesh
 
-from cogvideox import vae_flax, vae_torchax
+from cogvideox.vae_decode import load_decoder
 from tests.cogvideox.vae_models import random_vae
 
 TOLERANCE = 2e-5
-DECODERS = {"torchax": vae_torchax, "flax": vae_flax}
 
 # The published shape, thinned, and two unlike it in every number.
 MODELS = {
@@ -49,9 +48,11 @@ MODELS = {
 }
 # One frame; one batch, even or odd; several, even or odd: with one model and one decoder, because
 # both decoders and all models go through the same batches.
-CASES = [("flax", "four_levels", frames) for frames in (1, 2, 3, 4, 5)]
-CASES += [("torchax", "four_levels", 5), ("torchax", "three_levels", 3)]
-CASES += [(decoder, "latent_conv", 4) for decoder in DECODERS] + [("flax", "three_levels", 5)]
+CASES = [("vae_flax", "four_levels", frames) for frames in (1, 2, 3, 4, 5)]
+CASES += [("vae_torchax", "four_levels", 5), ("vae_torchax", "three_levels", 3)]
+CASES += [(decoder, "latent_conv", 4) for decoder in ("vae_torchax", "vae_flax")] + [
+    ("vae_flax", "three_levels", 5)
+]
 
 
 def reference_frames(vae: AutoencoderKLCogVideoX, latents: np.ndarray) -> np.ndarray:
@@ -73,7 +74,7 @@ def test_decode_equals_diffusers(models, decoder, model, frames):
     shape = (1, vae.config.latent_channels, frames, 4, 5)
     latents = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("dp", "tp"))
-    ours = DECODERS[decoder].load_decoder(folder, mesh, jnp.float32)
+    ours = load_decoder(decoder, folder, mesh, jnp.float32)
     batches = list(ours.decode(latents, output="float32"))
     assert len(batches) == max(frames // 2, 1)
     np.testing.assert_allclose(
@@ -85,7 +86,7 @@ def test_uint8_frames_are_those_of_diffusers(models):
     vae, folder = models["four_levels"]
     latents = np.random.default_rng(2).standard_normal((2, 16, 1, 3, 4)).astype(np.float32)
     mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
-    decoder = vae_flax.load_decoder(folder, mesh, jnp.float32)
+    decoder = load_decoder("vae_flax", folder, mesh, jnp.float32)
     (frames,) = decoder.decode(latents, output="uint8")
     expected = (reference_frames(vae, latents) * 255).round().astype(np.uint8)
     assert frames.dtype == np.uint8
