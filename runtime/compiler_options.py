@@ -16,23 +16,29 @@ _ASYNC = {"xla_tpu_enable_async_all_to_all": "true"}
 # step of the 5B transformer on four H200s takes 1.64 s; with all-to-alls by NCCL it took 1.68 s.
 _COPY = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
 
+# Otherwise XLA times algorithms on the device, and two compiles may round differently. On one H200
+# a step takes 6.19 s instead of 6.27 and compiles in 18 s instead of 23; a decode takes 3.42 s
+# instead of 3.28 and compiles in 13 s instead of 20.
+_SAME_BITS = {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False}
 
-def transformer_options(devices: np.ndarray) -> dict[str, str]:
+
+def transformer_options(devices: np.ndarray) -> dict[str, str | bool]:
     """Options of the denoising step on these devices."""
     device = devices.flat[0]
     if device.platform == "gpu":
         one_host = len({device.process_index for device in devices.flat}) == 1
-        return _COPY if one_host else {}
+        return _SAME_BITS | (_COPY if one_host else {})
     if device.platform != "tpu":
         return {}
     return _ASYNC | (_ROOMY if device.device_kind in ("TPU v6 lite", "TPU v5 lite") else {})
 
 
-def vae_options(device: jax.Device) -> dict[str, float]:
+def vae_options(device: jax.Device) -> dict[str, float | bool]:
     """Options of the decoder's programs.
 
     At XLA's full effort the two of 768x1360 on a v6e-8 compile in 75 s on two cores, at this one in
     31 s. The kernels stay the same; a decode takes 0.76e9 cycles instead of 0.68e9 and 0.6 GB more
     (compiler estimates).
     """
-    return {"exec_time_optimization_effort": -0.5} if device.platform == "tpu" else {}
+    by_platform = {"tpu": {"exec_time_optimization_effort": -0.5}, "gpu": _SAME_BITS}
+    return by_platform.get(device.platform, {})

@@ -321,9 +321,8 @@ def compile_into(programs: Sequence[Program], folder: Path, *, threads: int = 1)
         except Refused as refused:
             print(f"{program.name}: made anew: {refused}")
         missing.append(program)
-    # What a CPU's cache gives back loads once more, but lacks functions when it runs. A GPU's
-    # compiler picks algorithms by timing them: through the cache, runs without the executable take
-    # the same ones, and make the same bits.
+    # What a CPU's cache gives back loads once more, but lacks functions when it runs. A GPU's saves
+    # compiling what a run has compiled already.
     on_gpu = jax.default_backend() == "gpu"
     with nullcontext() if on_gpu else without_persistent_cache():
         compiled = compile_all(missing, threads)
