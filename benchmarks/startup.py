@@ -6,7 +6,7 @@
 
 Each run of stage 2 is a process of its own, ended after two steps, or with `--no_steps` before the
 first; each decoder then makes an mp4 of the latents. `cold` compiles, with an empty compilation
-cache; `cached` reads the cache that `cold` filled; `executables` reads what compile_ahead.py made,
+cache; `cached` reads what `cold` left in the cache; `executables` reads what compile_ahead.py made,
 with an empty cache; its latents and videos should be those of the runs before. `--drop_page_cache`
 (needs root) has each run read the weights from the disk again.
 """

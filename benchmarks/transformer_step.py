@@ -110,7 +110,8 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
     from runtime.executables import compile_all
 
     start, cpu_start = time.perf_counter(), time.process_time()
-    ((compiled, _),) = compile_all([denoiser.program], threads=1)
+    (built,) = compile_all([denoiser.program], threads=1)
+    compiled = built.executable
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     costs = hlo_costs.read_costs(compiled.as_text())
     layers = denoiser.config["num_layers"]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,28 @@ def without_persistent_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+
+class _Hits(threading.local):
+    count = 0
+
+
+_hits = _Hits()
+
+
+def _count_hit(event: str, **_: object) -> None:
+    _hits.count += event == _CACHE_HIT
+
+
+jax.monitoring.register_event_listener(_count_hit)
+
+
+def cache_hits_of_this_thread() -> int:
+    """How many programs that this thread compiled came from the cache."""
+    return _hits.count
+
+
 @dataclasses.dataclass
 class CompilationLog:
     """Counts of this process's compilations since the log was made."""
@@ -57,7 +80,7 @@ class CompilationLog:
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
 
     def _on_event(self, event: str, **_: object) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
+        if event == _CACHE_HIT:
             self.cache_hits += 1
             self.compiled = self._programs - self.cache_hits
 

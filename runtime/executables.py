@@ -1,4 +1,7 @@
-"""Executables compiled ahead of time: files in a folder, found by everything that decides them.
+"""Executables of earlier compiles: files in a folder, found by everything that decides them.
+
+compile_ahead.py fills a folder that the stages are told of; without one, each run keeps what it
+compiled for the next, in the compilation cache.
 
 An artifact is two files: `NAME-<fingerprint>.json`, the manifest, and the executable that it names
 by its checksum. The manifest is renamed into place last, so whoever finds one finds all of it, also
@@ -26,7 +29,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-from runtime.compilation import without_persistent_cache
+from runtime.compilation import cache_hits_of_this_thread, without_persistent_cache
 from runtime.files import atomic_path, write_json
 from runtime.hlo_costs import memory
 
@@ -138,32 +141,61 @@ def find_or_compile(
     devices: Sequence[jax.Device],
     threads: int = 1,
 ) -> list[jax.stages.Compiled]:
-    """The executables of `programs`, from `folder` where they match, else compiled.
-
-    Says on stdout which were found, and for the others why none matched.
+    """The executables of `programs`, from a folder where they match, else compiled.
 
     Args:
-        folder: of artifacts; None compiles everything.
+        folder: of artifacts; says on stdout which were found, and for the others why none matched.
+            None: those that earlier runs kept, and what is compiled is kept for later ones.
         devices: the mesh's, in its order.
         threads: programs to compile at once.
     """
-    found = {p.name: _find(p, folder, devices) for p in programs} if folder else {}
+    named = folder is not None
+    folder = folder or kept_folder(devices)
+    found = {p.name: _find(p, folder, devices, named=named) for p in programs} if folder else {}
     missing = [program for program in programs if found.get(program.name) is None]
-    compiled = compile_all(missing, threads)
-    found |= {p.name: done for p, (done, _) in zip(missing, compiled, strict=True)}
+    for program, built in zip(missing, compile_all(missing, threads), strict=True):
+        found[program.name] = built.executable
+        if folder and not named:
+            _keep(program, built, folder)
     return [found[program.name] for program in programs]
 
 
-def compile_all(
-    programs: Sequence[Program], threads: int
-) -> list[tuple[jax.stages.Compiled, float]]:
-    """Each program compiled, and the seconds that the compiler took."""
+def kept_folder(devices: Sequence[jax.Device]) -> Path | None:
+    """Where runs keep executables for later ones, which then need not even trace.
+
+    It lies in the compilation cache. None without a cache, for devices of another machine and for
+    several processes.
+    """
+    cache = jax.config.jax_compilation_cache_dir
+    if not cache or not jax.config.jax_enable_compilation_cache:
+        return None
+    return Path(cache) / "executables" if set(devices) <= set(jax.local_devices()) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What compiling gave.
+
+    Attributes:
+        seconds: that it took.
+        cached: it came from JAX's cache.
+    """
+
+    executable: jax.stages.Compiled
+    seconds: float
+    cached: bool
+
+
+def compile_all(programs: Sequence[Program], threads: int) -> list[Built]:
+    """Each program compiled."""
 
     def compile_one(
         lowered: jax.stages.Lowered, options: Mapping[str, str | float] | None
-    ) -> tuple[jax.stages.Compiled, float]:
-        start = time.perf_counter()
-        return lowered.compile(options), time.perf_counter() - start
+    ) -> Built:
+        start, hits = time.perf_counter(), cache_hits_of_this_thread()
+        executable = lowered.compile(options)
+        seconds = time.perf_counter() - start
+        return Built(executable, seconds, cache_hits_of_this_thread() > hits)
 
     lowered = [program.lower() for program in programs]
     options = [program.fields.get("compiler_options") for program in programs]
@@ -173,18 +205,31 @@ def compile_all(
 
 
 def _find(
-    program: Program, folder: Path, devices: Sequence[jax.Device]
+    program: Program, folder: Path, devices: Sequence[jax.Device], *, named: bool
 ) -> jax.stages.Compiled | None:
+    """The executable in a folder, which the user `named` and wants to hear about, or None."""
     try:
         if not (folder / program.manifest_name).exists():
-            print(f"{program.name}: {_why_none_matches(program, folder)}; compiling")
+            if named:
+                print(f"{program.name}: {_why_none_matches(program, folder)}; compiling")
             return None
         executable = _load(program, folder, devices)
     except Refused as refused:
         print(f"{program.name}: refused {refused}; compiling")
         return None
-    print(f"{program.name}: executable {Path(program.manifest_name).stem}")
+    if named:
+        print(f"{program.name}: executable {Path(program.manifest_name).stem}")
     return executable
+
+
+def _keep(program: Program, built: Built, folder: Path) -> None:
+    if built.cached and not _writes_what_was_cached():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(program, built, folder)
+    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+        print(f"{program.name}: the next run will compile again, the executable is lost: {error}")
 
 
 def _load(program: Program, folder: Path, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
@@ -321,18 +366,23 @@ def compile_into(programs: Sequence[Program], folder: Path, *, threads: int = 1)
         except Refused as refused:
             print(f"{program.name}: made anew: {refused}")
         missing.append(program)
-    # What a CPU's cache gives back loads once more, but lacks functions when it runs. A GPU's saves
-    # compiling what a run has compiled already.
-    on_gpu = jax.default_backend() == "gpu"
-    with nullcontext() if on_gpu else without_persistent_cache():
+    with nullcontext() if _writes_what_was_cached() else without_persistent_cache():
         compiled = compile_all(missing, threads)
-    for program, (executable, seconds) in zip(missing, compiled, strict=True):
-        _write(program, executable, seconds, folder)
+    for program, built in zip(missing, compiled, strict=True):
+        _write(program, built, folder)
     return [program.manifest_name for program in missing]
 
 
-def _write(program: Program, compiled: jax.stages.Compiled, seconds: float, folder: Path) -> None:
-    data = pickle.dumps(serialize_executable.serialize(compiled))
+def _writes_what_was_cached() -> bool:
+    """Whether an executable that came from JAX's cache can be written.
+
+    XLA's for CPUs load once more then, but lack functions when they run; TPUs' were not tried.
+    """
+    return jax.default_backend() == "gpu"
+
+
+def _write(program: Program, built: Built, folder: Path) -> None:
+    data = pickle.dumps(serialize_executable.serialize(built.executable))
     checksum = hashlib.sha256(data).hexdigest()
     path = folder / program.manifest_name
     file = path.with_name(f"{path.stem}-{checksum[:12]}.executable")
@@ -344,10 +394,10 @@ def _write(program: Program, compiled: jax.stages.Compiled, seconds: float, fold
         "label": program.label,
         "fingerprint": program.fingerprint,
         "executable": {"file": file.name, "bytes": len(data), "sha256": checksum},
-        "compile_seconds": round(seconds, 2),
-        "hbm_bytes_per_device": memory(compiled),
+        "compile_seconds": round(built.seconds, 2),
+        "hbm_bytes_per_device": memory(built.executable),
         "fields": program.fields,
-        "arguments": describe_arguments(compiled),
+        "arguments": describe_arguments(built.executable),
     }
     write_json(path, manifest)
 

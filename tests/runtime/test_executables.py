@@ -93,26 +93,62 @@ def test_the_executable_of_another_program_object_is_found_and_equal(folder, cap
     assert f"sums: executable sums-8-{program.fingerprint[:12]}" in capsys.readouterr().out
 
 
-def test_a_program_in_the_compilation_cache_is_compiled_anew(tmp_path):
-    """XLA's CPU executables from JAX's persistent cache, written again, load but do not run."""
+@pytest.fixture
+def cache(tmp_path):
+    """A compilation cache of this test's own."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
-    try:
-        for name, value in zip(names, (str(tmp_path / "cache"), 0), strict=True):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        make_program().lower().compile()
-        assert list((tmp_path / "cache").iterdir())
-        log = CompilationLog()
-        compile_into([make_program()], tmp_path / "executables")
-        assert log.summary()["compilations"] == 1
-        find_or_compile([make_program()], None, devices=[])
-        assert log.cache_hits == 1  # the cache is in use again
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    for name, value in zip(names, (str(tmp_path / "cache"), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path / "cache"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_program_in_the_compilation_cache_is_compiled_anew(cache, tmp_path):
+    """XLA's CPU executables from JAX's persistent cache, written again, load but do not run."""
+    make_program().lower().compile()
+    assert list(cache.iterdir())
+    log = CompilationLog()
+    compile_into([make_program()], tmp_path / "executables")
+    assert log.summary()["compilations"] == 1
+    find(make_program(), None)
+    assert log.cache_hits == 1  # the cache is in use again
+    assert not (cache / "executables").exists()  # and what it gave was not kept
     call(find(make_program(), tmp_path / "executables"))
+
+
+def test_what_a_run_compiles_is_kept_for_the_next(cache, capsys):
+    expected = call(find(make_program(), None))
+    log = CompilationLog()
+    results = call(find(make_program(), None))
+    assert log.summary() == {"compilations": 0, "cache_hits": 0, "seconds": 0.0}
+    for result, same in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, same)
+    find(make_program(16), None)
+    assert len(list((cache / "executables").glob("*.json"))) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_kept_executable_that_is_damaged_is_refused_and_kept_anew(cache, capsys):
+    expected = call(find(make_program(), None))
+    executable_of(cache / "executables").write_bytes(b"")
+    (entry,) = cache.glob("*-cache")
+    entry.unlink()
+    for refusals in (1, 0):
+        results = call(find(make_program(), None))
+        assert capsys.readouterr().out.count("refused") == refusals
+        for result, same in zip(results, expected, strict=True):
+            np.testing.assert_array_equal(result, same)
+
+
+def test_an_executable_that_cannot_be_kept_is_said(cache, capsys):
+    cache.mkdir()
+    (cache / "executables").write_text("in the way")
+    call(find(make_program(), None))
+    assert "sums: the next run will compile again" in capsys.readouterr().out
 
 
 def test_a_manifest_is_complete(folder):
@@ -168,7 +204,7 @@ def test_changing_any_field_changes_the_fingerprint():
 )  # fmt: skip
 def test_what_surrounds_a_program_is_among_its_fields(name, change, folder, monkeypatch, capsys):
     change(monkeypatch)
-    assert executables._find(make_program(), folder, jax.devices()[:2]) is None
+    assert executables._find(make_program(), folder, jax.devices()[:2], named=True) is None
     assert name in capsys.readouterr().out
 
 
