@@ -248,7 +248,7 @@ def add_executables(parser: ArgumentParser) -> None:
         type=Path,
         default=os.environ.get(EXECUTABLES_VARIABLE) or None,
         help="folder of executables from compile_ahead.py; what it lacks is compiled "
-        f"(default: ${EXECUTABLES_VARIABLE})",
+        f"(default: ${EXECUTABLES_VARIABLE}, else those that earlier runs kept in the cache)",
     )
 
 
