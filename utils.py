@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime import processes
+from runtime import processes, stopping
 from runtime.files import write_json
 
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
@@ -72,6 +72,7 @@ class Stopped(BaseException):
 
 
 def _stop(number: int, _: object) -> NoReturn:
+    stopping.asked.set()
     raise Stopped(number)
 
 

@@ -25,6 +25,7 @@ from cogvideox.checkpoint import StoredTensor
 from cogvideox.qk_norm import rotary_halves
 from cogvideox.sharding import parameter_specs
 from cogvideox.transformer_weights import parameter_shapes, stack_shapes
+from runtime import stopping
 from runtime.executables import Program, find_or_compile, machine_fields
 
 # The rows of these are reordered: each shard needs both halves of its gates, and rotary pairs lie
@@ -189,6 +190,7 @@ def _load(
 
     What is not `kept` may lie in the mapped file, on CPUs.
     """
+    stopping.check()
     shape = (len(layers), *layers[0].shape) if stacked else layers[0].shape
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():

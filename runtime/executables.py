@@ -29,6 +29,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from runtime import stopping
 from runtime.compilation import cache_hits_of_this_thread, without_persistent_cache
 from runtime.files import atomic_path, write_json
 from runtime.hlo_costs import memory
@@ -192,12 +193,16 @@ def compile_all(programs: Sequence[Program], threads: int) -> list[Built]:
     def compile_one(
         lowered: jax.stages.Lowered, options: Mapping[str, str | float] | None
     ) -> Built:
+        stopping.check()
         start, hits = time.perf_counter(), cache_hits_of_this_thread()
         executable = lowered.compile(options)
         seconds = time.perf_counter() - start
         return Built(executable, seconds, cache_hits_of_this_thread() > hits)
 
-    lowered = [program.lower() for program in programs]
+    lowered = []
+    for program in programs:
+        stopping.check()
+        lowered.append(program.lower())
     options = [program.fields.get("compiler_options") for program in programs]
     # The compiler holds no lock of Python's.
     with ThreadPoolExecutor(threads) as pool:

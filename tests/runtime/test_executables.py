@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
-from runtime import executables, sharing
+from runtime import executables, sharing, stopping
 from runtime.compilation import CompilationLog
 from runtime.executables import Program, compile_into, find_or_compile, machine_fields
 from runtime.mesh import make_mesh
@@ -149,6 +150,23 @@ def test_an_executable_that_cannot_be_kept_is_said(cache, capsys):
     (cache / "executables").write_text("in the way")
     call(find(make_program(), None))
     assert "sums: the next run will compile again" in capsys.readouterr().out
+
+
+def test_a_process_that_is_ending_neither_traces_nor_compiles(monkeypatch):
+    monkeypatch.setattr(stopping, "asked", threading.Event())
+    program, log = make_program(), CompilationLog()
+    lowered = []
+
+    def lower_and_be_asked():
+        lowered.append(program.lower())
+        stopping.asked.set()
+        return lowered[-1]
+
+    asked_while_lowering = dataclasses.replace(program, lower=lower_and_be_asked)
+    for _ in range(2):
+        with pytest.raises(stopping.Stopping):
+            find(asked_while_lowering, None)
+    assert len(lowered) == 1 and log.compiled == 0
 
 
 def test_a_manifest_is_complete(folder):
