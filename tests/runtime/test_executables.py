@@ -152,7 +152,7 @@ def test_an_executable_that_cannot_be_kept_is_said(cache, capsys):
     assert "sums: the next run will compile again" in capsys.readouterr().out
 
 
-def test_a_process_that_is_ending_neither_traces_nor_compiles(monkeypatch):
+def test_a_process_that_is_ending_neither_traces_nor_compiles(cache, monkeypatch):
     monkeypatch.setattr(stopping, "asked", threading.Event())
     program, log = make_program(), CompilationLog()
     lowered = []
