@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import stage_files
 import utils
 from jobs import claims
 from jobs.jobfile import read_job_file
+from stages import files as stage_files
 from utils import ArgumentParser, InputError, checking_input
 
 if TYPE_CHECKING:
-    from cogvideox.checkpoint import ModelFolder
+    from cogvideox.model.folder import ModelFolder
     from jobs.records import Job
     from jobs.runner import Ledger
 
@@ -161,7 +161,7 @@ def _read_jobs(arguments: argparse.Namespace) -> tuple[ModelFolder, list[Job]]:
     """
     lines, problems = read_job_file(arguments.jobs, arguments)
 
-    from cogvideox.checkpoint import find_model
+    from cogvideox.model.folder import find_model
     from jobs.identity import make_jobs
 
     parts = ["tokenizer", "text_encoder", "transformer", "scheduler", "vae"]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stage2_transformer as stage2
-import stage_files
 import utils
+from stages import files as stage_files
 from utils import ArgumentParser, RunError, checking_input
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     import jax
 
-    from cogvideox.checkpoint import ModelFolder
-    from cogvideox.denoise import Denoiser
-    from cogvideox.settings import DenoisingSettings
-    from cogvideox.vae_decode import Decoder
+    from cogvideox.denoising.program import Denoiser
+    from cogvideox.model.folder import ModelFolder
+    from cogvideox.model.settings import DenoisingSettings
+    from cogvideox.vae.decode import Decoder
 
 TOPOLOGIES = ("local", "v6e-1", "v6e-4", "v6e-8", "v6e-16")
 
@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the plan
             plans = make_plans(arguments)
-        from cogvideox.plan import table
+        from stages.plan import table
 
         print(json.dumps(plans, indent=2) if arguments.json else table(plans))
         return
@@ -159,7 +159,7 @@ def make_plans(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         _check(arguments)
         targets = make_targets(arguments)
 
-    from cogvideox import plan
+    from stages import plan
 
     requests = [
         plan.Request(
@@ -195,8 +195,8 @@ def make_targets(arguments: argparse.Namespace) -> list[Target]:
     Raises:
         ValueError: a size, mesh or attention that cannot be computed.
     """
-    from cogvideox.checkpoint import find_model
-    from cogvideox.settings import complete_settings, text_tokens
+    from cogvideox.model.folder import find_model
+    from cogvideox.model.settings import complete_settings, text_tokens
 
     model = find_model(arguments.model_id, [])
     tokens = text_tokens(arguments.max_sequence_length, model.config("transformer"))
@@ -230,9 +230,9 @@ def _make_target(
     settings: DenoisingSettings,
     devices: Sequence[jax.Device],
 ) -> Target:
-    from cogvideox.settings import latent_shape
-    from cogvideox.vae_decode import make_decoder
-    from cogvideox.vae_weights import VaeConfig
+    from cogvideox.model.settings import latent_shape
+    from cogvideox.vae.decode import make_decoder
+    from cogvideox.vae.weights import VaeConfig
     from runtime.mesh import all_devices, make_mesh
 
     latents, padding = latent_shape(settings, model, arguments.batch)

@@ -10,15 +10,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import stage_files
 import utils
+from stages import files as stage_files
 from utils import ArgumentParser, Timings, checking_input
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cogvideox.checkpoint import ModelFolder
-    from cogvideox.text_encoder import TextEncoder
+    from cogvideox.model.folder import ModelFolder
+    from cogvideox.text.encoder import TextEncoder
 
 STAGE = "stage1_text_encoder"
 _CLASSES = {
@@ -80,8 +80,8 @@ def check_prompts(prompts: list[str], negative_prompt: str) -> None:
 
 def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
     """The model, and the tokens per prompt; raises ValueError for what cannot be encoded."""
-    from cogvideox.checkpoint import find_model, stored_tensors
-    from cogvideox.settings import text_tokens
+    from cogvideox.model.folder import find_model, stored_tensors
+    from cogvideox.model.settings import text_tokens
 
     check_prompts(arguments.prompt, arguments.negative_prompt)
     stage_files.check_output_folder(arguments.output_dir, stage_files.EMBEDDINGS_FILE)
@@ -101,7 +101,7 @@ def embed(
     text_encoder: TextEncoder, arguments: argparse.Namespace, tokens: int
 ) -> dict[str, np.ndarray]:
     """The tensors of this stage's file; warns of words that do not fit into `tokens`."""
-    from cogvideox.text_encoder import encode
+    from cogvideox.text.encoder import encode
 
     prompt_embeds, dropped = encode(text_encoder, arguments.prompt, tokens)
     negatives = [arguments.negative_prompt] * len(arguments.prompt)
@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     with checking_input():
         model, tokens = check(arguments)
 
-        from cogvideox.text_encoder import check_weights, load_text_encoder
+        from cogvideox.text.encoder import check_weights, load_text_encoder
 
         check_weights(model)
 

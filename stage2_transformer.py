@@ -14,9 +14,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import stage_files
 import utils
 from runtime import processes
+from stages import files as stage_files
 from utils import ArgumentParser, Timings, checking_input
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-    from cogvideox.checkpoint import ModelFolder, StoredTensor
-    from cogvideox.denoise import Denoiser
-    from cogvideox.scheduler import Schedule
-    from cogvideox.settings import DenoisingSettings, LatentShape
+    from cogvideox.denoising.program import Denoiser
+    from cogvideox.denoising.scheduler import Schedule
+    from cogvideox.model.folder import ModelFolder, StoredTensor
+    from cogvideox.model.settings import DenoisingSettings, LatentShape
 
 STAGE = "stage2_transformer"
 CHECKPOINT_FILE = "stage2_checkpoint.safetensors"
@@ -120,7 +120,7 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
     Raises:
         ValueError: what cannot be computed, and the nearest that can.
     """
-    from cogvideox.settings import DenoisingSettings, complete_settings, latent_shape
+    from cogvideox.model.settings import DenoisingSettings, complete_settings, latent_shape
 
     fields = dataclasses.fields(DenoisingSettings)
     wishes = {field.name: getattr(arguments, field.name) for field in fields}
@@ -130,9 +130,9 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
         # Devices take seconds to start, in which everything is imported and checked that they do
         # not decide.
         starting = background.submit(utils.start_jax, arguments.dtype)
-        from cogvideox.checkpoint import stored_tensors
-        from cogvideox.scheduler import make_schedule
-        from cogvideox.transformer_weights import check_weights
+        from cogvideox.denoising.scheduler import make_schedule
+        from cogvideox.model.folder import stored_tensors
+        from cogvideox.transformer.parameters import check_weights
 
         weights = stored_tensors(model.path / "transformer")
         check_weights(model.config("transformer"), weights)
@@ -161,8 +161,8 @@ def make_denoiser(
     Raises:
         ValueError: no such mesh fits, or the devices cannot run that attention.
     """
-    from cogvideox.attention import choose_attention
-    from cogvideox.denoise import Denoiser
+    from cogvideox.denoising.program import Denoiser
+    from cogvideox.transformer.attention import choose_attention
     from runtime.mesh import choose_mesh, make_mesh
 
     config = model.config("transformer")
@@ -189,7 +189,7 @@ def make_denoiser(
 
 def run(arguments: argparse.Namespace) -> None:
     utils.join_processes(arguments)
-    from cogvideox.noise import drawing_beside
+    from cogvideox.denoising.noise import drawing_beside
 
     with drawing_beside():
         _run(arguments)
@@ -307,7 +307,7 @@ def denoise(
     Raises:
         StoppedBetweenSteps: `checkpoints.stop` said so.
     """
-    from cogvideox.loop_checkpoint import read_checkpoint, write_checkpoint
+    from cogvideox.denoising.loop_checkpoint import read_checkpoint, write_checkpoint
 
     fingerprint, total = checkpoints.section["fingerprint"], len(plan.schedule.timesteps)
     start = read_checkpoint(checkpoints.path, fingerprint) if checkpoints.every else None
@@ -344,7 +344,7 @@ def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_d
 
 def open_embeddings(arguments: argparse.Namespace) -> tuple[stage_files.StageFile, ModelFolder]:
     """The checked header of stage 1's file, and the model it was made with."""
-    from cogvideox.settings import text_tokens
+    from cogvideox.model.settings import text_tokens
 
     names = {"prompt_embeds", "negative_prompt_embeds"}
     config = stage_files.read_config(arguments.input_dir)

@@ -16,15 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import stage_files
 import utils
 from runtime import processes
+from stages import files as stage_files
 from utils import ArgumentParser, Timings, checking_input
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cogvideox.checkpoint import ModelFolder
+    from cogvideox.model.folder import ModelFolder
 
 STAGE = "stage3_vae_decoder"
 
@@ -96,9 +96,9 @@ def check(
     Raises:
         ValueError: an unknown suffix, a place that cannot be written, weights that do not fit.
     """
-    from cogvideox.settings import decoded_frames, spatial_factor, temporal_factor
-    from cogvideox.vae_weights import VaeConfig, stored_weights
-    from cogvideox.video import check_output_path, wants_float
+    from cogvideox.model.settings import decoded_frames, spatial_factor, temporal_factor
+    from cogvideox.vae.weights import VaeConfig, stored_weights
+    from cogvideox.video.writing import check_output_path, wants_float
 
     batch, channels, latent_frames, height, width = latents
     vae = model.config("vae")
@@ -138,16 +138,16 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
 
         import jax
 
-        from cogvideox.vae_decode import make_decoder
-        from cogvideox.vae_weights import VaeConfig
+        from cogvideox.vae.decode import make_decoder
+        from cogvideox.vae.weights import VaeConfig
         from runtime.mesh import all_devices, make_mesh
 
         mesh = make_mesh(all_devices(arguments.dp, arguments.tp, jax.device_count()))
         vae_config = VaeConfig.from_folder(model.path / "vae")
         decoder = make_decoder(decoder_name, vae_config, mesh, arguments.dtype)
 
-    from cogvideox.settings import decoded_frames, temporal_factor
-    from cogvideox.video import wants_float
+    from cogvideox.model.settings import decoded_frames, temporal_factor
+    from cogvideox.video.writing import wants_float
     from runtime.compilation import CompilationLog
 
     compilations = CompilationLog()
@@ -247,9 +247,9 @@ def write_videos(
     recorded: dict,
 ) -> None:
     """Streams the frames of every video of the batch to its file; contact sheets at the end."""
-    from cogvideox.contact_sheet import FrameSampler, write_contact_sheet
-    from cogvideox.settings import DenoisingSettings
-    from cogvideox.video import open_video_writer
+    from cogvideox.model.settings import DenoisingSettings
+    from cogvideox.video.contact_sheet import FrameSampler, write_contact_sheet
+    from cogvideox.video.writing import open_video_writer
 
     fps = recorded[STAGE]["fps"]
     comment = None if arguments.no_metadata else json.dumps(recorded, ensure_ascii=False)

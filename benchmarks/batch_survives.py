@@ -30,14 +30,23 @@ sys.path.insert(0, str(ROOT))
 
 import batch  # noqa: E402
 from jobs.records import OUTPUTS, StageRecord, read_batch  # noqa: E402
-from stage_files import CONFIG_FILE  # noqa: E402
+from stages.files import CONFIG_FILE  # noqa: E402
 from utils import run_main  # noqa: E402
 
 # Height, width, frames, guidance: small, so that starting up is most of the time.
 _SHAPES = [(32, 48, 5, 3), (48, 32, 9, 3), (32, 32, 9, 1), (32, 64, 5, 1), (48, 48, 9, 3)]
 _OUTPUT_DIR = "batch"
-_IMPORTED = ["jobs.runner", "jobs.workshop", "cogvideox.denoise", "cogvideox.text_encoder"]
-_IMPORTED += ["cogvideox.vae_decode", "cogvideox.vae_torchax", "cogvideox.contact_sheet"]
+_IMPORTED = [
+    "jobs.runner",
+    "jobs.workshop",
+    "cogvideox.denoising.program",
+    "cogvideox.text.encoder",
+]
+_IMPORTED += [
+    "cogvideox.vae.decode",
+    "cogvideox.vae.decoder_torchax",
+    "cogvideox.video.contact_sheet",
+]
 _IMPORTED += ["PIL.Image"]
 _FORKS = multiprocessing.get_context("forkserver")
 

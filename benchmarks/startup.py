@@ -68,7 +68,7 @@ def make_model(arguments: argparse.Namespace) -> None:
     from published_models import TRANSFORMERS
     from safetensors.numpy import save_file
 
-    from cogvideox.transformer_weights import parameter_shapes
+    from cogvideox.transformer.parameters import parameter_shapes
 
     config = {"_class_name": "CogVideoXTransformer3DModel", **TRANSFORMERS[arguments.model]}
     config |= {"patch_bias": True}
@@ -211,7 +211,6 @@ def compile_ahead(
 def write_embeddings(model: Path, folder: Path) -> None:
     """Stage 1's files, of random embeddings."""
     import numpy as np
-
     import stage_files
 
     config = json.loads((model / "transformer/config.json").read_text())
@@ -318,7 +317,7 @@ def _process_age() -> float:
 
 def _digest(folder: Path) -> str:
     """Of the latents' bytes, without the header of their file."""
-    from cogvideox.checkpoint import stored_tensors
+    from cogvideox.model.folder import stored_tensors
 
     return hashlib.sha256(stored_tensors(folder)["latents"].read().tobytes()).hexdigest()[:16]
 

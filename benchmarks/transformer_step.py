@@ -60,9 +60,9 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any, attention: str) -
     import jax
     from published_models import TRANSFORMERS
 
-    from cogvideox.attention import KERNELS
-    from cogvideox.denoise import Denoiser
-    from cogvideox.settings import LatentShape
+    from cogvideox.denoising.program import Denoiser
+    from cogvideox.model.settings import LatentShape
+    from cogvideox.transformer.attention import KERNELS
     from runtime.mesh import AXES, choose_mesh
 
     config = TRANSFORMERS[arguments.model]
@@ -153,8 +153,8 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     from attention_kernel import row
     from kernel_schedule import measure
 
-    from cogvideox.attention_layout_tpu import Tiles
-    from cogvideox.modulated_norm import grid
+    from cogvideox.transformer.modulated_norm import grid
+    from cogvideox.transformer.tpu.token_shards import Tiles
 
     config, shape = denoiser.config, dict(denoiser.mesh.shape)
     head_dim, shards = config["attention_head_dim"], shape["sp"]
@@ -188,8 +188,12 @@ def lower_kernel(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int
     import jax
     import jax.numpy as jnp
 
-    from cogvideox.attention_layout_tpu import join_values_tpu, norm_and_rotate_tpu, part_tokens_tpu
-    from cogvideox.modulated_norm import norm_and_modulate_tpu
+    from cogvideox.transformer.modulated_norm import norm_and_modulate_tpu
+    from cogvideox.transformer.tpu.token_shards import (
+        join_values_tpu,
+        norm_and_rotate_tpu,
+        part_tokens_tpu,
+    )
 
     def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -218,10 +222,10 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from cogvideox.attention import choose_attention
-    from cogvideox.scheduler import make_schedule
-    from cogvideox.settings import DenoisingSettings
-    from cogvideox.transformer_weights import abstract_parameters
+    from cogvideox.denoising.scheduler import make_schedule
+    from cogvideox.model.settings import DenoisingSettings
+    from cogvideox.transformer.attention import choose_attention
+    from cogvideox.transformer.parameters import abstract_parameters
 
     attention = choose_attention("auto", jax.default_backend(), "bfloat16").name
     denoiser = make_denoiser(arguments, np.asarray(jax.devices()), attention)

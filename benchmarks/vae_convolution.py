@@ -28,7 +28,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def in_a_ring(frames: Frames, kernels: Kernels) -> jax.Array:
-    """One 2-D one over frames that lie side by side in the channels: `cogvideox.vae_by_frames`."""
+    """One 2-D one over frames that lie side by side in the channels: `cogvideox.vae.xla.layers`."""
     (ring,), (kernel,) = frames, kernels
     return convolve(ring, kernel)
 

@@ -88,7 +88,7 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
     import numpy as np
     from jax.sharding import Mesh
 
-    from cogvideox.vae_decode import frame_batches
+    from cogvideox.vae.decode import frame_batches
     from runtime.hlo_costs import memory, read_costs
 
     devices = machine_devices(topology)
@@ -163,8 +163,8 @@ def decoder_bytes(decoder: Any) -> int:
 def published_decoder(name: str, mesh: Any) -> Any:
     import jax.numpy as jnp
 
-    from cogvideox.vae_decode import make_decoder
-    from cogvideox.vae_weights import VaeConfig
+    from cogvideox.vae.decode import make_decoder
+    from cogvideox.vae.weights import VaeConfig
 
     config = VaeConfig(scaling_factor=SCALING_FACTOR)
     return make_decoder(f"vae_{name}", config, mesh, jnp.bfloat16)
@@ -172,7 +172,7 @@ def published_decoder(name: str, mesh: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """One call of a function of `cogvideox.vae_conv_tpu`.
+    """One call of a function of `cogvideox.vae.tpu.kernels`.
 
     arrays: name, how many (0: one that is not in a tuple), shape and dtype.
     options: its other arguments.
@@ -185,7 +185,7 @@ class KernelCall:
 
 def kernel_calls(decoder: Any, shape: tuple[int, ...]) -> list[collections.Counter[KernelCall]]:
     """The kernels that the programs of the first and of the later batches call."""
-    from cogvideox.vae_decode import frame_batches
+    from cogvideox.vae.decode import frame_batches
 
     _, first_frames = frame_batches(shape[2])[0]
     first = _calls_while_lowering(decoder, (*shape[:2], first_frames, *shape[3:]))
@@ -195,7 +195,7 @@ def kernel_calls(decoder: Any, shape: tuple[int, ...]) -> list[collections.Count
 def _calls_while_lowering(decoder: Any, shape: tuple[int, ...]) -> collections.Counter[KernelCall]:
     import inspect
 
-    from cogvideox import vae_conv_tpu
+    from cogvideox.vae.tpu import kernels as vae_conv_tpu
 
     calls: collections.Counter[KernelCall] = collections.Counter()
 
@@ -226,7 +226,7 @@ def lower_kernel(sharding: Any, function: str, arrays: Any, options: Any) -> Any
     """Lower one kernel alone; runs in a process of its own."""
     import jax
 
-    from cogvideox import vae_conv_tpu
+    from cogvideox.vae.tpu import kernels as vae_conv_tpu
 
     def abstract(count: int, shape: tuple[int, ...], dtype: str) -> Any:
         one = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cogvideox.checkpoint import ModelFolder
-from cogvideox.settings import latent_shape
+from cogvideox.model.folder import ModelFolder
+from cogvideox.model.settings import latent_shape
 from jobs.records import STAGES, Job, JobState
 from jobs.workshop import Shape, shape_of
 

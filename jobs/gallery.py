@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import get_args
 from urllib.parse import quote
 
-import stage_files
 import utils
 from jobs.records import (
     CONTACT_SHEET_FILE,
@@ -29,6 +28,7 @@ from jobs.records import (
     read_batch,
 )
 from runtime.files import atomic_path
+from stages import files as stage_files
 
 GALLERY_FILE = "index.html"
 _PARTS = Path(__file__).parent

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import stage_files
-from cogvideox.checkpoint import ModelFolder
-from cogvideox.settings import DenoisingSettings, complete_settings, text_tokens
+from cogvideox.model.folder import ModelFolder
+from cogvideox.model.settings import DenoisingSettings, complete_settings, text_tokens
 from jobs.jobfile import Line
 from jobs.records import Job
+from stages import files as stage_files
 
 _ID_LENGTH = 16
 _SAMPLE_BYTES = 4096

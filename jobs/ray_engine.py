@@ -38,7 +38,7 @@ class _Worker:
         self._stop = threading.Event()
 
     def run(self, jobs: Sequence[Job], arguments: argparse.Namespace, rank: int) -> Counts:
-        from cogvideox.checkpoint import find_model
+        from cogvideox.model.folder import find_model
 
         parts = ["tokenizer", "text_encoder", "transformer", "scheduler", "vae"]
         model = find_model(arguments.model_id, parts)

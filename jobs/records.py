@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import stage_files
 import utils
-from cogvideox.settings import DenoisingSettings
+from cogvideox.model.settings import DenoisingSettings
 from jobs.claims import is_claimed
 from runtime.files import write_json
+from stages import files as stage_files
 
 JOB_FILE = "job.json"
 CONTACT_SHEET_FILE = f"{Path(stage_files.VIDEO_FILE).stem}_contact_sheet.png"

@@ -14,11 +14,11 @@ import generate
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import stage_files
 import utils
-from cogvideox.checkpoint import find_model
-from cogvideox.settings import DenoisingSettings
-from cogvideox.video import read_comment
+from cogvideox.model.folder import find_model
+from cogvideox.model.settings import DenoisingSettings
+from cogvideox.video.writing import read_comment
+from stages import files as stage_files
 from utils import ArgumentParser
 
 _STAGES = (stage1.STAGE, stage2.STAGE, stage3.STAGE)

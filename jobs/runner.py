@@ -17,9 +17,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import stage_files
 import utils
-from cogvideox.checkpoint import ModelFolder
+from cogvideox.model.folder import ModelFolder
 from jobs.claims import Claim, Claims, is_claimed
 from jobs.gallery import Gallery
 from jobs.mirror import Mirror
@@ -37,6 +36,7 @@ from jobs.records import (
 from jobs.workshop import Shape, Workshop, shape_of
 from runtime.files import write_json
 from stage2_transformer import StoppedBetweenSteps
+from stages import files as stage_files
 
 ENCODE, DENOISE, DECODE = STAGES
 # What a job may need beside one of its stages.

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import stage_files
 from jobs.identity import job_arguments
 from jobs.records import Job
+from stages import files as stage_files
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cogvideox.checkpoint import ModelFolder
+    from cogvideox.model.folder import ModelFolder
 
 
 class Shape(NamedTuple):
@@ -79,7 +79,7 @@ class Workshop:
             ValueError: what cannot be computed.
         """
         if stage1.STAGE in stages:
-            from cogvideox.text_encoder import check_weights
+            from cogvideox.text.encoder import check_weights
 
             stage1.check(self._of(jobs[0]))
             check_weights(self._model)
@@ -125,7 +125,7 @@ class Workshop:
         if self._text_encoder is None:
             import torch
 
-            from cogvideox.text_encoder import load_text_encoder
+            from cogvideox.text.encoder import load_text_encoder
 
             print("loading the text encoder")
             self._text_encoder = load_text_encoder(self._model, getattr(torch, job.dtype))
@@ -151,7 +151,7 @@ class Workshop:
             print(f"{shape}: {log.sentence()}")
 
     def _denoise(self, job: Job) -> None:
-        from cogvideox.scheduler import make_schedule
+        from cogvideox.denoising.scheduler import make_schedule
 
         arguments = self._of(job)
         folder = arguments.output_dir
@@ -176,7 +176,7 @@ class Workshop:
         if self._decoder is None:
             import jax
 
-            from cogvideox.vae_decode import load_decoder
+            from cogvideox.vae.decode import load_decoder
             from runtime.mesh import all_devices, make_mesh
 
             print("loading the VAE decoder")
@@ -194,7 +194,7 @@ class Workshop:
         )
 
     def _decode(self, job: Job) -> None:
-        from cogvideox.settings import decoded_frames, temporal_factor
+        from cogvideox.model.settings import decoded_frames, temporal_factor
 
         arguments = self._of(job)
         folder = arguments.output_dir

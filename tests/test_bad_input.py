@@ -11,9 +11,9 @@ import generate
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import stage_files
 import utils
-from cogvideox.checkpoint import find_model
+from cogvideox.model.folder import find_model
+from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
 PROMPT = ["--prompt", "A red cat"]
@@ -57,9 +57,9 @@ def no_weights_are_read(request, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("weights were read before the input was checked")
 
-    monkeypatch.setattr("cogvideox.checkpoint.StoredTensor.mapped", refuse)
-    monkeypatch.setattr("cogvideox.text_encoder.load_text_encoder", refuse)
-    monkeypatch.setattr("cogvideox.vae_decode.Decoder.load", refuse)
+    monkeypatch.setattr("cogvideox.model.folder.StoredTensor.mapped", refuse)
+    monkeypatch.setattr("cogvideox.text.encoder.load_text_encoder", refuse)
+    monkeypatch.setattr("cogvideox.vae.decode.Decoder.load", refuse)
 
 
 def refusal(capsys, stage, *arguments: object) -> str:

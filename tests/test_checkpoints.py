@@ -8,8 +8,8 @@ from safetensors.numpy import load_file
 
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
-import stage_files
-from cogvideox import loop_checkpoint
+from cogvideox.denoising import loop_checkpoint
+from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
 STEPS = 7

@@ -14,7 +14,7 @@ import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 import utils
-from cogvideox.checkpoint import stored_tensors
+from cogvideox.model.folder import stored_tensors
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[1]

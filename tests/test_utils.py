@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import stage_files
 import utils
+from stages import files as stage_files
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

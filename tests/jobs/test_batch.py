@@ -17,12 +17,12 @@ import batch
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import stage_files
 import utils
-from cogvideox import text_encoder
-from cogvideox.denoise import Denoiser
+from cogvideox.denoising.program import Denoiser
+from cogvideox.text import encoder as text_encoder
 from jobs import workshop
 from jobs.records import OUTPUTS, STAGES, read_batch, write_record
+from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]

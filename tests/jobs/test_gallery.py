@@ -10,9 +10,9 @@ from urllib.parse import unquote
 
 import pytest
 
-import stage_files
 from jobs.gallery import GALLERY_FILE, Gallery, write_gallery
 from jobs.records import CONTACT_SHEET_FILE, STAGES, JobState, read_batch, write_job, write_record
+from stages import files as stage_files
 from tests.jobs.test_records import JOB, record
 
 HOSTILE = [

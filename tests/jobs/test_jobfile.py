@@ -187,7 +187,7 @@ def test_the_id_follows_what_decides_the_output(tmp_path: Path):
 
 
 def test_another_model_is_another_job(tmp_path: Path):
-    from cogvideox.checkpoint import find_model
+    from cogvideox.model.folder import find_model
     from jobs.identity import model_digest
     from tests.tiny_models import save_tiny_model
 

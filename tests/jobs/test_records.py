@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import utils
-from cogvideox.settings import DenoisingSettings
+from cogvideox.model.settings import DenoisingSettings
 from jobs import records
 from jobs.claims import Claims
 from jobs.records import STAGES, Job, StageRecord, read_batch, write_job, write_record

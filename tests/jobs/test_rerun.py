@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import generate
-import stage_files
 import utils
-from cogvideox.video import open_video_writer
+from cogvideox.video.writing import open_video_writer
 from jobs import rerun
+from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
 PROMPT = '-- a "red" cat = 100%; #1 \\ <b>猫'

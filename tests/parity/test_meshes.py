@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from cogvideox import weight_loading
-from cogvideox.attention import KERNELS
-from cogvideox.checkpoint import find_model, stored_tensors
-from cogvideox.denoise import Denoiser
-from cogvideox.scheduler import make_schedule
-from cogvideox.settings import DenoisingSettings, LatentShape
+from cogvideox.denoising.program import Denoiser
+from cogvideox.denoising.scheduler import make_schedule
+from cogvideox.model.folder import find_model, stored_tensors
+from cogvideox.model.settings import DenoisingSettings, LatentShape
+from cogvideox.transformer import loading as weight_loading
+from cogvideox.transformer.attention import KERNELS
 from runtime.mesh import choose_mesh, fitting_meshes, make_mesh
 from tests.tiny_models import save_tiny_model
 

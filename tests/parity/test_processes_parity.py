@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 import generate
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import stage_files
 import utils
+from stages import files as stage_files
 from tests.pairs import run_pair
 from tests.tiny_models import save_tiny_model
 

@@ -15,12 +15,14 @@ import torch
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.utils.torch_utils import randn_tensor
 
-from cogvideox import noise, presets, scheduler, tokens
-from cogvideox.checkpoint import find_model
-from cogvideox.diffusers_defaults import DEFAULTS
-from cogvideox.noise import draw_noise, drawing_beside
-from cogvideox.settings import DenoisingSettings, LatentShape, decoded_frames, latent_shape
-from cogvideox.text_encoder import encode, load_text_encoder
+from cogvideox.denoising import noise, scheduler
+from cogvideox.denoising.noise import draw_noise, drawing_beside
+from cogvideox.model import presets
+from cogvideox.model.diffusers_defaults import DEFAULTS
+from cogvideox.model.folder import find_model
+from cogvideox.model.settings import DenoisingSettings, LatentShape, decoded_frames, latent_shape
+from cogvideox.text.encoder import encode, load_text_encoder
+from cogvideox.transformer import tokens
 from tests.tiny_models import save_tiny_model
 
 CONFIG = {
@@ -205,7 +207,7 @@ def test_presets_of_the_published_models():
 
 
 def test_vae_scaling_is_the_configs(tmp_path: Path):
-    from cogvideox.vae_weights import VaeConfig
+    from cogvideox.vae.weights import VaeConfig
 
     for generation, factor in (("1.5", 0.7), ("1.0-rope", 1.15258426)):
         folder = save_tiny_model(tmp_path / generation, generation)

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKLCogVideoX
 from diffusers.video_processor import VideoProcessor
 from jax.sharding import Mesh
 
-from cogvideox.vae_decode import load_decoder
-from tests.cogvideox.vae_models import random_vae
+from cogvideox.vae.decode import load_decoder
+from tests.cogvideox.vae.vae_models import random_vae
 
 TOLERANCE = 2e-5
 

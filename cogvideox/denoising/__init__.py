@@ -1,0 +1,1 @@
+"""The denoising step, its schedule and its loop."""

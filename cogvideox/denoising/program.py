@@ -1,0 +1,298 @@
+"""Guidance and the denoising loop: one jitted step, run over a schedule.
+
+The step is one shard_map over the mesh: every device holds some rows of the token sequence, of all
+samples, and runs the transformer on its share of the guided batch.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cogvideox.denoising.loop_checkpoint import LoopCheckpoint
+from cogvideox.denoising.noise import draw_noise
+from cogvideox.denoising.scheduler import Schedule, StepCoefficients, step
+from cogvideox.model.folder import StoredTensor
+from cogvideox.model.settings import LatentShape
+from cogvideox.transformer.attention import AttentionKernel, padded_tokens
+from cogvideox.transformer.block import row_indices
+from cogvideox.transformer.loading import load_parameters, stack_programs
+from cogvideox.transformer.parameters import abstract_parameters
+from cogvideox.transformer.tokens import TokenLayout, positions
+from runtime.compiler_options import transformer_options
+from runtime.executables import Program, find_or_compile, machine_fields
+from runtime.mesh import place
+
+_TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
+_ROWS = P(("sp", "tp"), None)  # [S, E]
+_BATCH = P("dp")  # the transformer's samples, guidance's included
+
+# Of the transformer's config: what makes the positional tables, which are arguments of the program,
+# or nothing that is computed here.
+_NOT_IN_THE_PROGRAM = {
+    *("sample_height", "sample_width", "sample_frames", "max_text_seq_length", "dropout"),
+    *("spatial_interpolation_scale", "temporal_interpolation_scale", "temporal_compression_ratio"),
+}
+
+
+class LoopState(NamedTuple):
+    """Where the loop stands after `steps` steps, on the devices: [B, S, C] each."""
+
+    steps: int
+    tokens: jax.Array
+    previous_x0: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """The denoising program of one model and one shape on one mesh.
+
+    Prompts, seeds, guidance scales, schedulers and step counts are arguments of the program, so
+    one compilation serves them all.
+    """
+
+    config: Mapping[str, Any]  # the transformer's
+    weights: Mapping[str, StoredTensor]  # headers of its safetensors files
+    latents: LatentShape
+    text_tokens: int
+    guided: bool  # classifier-free guidance; doubles the transformer's batch
+    dtype: str
+    mesh: jax.sharding.Mesh
+    attention: AttentionKernel
+
+    @property
+    def layout(self) -> TokenLayout:
+        """How latents and text become the rows of a sequence."""
+        layout = TokenLayout(
+            self.latents, self.config["patch_size"], self.config["patch_size_t"] or 1,
+            self.text_tokens, padded=0,
+        )  # fmt: skip
+        shards = self.mesh.shape["sp"] * self.mesh.shape["tp"]
+        padded = padded_tokens(layout.tokens, self.attention, shards)
+        return dataclasses.replace(layout, padded=padded)
+
+    @cached_property
+    def positions(self) -> dict[str, Any]:
+        """The positional tables, on the host (see `tokens.positions`)."""
+        return positions(self.config, self.layout)
+
+    def _sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    @property
+    def _position_specs(self) -> dict[str, Any]:
+        specs = {"rotary": (P(), P()), "embedding": _ROWS}  # attention sees all tokens
+        return {name: specs[name] for name in self.positions}
+
+    def load(self, executables: Path | None = None) -> dict[str, jax.Array]:
+        """Reads the weights into their shards, with programs from the folder or compiled."""
+        dtype = jnp.dtype(self.dtype)
+        return load_parameters(self.config, self.weights, self.mesh, dtype, executables)
+
+    def prompt_embeds(self, embeddings: Mapping[str, np.ndarray]) -> jax.Array:
+        """The transformer's text input [B or 2B, S, E]: negative prompts first if guided."""
+        parts = [embeddings["prompt_embeds"]]
+        if self.guided:
+            parts.insert(0, embeddings["negative_prompt_embeds"])
+        text = np.concatenate(parts).astype(jnp.dtype(self.dtype))
+        return place(text, self._sharding(_BATCH))
+
+    def compile(self, executables: Path | None = None) -> Callable:
+        """The step from the folder of executables, or compiled; needs no weights."""
+        devices = list(self.mesh.devices.flat)
+        return find_or_compile([self.program], executables, devices=devices)[0]
+
+    @property
+    def programs(self) -> list[Program]:
+        """The step, and what loading the weights runs."""
+        stacks = stack_programs(self.config, self.mesh, jnp.dtype(self.dtype))
+        return [self.program, *{stack.name: stack for stack in stacks.values()}.values()]
+
+    @property
+    def program(self) -> Program:
+        """The step, and everything that decides its executable."""
+        b, t, _, h, w = self.latents.sizes
+        mesh = "".join(f"-{axis}{size}" for axis, size in self.mesh.shape.items())
+        config = {
+            name: value
+            for name, value in self.config.items()
+            if not (name.startswith("_") or name in _NOT_IN_THE_PROGRAM or value is None)
+        }
+        fields = {
+            "transformer": config,
+            "latents": self.latents.sizes,
+            "text_tokens": self.text_tokens,
+            "guided": self.guided,
+            "dtype": self.dtype,
+            "attention": self.attention.name,
+            "block_sizes": self._block_sizes,
+            "compiler_options": transformer_options(self.mesh.devices),
+            **machine_fields(self.mesh, ("torch", "torchax", "diffusers")),
+        }
+        return Program("stage2_transformer", f"{b}x{t}x{h}x{w}{mesh}", fields, self.lower)
+
+    @property
+    def _block_sizes(self) -> dict[str, int]:
+        """The attention kernel's tiles, which the chip and the shapes decide."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self.attention.block_sizes(
+                self.config["attention_head_dim"],
+                self.layout.padded,
+                self.layout.tokens,
+                self.dtype,
+            )
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step lowered for abstract arguments, placed as `run` places the real ones."""
+
+        def abstract(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(spec))
+
+        parameters = abstract_parameters(self.config, self.mesh, jnp.dtype(self.dtype))
+        position_arrays = jax.tree.map(
+            lambda array, spec: abstract(array.shape, array.dtype, spec),
+            self.positions,
+            self._position_specs,
+        )
+        tokens = abstract(self.layout.shape, self.dtype, _TOKENS)
+        x0 = abstract(self.layout.shape, jnp.float32, _TOKENS)
+        text = (
+            self.latents.batch * (2 if self.guided else 1),
+            self.text_tokens,
+            self.config["text_embed_dim"],
+        )
+        prompt_embeds = abstract(text, self.dtype, _BATCH)
+        scalars = _step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6))
+        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, parameters)
+        step = jax.shard_map(
+            self._step,
+            mesh=self.mesh,
+            in_specs=(
+                *(_TOKENS, _TOKENS, specs, self._position_specs, _BATCH, _TOKENS),
+                *jax.tree.map(lambda _: P(), scalars),
+            ),
+            out_specs=(_TOKENS, _TOKENS),
+            check_vma=False,  # pallas_call does not say over which axes its output varies
+        )
+        # Pallas asks the abstract mesh which chip it compiles for.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return jax.jit(step, donate_argnums=(0, 1)).lower(
+                tokens, x0, parameters, position_arrays, prompt_embeds, tokens, *scalars
+            )
+
+    def _step(
+        self,
+        tokens: jax.Array,
+        previous_x0: jax.Array,
+        parameters: Mapping[str, jax.Array],
+        position_arrays: Mapping[str, Any],
+        prompt_embeds: jax.Array,
+        noise: jax.Array,
+        timestep: jax.Array,
+        guidance_scale: jax.Array,
+        weights: StepCoefficients,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Transformer, guidance and scheduler on one device.
+
+        Args:
+            tokens, noise: [B, s, C] in the run's dtype, this device's rows of every sample.
+            previous_x0: the same in float32.
+            prompt_embeds: [b, S_text, text_embed_dim], this device's samples; with guidance the
+                samples are the negative prompts, then the prompts.
+
+        Returns:
+            The next tokens and x0, [B, s, C].
+        """
+        samples = jnp.concatenate([tokens, tokens]) if self.guided else tokens
+        own = prompt_embeds.shape[0]
+        samples = jax.lax.dynamic_slice_in_dim(samples, jax.lax.axis_index("dp") * own, own)
+        from cogvideox.transformer import model as transformer  # only to trace: it takes seconds
+
+        output = transformer.predict(
+            self._module, parameters, samples, prompt_embeds, timestep, position_arrays
+        )
+        output = jax.lax.all_gather(output.astype(jnp.float32), "dp", tiled=True)
+        if self.guided:
+            negative, positive = jnp.split(output, 2)
+            output = negative + guidance_scale * (positive - negative)
+        following, x0 = step(tokens, output, previous_x0, noise, weights)
+        # Rows without a patch stay zero, whatever the transformer makes of them.
+        rows = row_indices(tokens.shape[1])[:, None]
+        is_video = (rows >= self.layout.text) & (rows < self.layout.tokens)
+        following, x0 = (jnp.where(is_video, x, 0) for x in (following, x0))
+        return following.astype(tokens.dtype), x0
+
+    @cached_property
+    def _module(self) -> Any:
+        from cogvideox.transformer import model as transformer
+
+        return transformer.TokenTransformer.abstract(self.config, self.layout, self.attention)
+
+    def run(
+        self,
+        compiled_step: Callable,
+        parameters: Mapping[str, jax.Array],
+        prompt_embeds: jax.Array,
+        schedule: Schedule,
+        seed: int,
+        start: LoopCheckpoint | None = None,
+    ) -> Iterator[LoopState]:
+        """Runs the denoising loop.
+
+        Args:
+            start: a state of the same run to go on from; by default the first noise.
+
+        Yields:
+            The state after each step, once the device has computed it. Its arrays are donated to
+            the step after it, so only the last may be kept.
+        """
+        rows = self._sharding(_TOKENS)
+        dtype = jnp.dtype(self.dtype)
+        noises = draw_noise(seed, self.latents.sizes, dtype, schedule.noise_draws)
+        latents, done = next(noises), 0
+        previous_x0 = np.zeros(latents.shape, np.float32)
+        if start:
+            latents, previous_x0, done = start.latents, start.previous_x0, start.steps
+        # What the steps before drew is drawn again: the generator's state is then the same.
+        noise = next(itertools.islice(noises, done, None))
+        tokens, previous_x0, noise = (
+            place(self.layout.from_latents(array), rows) for array in (latents, previous_x0, noise)
+        )
+        position_arrays = jax.tree.map(
+            place, self.positions, jax.tree.map(self._sharding, self._position_specs)
+        )
+        for i, timestep in itertools.islice(enumerate(schedule.timesteps), done, None):
+            scalars = _step_scalars(timestep, schedule.guidance_scales[i], schedule.coefficients[i])
+            tokens, previous_x0 = compiled_step(
+                tokens, previous_x0, parameters, position_arrays, prompt_embeds, noise, *scalars
+            )
+            if i + 1 < len(schedule.timesteps):
+                # Drawn on the host while the device computes: 0.1 s of a step of seconds.
+                noise = place(self.layout.from_latents(next(noises)), rows)
+            yield jax.block_until_ready(LoopState(i + 1, tokens, previous_x0))
+
+    def to_host(self, state: LoopState) -> LoopCheckpoint:
+        """A state of `run` as latents on the host, without what depends on the mesh.
+
+        Of several processes all must call it, and all get the whole state.
+        """
+        tokens = multihost_utils.process_allgather((state.tokens, state.previous_x0), tiled=True)
+        latents, previous_x0 = map(self.layout.to_latents, tokens)
+        return LoopCheckpoint(state.steps, latents, previous_x0)
+
+
+def _step_scalars(
+    timestep: int, guidance_scale: float, weights: StepCoefficients
+) -> tuple[np.int32, np.float32, StepCoefficients]:
+    """What changes from step to step, as arrays: values in the program would recompile it."""
+    scalars = StepCoefficients(*map(np.float32, weights))
+    return np.int32(timestep), np.float32(guidance_scale), scalars

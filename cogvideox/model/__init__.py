@@ -1,0 +1,1 @@
+"""The model's folder, configuration and settings."""

@@ -1,0 +1,188 @@
+"""The settings of one denoising run: asked for, completed from the model, checked."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from cogvideox.model.folder import ModelFolder
+from cogvideox.model.presets import check_frames, check_size, preset_for
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentShape:
+    """The latents of one run, padding frames included."""
+
+    batch: int
+    frames: int
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """[B, T, C, H, W], the order that diffusers' pipeline and transformer use."""
+        return dataclasses.astuple(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoisingSettings:
+    """Everything that decides the latents, by diffusers' names, defaults filled in."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    use_dynamic_cfg: bool
+    scheduler: str
+    seed: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance doubles the batch, as in diffusers."""
+        return self.guidance_scale > 1.0
+
+    def describe(self) -> str:
+        """One line for people."""
+        dynamic = " dynamic" if self.use_dynamic_cfg else ""
+        return (
+            f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps, "
+            f"{self.num_inference_steps} {self.scheduler} steps,{dynamic} guidance "
+            f"{self.guidance_scale:g}, seed {self.seed}"
+        )
+
+
+# Ten times 161 frames of 768x1360; attention alone would take days beyond.
+_MOST_TOKENS = 1 << 20
+
+# What is None is taken from the model.
+Wishes = Mapping[str, Any]
+
+
+def complete_settings(wishes: Wishes, model: ModelFolder, *, any_size: bool) -> DenoisingSettings:
+    """Fills the open settings from the model's preset and checks all of them.
+
+    Args:
+        wishes: the fields of DenoisingSettings; None where the model decides.
+        any_size: lets sizes and frame counts through that the model was not trained for.
+
+    Raises:
+        ValueError: a setting that the model cannot compute, with the nearest that it can.
+    """
+    transformer, vae = model.config("transformer"), model.config("vae")
+    schedule = model.config("scheduler", "scheduler_config.json")
+    _require_text_to_video(transformer)
+    spatial = spatial_factor(vae)
+    preset = preset_for(transformer, spatial)
+    defaults = {
+        "height": preset.sizes[0][0],
+        "width": preset.sizes[0][1],
+        "num_frames": preset.num_frames,
+        "fps": preset.fps,
+        "num_inference_steps": preset.num_inference_steps,
+        "guidance_scale": preset.guidance_scale,
+        "scheduler": _own_scheduler(schedule),
+    }
+    given = {name: value for name, value in wishes.items() if value is not None}
+    settings = DenoisingSettings(**{**defaults, **given})
+    check_size(
+        preset,
+        settings.height,
+        settings.width,
+        multiple=spatial * transformer["patch_size"],
+        any_size=any_size,
+    )
+    check_frames(
+        preset,
+        settings.num_frames,
+        temporal_factor=temporal_factor(vae),
+        any_size=any_size,
+    )
+    tokens = (
+        settings.height
+        * settings.width
+        * settings.num_frames
+        // ((spatial * transformer["patch_size"]) ** 2 * temporal_factor(vae))
+    )
+    if tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"--height {settings.height} --width {settings.width} --num_frames "
+            f"{settings.num_frames} make {tokens} tokens; at most {_MOST_TOKENS} are computed"
+        )
+    trained_steps = schedule["num_train_timesteps"]
+    if settings.num_inference_steps > trained_steps:
+        raise ValueError(
+            f"--num_inference_steps {settings.num_inference_steps} is more than the "
+            f"{trained_steps} the model was trained with"
+        )
+    return settings
+
+
+def latent_shape(
+    settings: DenoisingSettings, model: ModelFolder, batch: int
+) -> tuple[LatentShape, int]:
+    """The shape to denoise, and how many of its leading latent frames are padding.
+
+    CogVideoX 1.5 takes latent frames in groups of patch_size_t; the frames missing to a whole
+    group are added, denoised along and dropped, all at the front, as diffusers does.
+    """
+    transformer, vae = model.config("transformer"), model.config("vae")
+    frames = (settings.num_frames - 1) // temporal_factor(vae) + 1
+    padding = -frames % (transformer["patch_size_t"] or 1)
+    spatial = spatial_factor(vae)
+    height, width = settings.height // spatial, settings.width // spatial
+    return LatentShape(batch, frames + padding, transformer["in_channels"], height, width), padding
+
+
+def decoded_frames(latent_frames: int, factor: int) -> int:
+    """Frames that diffusers' VAE makes of latent frames, `factor` of most.
+
+    The odd latent frame of the first batch becomes a single frame; an even number has none.
+    """
+    return latent_frames * factor - (factor - 1) * (latent_frames % 2)
+
+
+def temporal_factor(vae_config: Mapping[str, Any]) -> int:
+    """Frames per latent frame.
+
+    Raises:
+        ValueError: it is no power of two, which the VAE's doublings cannot make.
+    """
+    factor = vae_config["temporal_compression_ratio"]
+    if factor not in (1, 2, 4, 8, 16):
+        raise ValueError(f"the VAE's temporal_compression_ratio {factor} is no power of two")
+    return int(factor)
+
+
+def spatial_factor(vae_config: Mapping[str, Any]) -> int:
+    """Pixels per latent along height and width."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def text_tokens(asked: int | None, transformer_config: Mapping[str, Any]) -> int:
+    """Tokens per prompt: what was asked for, or what the model was trained with.
+
+    Raises:
+        ValueError: a model with sincos positions takes no other number than its own.
+    """
+    own = transformer_config["max_text_seq_length"]
+    tokens = own if asked is None else asked
+    if tokens != own and not transformer_config["use_rotary_positional_embeddings"]:
+        raise ValueError(
+            f"--max_sequence_length {tokens}: this model's positions are made for {own} tokens"
+        )
+    return tokens
+
+
+def _own_scheduler(scheduler_config: Mapping[str, Any]) -> str:
+    names = {"CogVideoXDPMScheduler": "dpm", "CogVideoXDDIMScheduler": "ddim"}
+    name = scheduler_config.get("_class_name")
+    if name not in names:
+        raise ValueError(f"the model's scheduler is {name}, not one of {', '.join(names)}")
+    return names[name]
+
+
+def _require_text_to_video(config: Mapping[str, Any]) -> None:
+    if config["ofs_embed_dim"] or config["use_learned_positional_embeddings"]:
+        raise ValueError("this is an image-to-video model; only text-to-video models are supported")

@@ -1,0 +1,93 @@
+"""Prompts to T5 embeddings, on the CPU with transformers."""
+
+import dataclasses
+
+import torch
+import transformers
+
+from cogvideox.model.folder import ModelFolder, check_names_and_shapes, stored_tensors
+
+_SAME_WEIGHT = {"shared.weight", "encoder.embed_tokens.weight"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """A model's tokenizer and T5 encoder."""
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+    encoder: transformers.PreTrainedModel
+
+
+def check_weights(model: ModelFolder) -> None:
+    """Holds the encoder's weight headers against its config.
+
+    transformers draws what is missing at random, with a warning.
+
+    Raises:
+        ValueError: listing every missing or misshapen weight; others (a decoder) are not used.
+    """
+    encoder_class = _class(model, "text_encoder")
+    config = encoder_class.config_class.from_pretrained(model.path / "text_encoder")
+    with torch.device("meta"):
+        module = encoder_class(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    stored = stored_tensors(model.path / "text_encoder")
+    if stored.keys() & _SAME_WEIGHT:  # one of the two names is enough
+        expected = {
+            n: shape for n, shape in expected.items() if n in stored or n not in _SAME_WEIGHT
+        }
+    used = {name: stored[name] for name in stored.keys() & expected.keys()}
+    check_names_and_shapes(used, expected, what="the text encoder")
+
+
+def load_text_encoder(model: ModelFolder, dtype: torch.dtype) -> TextEncoder:
+    """Loads only `tokenizer/` and `text_encoder/`, with the classes that model_index.json names.
+
+    transformers maps the safetensors files and converts tensor by tensor into place, so T5-XXL
+    (9.5 GB in bfloat16) is held once.
+    """
+    tokenizer = _class(model, "tokenizer").from_pretrained(model.path / "tokenizer")
+    encoder = _class(model, "text_encoder").from_pretrained(
+        model.path / "text_encoder", dtype=dtype, use_safetensors=True
+    )
+    return TextEncoder(tokenizer, encoder.eval())
+
+
+def _class(model: ModelFolder, part: str) -> type:
+    return getattr(transformers, model.component_class(part))
+
+
+def encode(
+    text_encoder: TextEncoder, prompts: list[str], max_sequence_length: int
+) -> tuple[torch.Tensor, list[str]]:
+    """Encodes prompts as diffusers' `CogVideoXPipeline._get_t5_prompt_embeds` does.
+
+    Every position counts: the padding is encoded and attended to, as in training.
+
+    Args:
+        prompts: B texts.
+        max_sequence_length: S, tokens per prompt; shorter prompts are padded, longer ones cut.
+
+    Returns:
+        The embeddings [B, S, E] in the encoder's dtype, and for each prompt the words that were
+        cut off ("" for none).
+    """
+    tokenizer, encoder = text_encoder.tokenizer, text_encoder.encoder
+    cut = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=max_sequence_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    whole = tokenizer(prompts, verbose=False).input_ids
+    # The last kept position holds the end token, so one more token than the excess is lost.
+    dropped = [
+        tokenizer.decode(ids[max_sequence_length - 1 : -1])
+        if len(ids) > max_sequence_length
+        else ""
+        for ids in whole
+    ]
+    with torch.no_grad():
+        embeddings = encoder(cut.input_ids)[0]
+    return embeddings.to(encoder.dtype), dropped

@@ -1,0 +1,1 @@
+"""The transformer: parameters, blocks and the kernels of each backend."""

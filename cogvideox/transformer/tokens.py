@@ -1,0 +1,149 @@
+"""Latents as a sequence of tokens: text, then video patches, then padding; and where each one is.
+
+The whole denoising loop runs on tokens. The scheduler works value by value, so latents are cut into
+patches once, on the host, and put together again after the last step: inside the compiled step the
+eight-dimensional transposes would cost more to compile than all blocks together.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cogvideox.model.settings import LatentShape
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """How the tokens of one sample lie in a sequence of `padded` rows.
+
+    Attributes:
+        patch, patch_t: latents per token along height and width, and along time.
+        text: rows of text tokens at the start.
+        padded: rows in all, a number that the mesh divides.
+    """
+
+    latents: LatentShape
+    patch: int
+    patch_t: int
+    text: int
+    padded: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Video tokens along time, height and width."""
+        shape = self.latents
+        return shape.frames // self.patch_t, shape.height // self.patch, shape.width // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Text and video tokens, S without the padding."""
+        return self.text + int(np.prod(self.grid))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[B, padded, channels of a patch]."""
+        channels = self.latents.channels * self.patch_t * self.patch**2
+        return self.latents.batch, self.padded, channels
+
+    def from_latents(self, latents: np.ndarray) -> np.ndarray:
+        """[B, T, C, H, W] to [B, padded, C patch_t patch patch]; other rows are zero.
+
+        The order inside a patch is that of diffusers' CogVideoXPatchEmbed.
+        """
+        (t, h, w), p, p_t = self.grid, self.patch, self.patch_t
+        patches = latents.reshape(-1, t, p_t, self.latents.channels, h, p, w, p)
+        patches = patches.transpose(0, 1, 4, 6, 3, 2, 5, 7)
+        return self.place(patches.reshape(len(latents), t * h * w, -1), axis=1)
+
+    def to_latents(self, tokens: np.ndarray) -> np.ndarray:
+        """The reverse of `from_latents`."""
+        (t, h, w), p, p_t = self.grid, self.patch, self.patch_t
+        video = tokens[:, self.text : self.tokens]
+        patches = video.reshape(-1, t, h, w, self.latents.channels, p_t, p, p)
+        return patches.transpose(0, 1, 5, 4, 2, 6, 3, 7).reshape(self.latents.sizes)
+
+    def place(self, video: np.ndarray, axis: int, text_value: float = 0) -> np.ndarray:
+        """What belongs to the video tokens, at their rows along `axis`; padding is zero."""
+        shape = list(video.shape)
+        shape[axis] = self.padded
+        placed = np.zeros(shape, video.dtype)
+        rows = [slice(None)] * video.ndim
+        rows[axis] = slice(0, self.text)
+        placed[tuple(rows)] = text_value
+        rows[axis] = slice(self.text, self.tokens)
+        placed[tuple(rows)] = video
+        return placed
+
+
+def positions(config: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+    """What tells the tokens where they are: rotary tables, or the sincos embedding of 1.0-2b.
+
+    The 1.5 tables are a slice from 0 of an unbounded grid, so they do not depend on the sample
+    size in the config, which differs between published revisions. Text does not rotate, and has
+    no sincos embedding.
+
+    Source: diffusers' models/embeddings.py, get_3d_rotary_pos_embed and get_3d_sincos_pos_embed,
+    and get_resize_crop_region_for_grid of its CogVideoX pipeline; tests compare them.
+
+    Returns:
+        {"rotary": (cos, sin) [D / 2, S] float32} or {"embedding": [S, E] float32}, S padded.
+    """
+    if not config["use_rotary_positional_embeddings"]:
+        return {"embedding": layout.place(_sincos(config, layout.grid), axis=0)}
+    frames, *grid = layout.grid
+    points = [np.arange(size, dtype=np.float32) for size in layout.grid]
+    if config["patch_size_t"] is None:
+        for axis, (start, stop) in enumerate(_crop(config, grid), 1):
+            size = layout.grid[axis]
+            points[axis] = np.linspace(start, stop * (size - 1) / size, size, dtype=np.float32)
+    head_dim = config["attention_head_dim"]
+    angles = []
+    for axis, width in enumerate((head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)):
+        # diffusers' angles, as it rounds them.
+        powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        rates = 1 / (10_000.0 ** powers.astype(np.float64)).astype(np.float32)
+        shape = [width // 2, 1, 1, 1]
+        shape[1 + axis] = -1
+        angles.append(np.outer(rates, points[axis]).reshape(shape))
+
+    def table(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        parts = (function(part.astype(np.float64)).astype(np.float32) for part in angles)
+        parts = [np.broadcast_to(part, (len(part), *layout.grid)) for part in parts]
+        return np.concatenate(parts).reshape(-1, math.prod(layout.grid))
+
+    cos, sin = table(np.cos), table(np.sin)
+    return {"rotary": (layout.place(cos, 1, text_value=1), layout.place(sin, 1))}
+
+
+def _crop(config: Mapping[str, Any], grid: Sequence[int]) -> list[tuple[int, int]]:
+    """Where a 1.0 model's grid starts and stops in its own: as large as fits, in the middle."""
+    height, width = (
+        config[name] // config["patch_size"] for name in ("sample_height", "sample_width")
+    )
+    if grid[0] / grid[1] > height / width:
+        sides = height, round(height / grid[0] * grid[1])
+    else:
+        sides = round(width / grid[1] * grid[0]), width
+    starts = [round((most - side) / 2) for most, side in zip((height, width), sides, strict=True)]
+    return [(start, start + side) for start, side in zip(starts, sides, strict=True)]
+
+
+def _sincos(config: Mapping[str, Any], grid: tuple[int, int, int]) -> np.ndarray:
+    """[T H W, E] float32: sines, then cosines, of time, then width, then height."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    scales = [config[f"{kind}_interpolation_scale"] for kind in ("temporal", "spatial", "spatial")]
+
+    def waves(axis: int, channels: int) -> np.ndarray:
+        points = np.arange(grid[axis], dtype=np.float32) / np.float32(scales[axis])
+        rates = 1 / 10_000 ** (np.arange(channels // 2) / (channels / 2))
+        shape = [1, 1, 1, channels]
+        shape[axis] = grid[axis]
+        angles = np.outer(points, rates)
+        both = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+        return np.broadcast_to(both.reshape(shape), (*grid, channels))
+
+    parts = [waves(0, width // 4), waves(2, width * 3 // 8), waves(1, width * 3 // 8)]
+    return np.concatenate(parts, axis=-1).reshape(-1, width).astype(np.float32)

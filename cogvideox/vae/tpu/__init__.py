@@ -1,0 +1,1 @@
+"""Decoder layers with Pallas TPU kernels."""

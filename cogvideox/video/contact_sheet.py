@@ -1,0 +1,208 @@
+"""One picture that shows a video: evenly spaced frames in a grid, with the settings below.
+
+`FrameSampler` keeps the few frames that the sheet needs while the video streams past;
+`write_contact_sheet` draws them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.files import atomic_path
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image, ImageFont
+
+DEFAULT_COUNT = 12
+# The sheet is as wide as its frames at twice their size, within these bounds: small enough for a
+# laptop screen, wide enough for a readable caption.
+_MIN_WIDTH, _MAX_WIDTH = 960, 1600
+_GRID_ASPECT = 2.2  # width over height that the grid should come near; labels and caption add
+_MARGIN, _GAP = 24, 8
+# Tried, where they are installed, for captions with characters that Pillow's own font lacks.
+_MORE_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf")
+_NO_CHARACTER = "\uffff"  # no font has it, so it is drawn as the font's sign for a missing one
+_LABEL_SIZE, _TITLE_SIZE, _TEXT_SIZE = 15, 22, 17
+_BACKGROUND, _TITLE_COLOR, _TEXT_COLOR = (20, 21, 24), (240, 240, 240), (168, 172, 180)
+
+
+class FrameSampler:
+    """Keeps evenly spaced frames, first and last among them, of a video that streams past.
+
+    Attributes:
+        indices: the frame numbers kept, ascending; min(count, num_frames) of them.
+    """
+
+    def __init__(self, num_frames: int, count: int = DEFAULT_COUNT) -> None:
+        if num_frames < 1 or count < 1:
+            raise ValueError(f"need at least one frame, got {num_frames} and {count} to keep")
+        count = min(count, num_frames)
+        self.indices = [round(i * (num_frames - 1) / max(1, count - 1)) for i in range(count)]
+        self._num_frames = num_frames
+        self._kept: list[np.ndarray] = []
+        self._seen = 0
+
+    def add(self, frames: np.ndarray) -> None:
+        """Look at the next frames [f, height, width, 3], uint8 or float32 in 0..1; keep some."""
+        from cogvideox.video.writing import to_uint8
+
+        end = self._seen + len(frames)
+        if end > self._num_frames:
+            raise ValueError(f"frame {end} of a video of {self._num_frames} frames")
+        for index in self.indices:
+            if self._seen <= index < end:
+                frame = frames[index - self._seen]
+                # A copy, because a view would keep the whole batch alive.
+                self._kept.append(frame.copy() if frame.dtype.name == "uint8" else to_uint8(frame))
+        self._seen = end
+
+    def frames(self) -> np.ndarray:
+        """The kept frames, uint8 [len(indices), height, width, 3]; once the video has ended."""
+        import numpy as np
+
+        if self._seen != self._num_frames:
+            raise ValueError(f"only {self._seen} of {self._num_frames} frames have passed")
+        return np.stack(self._kept)
+
+
+def write_contact_sheet(
+    path: Path, frames: np.ndarray, *, indices: Sequence[int], fps: int, caption: str
+) -> None:
+    """Draw frames in a grid over a caption and write it to `path` as PNG, atomically.
+
+    Args:
+        path: the output, whatever its suffix. Missing parent folders are made.
+        frames: uint8 [n, height, width, 3], in order.
+        indices: the frame number of each; its label is this number and index / fps seconds.
+        fps: frames a second.
+        caption: any text, wrapped to the sheet. The first line, meant for the prompt, is drawn
+            larger. Characters that no font found has come out as boxes (`_caption_font`).
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype.name != "uint8":
+        raise ValueError(f"frames must be uint8 [n, height, width, 3], got {frames.shape}")
+    if len(frames) == 0 or len(indices) != len(frames):
+        raise ValueError(f"{len(frames)} frames and {len(indices)} frame numbers")
+    labels = [f"frame {index}   {index / fps:.2f} s" for index in indices]
+    sheet = _draw_sheet(frames, labels, caption)
+    with atomic_path(path.resolve()) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def _draw_sheet(frames: np.ndarray, labels: list[str], caption: str) -> Image.Image:
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, height, width = frames.shape[:3]
+    columns = _grid_columns(count, width / height)
+    rows = math.ceil(count / columns)
+    gaps = 2 * _MARGIN + (columns - 1) * _GAP
+    sheet_width = min(max(2 * width * columns + gaps, _MIN_WIDTH), _MAX_WIDTH)
+    thumb_width = (sheet_width - gaps) // columns
+    thumb_height = max(1, round(thumb_width * height / width))
+    label_font = ImageFont.load_default(_LABEL_SIZE)
+    label_height = _line_height(_LABEL_SIZE)
+    cell_height = thumb_height + label_height + _GAP
+
+    caption_top = _MARGIN + rows * cell_height + _GAP
+    caption_lines = _caption_lines(caption, sheet_width - 2 * _MARGIN)
+    caption_height = sum(line.height for line in caption_lines)
+    sheet_height = caption_top + caption_height + _MARGIN
+    sheet = Image.new("RGB", (sheet_width, sheet_height), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for number, (frame, label) in enumerate(zip(frames, labels, strict=True)):
+        row, column = divmod(number, columns)
+        left = _MARGIN + column * (thumb_width + _GAP)
+        top = _MARGIN + row * cell_height
+        thumb = Image.fromarray(frame).resize((thumb_width, thumb_height), Image.Resampling.LANCZOS)
+        sheet.paste(thumb, (left, top))
+        draw.text((left, top + thumb_height + 3), label, _TEXT_COLOR, label_font)
+    top = caption_top
+    for line in caption_lines:
+        draw.text((_MARGIN, top), line.text, line.color, line.font)
+        top += line.height
+    return sheet
+
+
+def _grid_columns(count: int, frame_aspect: float) -> int:
+    """The number of columns whose grid is near the wanted shape and leaves few cells empty."""
+
+    def cost(columns: int) -> float:
+        rows = math.ceil(count / columns)
+        empty = (columns * rows - count) / columns
+        return abs(math.log(columns * frame_aspect / rows / _GRID_ASPECT)) + empty
+
+    return min(range(1, count + 1), key=cost)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    text: str
+    font: ImageFont.FreeTypeFont
+    color: tuple[int, int, int]
+    height: int
+
+
+def _caption_lines(caption: str, width: int) -> list[_Line]:
+    """The caption wrapped: its first line larger, a small space, the rest small."""
+    paragraphs = caption.splitlines()
+    font = _caption_font("".join(paragraphs))
+    lines = []
+    for number, paragraph in enumerate(paragraphs):
+        size, color = (_TITLE_SIZE, _TITLE_COLOR) if number == 0 else (_TEXT_SIZE, _TEXT_COLOR)
+        sized = font.font_variant(size=size)
+        lines += [
+            _Line(text, sized, color, _line_height(size)) for text in _wrap(paragraph, sized, width)
+        ]
+        if number == 0:
+            lines[-1] = dataclasses.replace(lines[-1], height=lines[-1].height + _GAP)
+    return lines
+
+
+def _caption_font(text: str) -> ImageFont.FreeTypeFont:
+    """The font that lacks the fewest characters of the text, Pillow's own if it is as good.
+
+    Pillow's font ships with it but has little beyond ASCII, not even umlauts; others are used
+    where the machine has them.
+    """
+    from PIL import ImageFont
+
+    fonts = [ImageFont.load_default(_TEXT_SIZE)]
+    for name in _MORE_FONTS:
+        try:
+            fonts.append(ImageFont.truetype(name, _TEXT_SIZE))
+        except OSError:  # how Pillow says that no such font is installed
+            continue
+    characters = {c for c in text if c.isprintable()}
+
+    def lacking(font: ImageFont.FreeTypeFont) -> int:
+        box = bytes(font.getmask(_NO_CHARACTER))
+        return sum(bytes(font.getmask(c)) == box for c in characters)
+
+    return min(fonts, key=lacking)
+
+
+def _wrap(paragraph: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break at spaces; inside a word only where the word alone is wider than the line."""
+    # Control and direction characters, and the half pairs of a command line that is not UTF-8.
+    printable = "".join(c if c.isprintable() else " " for c in paragraph)
+    lines = [""]
+    for word in printable.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:  # scripts without spaces make one long word
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+def _line_height(font_size: float) -> int:
+    return math.ceil(1.4 * font_size)

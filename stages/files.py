@@ -1,0 +1,263 @@
+"""The files between the stages: names, what they say of themselves, and their checks.
+
+Light on purpose, as utils.py is: bad input is refused before torch, JAX or diffusers are loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+
+from runtime import processes
+from runtime.files import atomic_path, write_json
+from utils import InputError, RunError, versions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+FORMAT_VERSION = "1"
+CONFIG_FILE = "generation_config.json"
+EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
+LATENTS_FILE = "stage2_latents.safetensors"
+VIDEO_FILE = "output_video.mp4"
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """A short hash of everything that decides a stage's output."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The sections that earlier stages recorded in `folder`.
+
+    Raises:
+        InputError: the file is missing, broken, or of another format version.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; run the stage before") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path} has format version {version}, this program {FORMAT_VERSION}")
+    return config
+
+
+def record_section(folder: Path, stage: str, section: Mapping[str, Any], inherited: Path) -> None:
+    """Writes a stage's section into the config of `folder`; every other section stays.
+
+    Args:
+        inherited: the folder whose config holds the sections of the stages before.
+    """
+    config: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    for source in (folder, inherited):
+        if (source / CONFIG_FILE).exists():
+            config |= read_config(source)
+    write_json(folder / CONFIG_FILE, config | {stage: dict(section)})
+
+
+def make_section(settings: Mapping[str, Any], **made_with: Any) -> dict[str, Any]:
+    """A config section: the settings that decide the output, their fingerprint, what made it."""
+    made_with["versions"] = versions()
+    return {**settings, "fingerprint": fingerprint(settings), "made_with": made_with}
+
+
+def is_whole(section: Mapping[str, Any]) -> bool:
+    """Whether a section's settings are those that it was made with, by its fingerprint."""
+    settings = {k: v for k, v in section.items() if k not in ("fingerprint", "made_with")}
+    return section.get("fingerprint") == fingerprint(settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageFile:
+    """A stage's tensors on disk, checked against the config beside them."""
+
+    path: Path
+    section: dict[str, Any]  # what its stage recorded in generation_config.json
+    shapes: dict[str, tuple[int, ...]]
+
+
+def write_stage_file(
+    path: Path, stage: str, tensors: Mapping[str, Any], section: Mapping[str, Any], **extra: str
+) -> None:
+    """Writes numpy `tensors` with the metadata that lets the next stage trust them."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    # safetensors writes the memory as it lies, whatever the strides.
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    stamp = {
+        "format_version": FORMAT_VERSION,
+        "stage": stage,
+        "model_id": section["model_id"],
+        "fingerprint": section["fingerprint"],
+        "shapes": json.dumps(shapes),
+        **extra,
+    }
+    if path.exists():
+        print(f"replacing {path}")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(_with_sorted_metadata(save(tensors, metadata=stamp)))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file whose metadata, written in random order, is sorted.
+
+    Equal runs then write equal files, and a checksum tells whether two are.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at multiples of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def open_stage_file(
+    folder: Path, name: str, stage: str, config: Mapping[str, Any], tensor_names: set[str]
+) -> StageFile:
+    """Checks a stage file's header; reads no tensor.
+
+    Raises:
+        InputError: it is missing, truncated, not of `stage`, of another format version, or not
+            what the config beside it describes.
+    """
+    path = folder / name
+    again = f"run {stage}.py again"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; run {stage}.py first")
+    try:
+        with safetensors.safe_open(path, "np") as handle:
+            stamp = handle.metadata() or {}
+            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is truncated or no safetensors file ({error}); {again}"
+        ) from error
+    if stamp.get("stage") != stage or set(shapes) != tensor_names:
+        raise InputError(f"{path} was not written by {stage}.py; {again}")
+    if stamp.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {stamp.get('format_version')}, this program "
+            f"{FORMAT_VERSION}; {again}"
+        )
+    section = config.get(stage)
+    if not isinstance(section, dict):
+        raise InputError(f"{folder / CONFIG_FILE} has no section {stage}; {again}")
+    if stamp.get("fingerprint") != section.get("fingerprint") or not is_whole(section):
+        raise InputError(f"{path} is stale: {CONFIG_FILE} beside it describes another run; {again}")
+    return StageFile(path, section, shapes)
+
+
+def read_tensors(file: StageFile) -> dict[str, Any]:
+    """The tensors of a checked stage file, as numpy arrays."""
+    from safetensors.numpy import load_file
+
+    return load_file(file.path)
+
+
+def find_same_model(model_id: str | None, made_from: StageFile, parts: list[str]) -> Any:
+    """The model of the stage before; another one, if named, is refused.
+
+    Args:
+        parts: the sub-folders this stage loads.
+
+    Raises:
+        ValueError: `model_id` names another model, or the model is not to be found.
+    """
+    from cogvideox.model.folder import find_model
+
+    recorded = made_from.section["model_id"]
+    model = find_model(model_id or recorded, parts)
+    if model.model_id != recorded:
+        raise ValueError(
+            f"{made_from.path} was made with {recorded}, not with --model_id {model_id}"
+        )
+    return model
+
+
+def check_inputs_are_current(
+    file: StageFile, config: Mapping[str, Any], key: str, stage: str
+) -> None:
+    """Refuses a file whose own input (`key` in its section) was made anew by `stage` since.
+
+    Raises:
+        InputError: the file is stale.
+    """
+    if file.section[key] != config.get(stage, {}).get("fingerprint"):
+        raise InputError(
+            f"{file.path} is stale: {stage}.py ran again since; run the stage after it, too"
+        )
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """`path` itself, or for a batch one path a video: video-0.mp4, video-1.mp4, ..."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+
+
+def check_output_folder(folder: Path, *names: str, needed_bytes: int = 1 << 30) -> None:
+    """Refuses a folder that cannot be made, written to, or is short of space.
+
+    Args:
+        names: the files that will be written there.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if not processes.is_first():
+        return  # it writes nothing
+    # os.path.exists, unlike Path.exists, is false for names that no file system takes.
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if any(len(part.encode()) > 255 for part in folder.absolute().parts):
+        raise ValueError(f"{folder} has a part of more than 255 bytes")
+    if not existing.is_dir():
+        raise ValueError(f"{folder} cannot be a folder: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{folder} is not writable")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise ValueError(f"{folder} has {free >> 20} MiB free; {needed_bytes >> 20} are needed")
+    for name in names:
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a folder; it should be a file")
+    if (folder / CONFIG_FILE).exists():
+        read_config(folder)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU torch tensor as numpy; bfloat16 as ml_dtypes has it."""
+    import ml_dtypes
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def check_finite(tensors: Mapping[str, Any], stage: str) -> None:
+    """Raises RunError if a stage made NaN or infinity; it is never written, never replaced."""
+    import numpy as np
+
+    for name, tensor in tensors.items():
+        bad = int((~np.isfinite(tensor.astype(np.float32))).sum())
+        if bad:
+            raise RunError(
+                f"{stage}: {bad} of {tensor.size} values of {name} are NaN or infinite; "
+                "nothing was written"
+            )

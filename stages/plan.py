@@ -1,0 +1,387 @@
+"""How much memory and time a video would take, before anything runs: the compiler's estimates.
+
+A mesh is either compiled, or derived from one of the same size that was. Seconds are the cycles
+that the compiler schedules over the chip's clock; bytes that chips exchange are counted beside them
+and cost at least their time on the links. Only chips in `runtime.topology.CHIPS` have estimates of
+time; for others the memory alone is told.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from cogvideox.denoising.program import Denoiser
+from cogvideox.model.settings import DenoisingSettings
+from cogvideox.transformer.parameters import abstract_parameters
+from cogvideox.vae.decode import Decoder, frame_batches
+from runtime.executables import Program
+from runtime.hlo_costs import memory, read_costs
+from runtime.mesh import fitting_meshes, make_mesh
+from runtime.topology import CHIPS
+
+# Pallas kernels carry no estimate of XLA's. These rates are what their schedules come to at
+# 768x1360x81 on v6e-8 (benchmarks/transformer_step.py, benchmarks/vae_decode.py); at 720x1280x81
+# attention comes to 0.6% less. Attention: 31.48M cycles, 12 heads of 45,106 tokens.
+_CYCLES_PER_SCORE = 31.48e6 / (12 * 45_106**2)
+# The decoder of the published VAEs: 644M cycles, 21 latent frames of 96 x 22 columns on each chip.
+_PUBLISHED_VAE = (128, 256, 256, 512)
+_CYCLES_PER_LATENT = 644.2e6 / (21 * 96 * 22)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """One program set on one mesh, per chip.
+
+    Attributes:
+        source: "compiled" or "derived".
+        fits: whether the memory holds it.
+        hbm: bytes by kind; empty where the compiler refused the program for its size.
+        cycles: scheduled, None where there is no estimate for the device.
+        received: bytes from other chips.
+    """
+
+    source: str
+    fits: bool
+    hbm: dict[str, int]
+    cycles: int | None
+    received: int | None
+
+    def describe(self, device: jax.Device) -> dict[str, Any]:
+        """As JSON values, with the seconds on that chip.
+
+        `seconds` counts compute and then communication at the links' full speed, as if nothing
+        overlapped.
+        """
+        described: dict[str, Any] = {
+            "source": self.source,
+            "fits": self.fits,
+            "hbm_bytes_per_chip": self.hbm,
+            "seconds": None,
+        }
+        chip = CHIPS.get(device.device_kind)
+        if chip is None or self.cycles is None:
+            return described
+        compute = self.cycles / chip.clock_hz
+        communication = self.received / chip.link_bytes_per_second
+        return described | {
+            "seconds": round(compute + communication, 3),
+            "compute_seconds": round(compute, 3),
+            "communication_seconds": round(communication, 3),
+            "estimated_cycles": self.cycles,
+            "received_bytes_per_chip": self.received,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A size to plan for.
+
+    Attributes:
+        latents: what is decoded, [B, C, T, H, W].
+        denoiser: on the mesh to compile; None leaves stage 2 out.
+        decoder: None leaves stage 3 out.
+    """
+
+    settings: DenoisingSettings
+    latents: tuple[int, ...]
+    denoiser: Denoiser | None
+    decoder: Decoder | None
+
+
+def make_plans(
+    requests: Sequence[Request], *, compile_all: bool, threads: int
+) -> Iterator[dict[str, Any]]:
+    """What a video of each size would take on one machine, as JSON values.
+
+    One mesh a size and the decoder of the first size are compiled, the rest is derived.
+
+    Args:
+        compile_all: compiles every mesh and every decoder instead.
+        threads: programs to compile at once.
+    """
+    known: tuple[Estimate, tuple[int, ...]] | None = None
+    pool = ThreadPoolExecutor(threads)
+    try:
+        compiler = _Compiler(pool)
+        for i, request in enumerate(requests):
+            if request.denoiser is not None:
+                others = _other_meshes(request.denoiser) if compile_all else []
+                for denoiser in (request.denoiser, *others):
+                    compiler.start(denoiser.program)
+            if request.decoder is not None and (compile_all or i == 0):
+                for program in _decoder_programs(request):
+                    compiler.start(program)
+        for request in requests:
+            plan = _plan_step(request, compiler, compile_all)
+            if request.decoder is not None:
+                if known is None or compile_all:
+                    estimate = _estimate_decode(request, compiler)
+                else:
+                    estimate = derive_decode(request.decoder, request.latents, *known)
+                if estimate.hbm:  # nothing can be derived from a program that was refused
+                    known = known or (estimate, request.latents)
+                mesh = request.decoder.mesh
+                described = estimate.describe(mesh.devices.flat[0])
+                plan["decode"] = {"mesh": dict(mesh.shape), **described}
+            parts = [plan.get("best_step"), plan.get("decode")]
+            if all(part and part["fits"] and part["seconds"] is not None for part in parts):
+                step, decode = (part["seconds"] for part in parts)
+                steps = request.settings.num_inference_steps
+                plan["video_seconds"] = round(steps * step + decode, 1)
+            yield plan
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Compiler:
+    """Compiles in threads, holding no lock of Python's, what this thread lowers meanwhile."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self._pool = pool
+        self._started: dict[str, Future] = {}
+
+    def start(self, program: Program) -> None:
+        name = program.manifest_name
+        if name not in self._started:
+            options = program.fields.get("compiler_options")
+            self._started[name] = self._pool.submit(program.lower().compile, options)
+
+    def result(self, program: Program) -> jax.stages.Compiled | None:
+        """The program compiled, None where the compiler finds it too large for the memory."""
+        self.start(program)
+        try:
+            return self._started[program.manifest_name].result()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
+
+
+def _plan_step(request: Request, compiler: _Compiler, compile_all: bool) -> dict[str, Any]:
+    settings, denoiser = request.settings, request.denoiser
+    size = f"{settings.height}x{settings.width}x{settings.num_frames}"
+    plan = {"size": size, "steps": settings.num_inference_steps}
+    if denoiser is None:
+        return plan
+    device = denoiser.mesh.devices.flat[0]
+    own = _estimate_step(denoiser, compiler)
+    rows = [{"mesh": dict(denoiser.mesh.shape), **own.describe(device)}]
+    for other in _other_meshes(denoiser):
+        # Nothing can be derived from a program that the compiler refused.
+        derived = own.hbm and not compile_all
+        estimate = derive_step(other, own, denoiser) if derived else _estimate_step(other, compiler)
+        rows.append({"mesh": dict(other.mesh.shape), **estimate.describe(device)})
+    fitting = [row for row in rows if row["fits"] and row["seconds"] is not None]
+    best = min(fitting, key=lambda row: row["seconds"], default=None)
+    return plan | {"step": rows, "best_step": best}
+
+
+def table(plans: Sequence[Mapping[str, Any]]) -> str:
+    """Plans for people."""
+    lines = [f"{'size':<14}{'what':<8}{'mesh':<20}{'fits':<6}{'GB a chip':>10}{'weights':>9}"
+             f"{'inputs':>8}{'temp.':>7}{'seconds':>10}  source"]  # fmt: skip
+    for plan in plans:
+        rows = [("step", row) for row in plan.get("step", ())]
+        rows += [("decode", plan["decode"])] if "decode" in plan else []
+        for what, row in rows:
+            mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1)
+            hbm = row["hbm_bytes_per_chip"]
+            sizes = [hbm.get(kind) for kind in ("total", "weights", "inputs", "temporaries")]
+            total, weights, inputs, temporaries = (
+                "-" if size is None else f"{size / 1e9:.2f}" for size in sizes
+            )
+            seconds = "-" if row["seconds"] is None else f"{row['seconds']:.2f}"
+            best = "  best" if row is plan.get("best_step") else ""
+            lines.append(
+                f"{plan['size']:<14}{what:<8}{mesh or '1 device':<20}"
+                f"{'yes' if row['fits'] else 'NO':<6}{total:>10}{weights:>9}{inputs:>8}"
+                f"{temporaries:>7}{seconds:>10}  {row['source']}{best}"
+            )
+        if plan.get("video_seconds") is not None:
+            lines.append(
+                f"{plan['size']:<14}a video of {plan['steps']} steps: {plan['video_seconds']} s"
+            )
+    return "\n".join([*lines, "Seconds are compiler estimates; nothing was run."])
+
+
+def _other_meshes(denoiser: Denoiser) -> list[Denoiser]:
+    """The same step on the other meshes of as many devices."""
+    mesh = denoiser.mesh
+    shapes = fitting_meshes(
+        denoiser.latents.batch * (2 if denoiser.guided else 1),
+        denoiser.config["num_attention_heads"],
+        mesh.size,
+    )
+    devices = list(mesh.devices.flat)
+    return [
+        dataclasses.replace(denoiser, mesh=make_mesh(shape, devices))
+        for shape in shapes
+        if math.prod(shape) == mesh.size and shape != tuple(mesh.shape.values())
+    ]
+
+
+def _estimate_step(denoiser: Denoiser, compiler: _Compiler) -> Estimate:
+    """A denoising step, compiled."""
+    device = denoiser.mesh.devices.flat[0]
+    compiled = compiler.result(denoiser.program)
+    if compiled is None:
+        return Estimate("compiled", False, {}, None, None)
+    hbm = _split_weights(memory(compiled), _weight_bytes(denoiser))
+    if device.device_kind not in CHIPS:
+        return Estimate("compiled", hbm["total"] <= _capacity(device), hbm, None, None)
+    costs = read_costs(compiled.as_text())
+    cycles = sum(costs.cycles.values())
+    if costs.kernel_calls:
+        cycles += denoiser.config["num_layers"] * _kernel_cycles(denoiser)
+    received = sum(costs.collective_bytes.values())
+    return Estimate("compiled", hbm["total"] <= _capacity(device), hbm, cycles, received)
+
+
+def derive_step(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Estimate:
+    """The same step on another mesh.
+
+    The work is shared evenly by every mesh, so cycles and temporaries go by the number of chips;
+    weights and the bytes exchanged are counted exactly. With tp each chip also holds the gathered
+    tokens of its samples.
+    """
+    fewer = known_for.mesh.size / denoiser.mesh.size
+    gathered = _tokens_bytes(denoiser) if denoiser.mesh.shape["tp"] > 1 else 0
+    hbm = {
+        "weights": _weight_bytes(denoiser),
+        "inputs": int(known.hbm["inputs"] * fewer),
+        "outputs": int(known.hbm["outputs"] * fewer),
+        "temporaries": int(known.hbm["temporaries"] * fewer) + gathered,
+        "code": known.hbm["code"],
+    }
+    hbm["total"] = sum(hbm.values())
+    cycles = None if known.cycles is None else int(known.cycles * fewer)
+    device = denoiser.mesh.devices.flat[0]
+    fits = hbm["total"] <= _capacity(device)
+    return Estimate("derived", fits, hbm, cycles, _received(denoiser))
+
+
+def _estimate_decode(request: Request, compiler: _Compiler) -> Estimate:
+    """The decode, compiled."""
+    decoder, latents = request.decoder, request.latents
+    device = decoder.mesh.devices.flat[0]
+    compiled = [compiler.result(program) for program in _decoder_programs(request)]
+    if None in compiled:
+        return Estimate("compiled", False, {}, None, None)
+    arrays = decoder.abstract_weights.values()
+    weights = sum(array.size * array.dtype.itemsize for array in arrays)
+    # Between two batches nothing but the caches stays, and they are arguments.
+    hbm = max((memory(program) for program in compiled), key=lambda hbm: hbm["total"])
+    hbm = _split_weights(hbm, weights)
+    fits = hbm["total"] <= _capacity(device)
+    if device.device_kind not in CHIPS:
+        return Estimate("compiled", fits, hbm, None, None)
+    costs = [read_costs(program.as_text()) for program in compiled]
+    runs = (1, len(frame_batches(latents[2])) - 1)
+    cycles = sum(n * sum(cost.cycles.values()) for n, cost in zip(runs, costs, strict=False))
+    received = sum(
+        n * sum(cost.collective_bytes.values()) for n, cost in zip(runs, costs, strict=False)
+    )
+    if any(cost.kernel_calls for cost in costs):
+        if decoder.config.block_out_channels != _PUBLISHED_VAE:
+            return Estimate("compiled", fits, hbm, None, None)
+        batch, _, frames, height, width = latents
+        columns = math.ceil(width / decoder.mesh.size)
+        cycles += int(_CYCLES_PER_LATENT * batch * frames * height * columns)
+    return Estimate("compiled", fits, hbm, cycles, received)
+
+
+def derive_decode(
+    decoder: Decoder, latents: tuple[int, ...], known: Estimate, known_for: tuple[int, ...]
+) -> Estimate:
+    """The decode of another size on the same mesh.
+
+    All work is by the latent, in columns that each chip has whole; memory by the latents of a
+    batch of frames.
+    """
+
+    def columns(shape: tuple[int, ...]) -> int:
+        batch, _, _, height, width = shape
+        return batch * height * math.ceil(width / decoder.mesh.size)
+
+    area = columns(latents) / columns(known_for)
+    length = latents[2] / known_for[2]
+    hbm = {
+        kind: size if kind in ("weights", "code") else int(size * area)
+        for kind, size in known.hbm.items()
+        if kind != "total"
+    }
+    hbm["total"] = sum(hbm.values())
+    cycles = None if known.cycles is None else int(known.cycles * area * length)
+    # What neighbours exchange is columns, whatever the width.
+    heights = latents[0] * latents[3] / (known_for[0] * known_for[3])
+    received = None if known.received is None else int(known.received * heights * length)
+    fits = hbm["total"] <= _capacity(decoder.mesh.devices.flat[0])
+    return Estimate("derived", fits, hbm, cycles, received)
+
+
+def _decoder_programs(request: Request) -> list[Program]:
+    return request.decoder.programs(request.latents, output="uint8")
+
+
+def _capacity(device: jax.Device) -> float:
+    """Bytes of a device's memory; without limit where the backend tells none, as for CPUs."""
+    if device.device_kind in CHIPS:
+        return CHIPS[device.device_kind].hbm_bytes
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def _split_weights(hbm: dict[str, int], weights: int) -> dict[str, int]:
+    """The arguments as weights and other inputs."""
+    rest = {name: size for name, size in hbm.items() if name != "arguments"}
+    return {"weights": weights, "inputs": hbm["arguments"] - weights, **rest}
+
+
+def _weight_bytes(denoiser: Denoiser) -> int:
+    abstract = abstract_parameters(denoiser.config, denoiser.mesh, jax.numpy.dtype(denoiser.dtype))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in abstract.values()
+    )
+
+
+def _samples(denoiser: Denoiser) -> int:
+    """Samples of each dp group."""
+    batch = denoiser.latents.batch * (2 if denoiser.guided else 1)
+    return batch // denoiser.mesh.shape["dp"]
+
+
+def _tokens_bytes(denoiser: Denoiser) -> int:
+    """Tokens of a dp group, all channels: what an sp shard holds after a gather over tp."""
+    config = denoiser.config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    item = jax.numpy.dtype(denoiser.dtype).itemsize
+    return _samples(denoiser) * denoiser.layout.padded * width * item // denoiser.mesh.shape["sp"]
+
+
+def _received(denoiser: Denoiser) -> int:
+    """Bytes a chip receives in a step; tests/cogvideox/transformer/test_collectives.py counts them.
+
+    Over sp, q, k, v and the output change hands; over tp, the tokens are gathered twice and summed
+    twice.
+    """
+    sp, tp = denoiser.mesh.shape["sp"], denoiser.mesh.shape["tp"]
+    tokens = _tokens_bytes(denoiser)
+    changed = 4 * tokens // tp * (sp - 1) // sp
+    gathered = 4 * tokens * (tp - 1) // tp
+    return denoiser.config["num_layers"] * (changed + gathered)
+
+
+def _kernel_cycles(denoiser: Denoiser) -> float:
+    """Cycles of the Pallas kernels of one block on one chip."""
+    chip = CHIPS[denoiser.mesh.devices.flat[0].device_kind]
+    shards = denoiser.mesh.shape["sp"] * denoiser.mesh.shape["tp"]
+    heads = _samples(denoiser) * denoiser.config["num_attention_heads"] // shards
+    attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE
+    # The four norms, and with sp the kernels that join and part its shards, wait for memory.
+    kernels = 6 if denoiser.mesh.shape["sp"] > 1 else 4
+    moved = kernels * 2 * _tokens_bytes(denoiser) // denoiser.mesh.shape["tp"]
+    return attention + moved / chip.hbm_bytes_per_second * chip.clock_hz

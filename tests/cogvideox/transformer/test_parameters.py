@@ -1,0 +1,26 @@
+"""The parameters' shapes from the config are those of diffusers' module."""
+
+import diffusers
+import pytest
+import torch
+
+from cogvideox.transformer.parameters import parameter_shapes
+from tests.tiny_models import complete_config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"patch_size_t": 2, "use_rotary_positional_embeddings": True},
+        {"patch_size_t": 2, "patch_bias": False, "activation_fn": "geglu"},
+        {"attention_bias": False, "activation_fn": "swiglu"},
+        {"patch_bias": False, "norm_elementwise_affine": False, "activation_fn": "gelu"},
+        {"patch_size": 4, "in_channels": 8, "out_channels": 8, "activation_fn": "linear-silu"},
+    ],
+)
+def test_shapes_are_those_of_diffusers(config):
+    config = complete_config({"num_layers": 2, "num_attention_heads": 3, **config})
+    with torch.device("meta"):
+        module = diffusers.CogVideoXTransformer3DModel.from_config(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    assert parameter_shapes(config) == expected

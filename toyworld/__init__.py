@@ -1,0 +1,1 @@
+"""The small world that models/toyworld was trained on."""

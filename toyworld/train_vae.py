@@ -1,0 +1,161 @@
+"""Trains the toy world's autoencoder, and encodes videos with it."""
+
+import random
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLCogVideoX
+
+from toyworld import parts
+from toyworld.training import Log, Recipe, draw_training_scenes, make_optimizer, recorded
+from toyworld.world import HEIGHT, WIDTH, Scene, Scenes, render, scenes_of
+
+
+def to_model(videos: torch.Tensor) -> torch.Tensor:
+    """[B, F, H, W, 3] in 0..1 to the autoencoder's [B, 3, F, H, W] in -1..1."""
+    return videos.permute(0, 4, 1, 2, 3) * 2 - 1
+
+
+def windows(videos: torch.Tensor, scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
+    """Cuts a window of half the height and width out of each video, at its first thing.
+
+    Videos and result are [B, F, H, W, 3]; the middle of the thing's path lies anywhere in the
+    middle half of its window.
+    """
+    height, width = HEIGHT // 2, WIDTH // 2
+    middle = (scenes.start[:, 0, :2] + scenes.end[:, 0, :2]) / 2
+    shift = torch.rand(middle.shape, generator=generator) / 2 + 0.25
+    corner = (middle - shift * torch.tensor((width, height))).round().int()
+    left, top = corner[:, 0].clamp(0, width).tolist(), corner[:, 1].clamp(0, height).tolist()
+    cut = [v[:, y : y + height, x : x + width] for v, x, y in zip(videos, left, top, strict=True)]
+    return torch.stack(cut)
+
+
+def train_vae(recipe: Recipe, device: torch.device, log: Log) -> AutoencoderKLCogVideoX:
+    """Learns to draw the world; returns float32 weights that bfloat16 holds exactly.
+
+    It begins on windows around the things, where a step shows more edges for its cost, and ends on
+    whole frames, whose group norms have other statistics.
+    """
+    torch.manual_seed(recipe.seed)
+    vae = parts.make_vae().to(device)
+    total = recipe.vae_window_steps + recipe.vae_steps
+    training = make_optimizer(list(vae.parameters()), recipe.vae_learning_rate, total)
+    draws = (random.Random(recipe.seed), torch.Generator().manual_seed(recipe.seed))
+    for steps, batch, windowed in (
+        (recipe.vae_window_steps, recipe.vae_window_batch, True),
+        (recipe.vae_steps, recipe.vae_batch, False),
+    ):
+        _draw_and_learn(vae, recipe, training, draws, steps, batch, windowed, 0.0, log, "vae")
+    return vae.to(torch.bfloat16).float().eval().requires_grad_(False)
+
+
+def steady_vae(vae: AutoencoderKLCogVideoX, recipe: Recipe, log: Log) -> AutoencoderKLCogVideoX:
+    """Teaches a trained autoencoder to draw the same from latents that are a little off.
+
+    A denoiser's latents always are. Without this, noise of 0.13 of their deviation dents every
+    outline, differently in each latent frame. Returns float32 weights that bfloat16 holds exactly.
+    """
+    vae.train().requires_grad_(True)
+    return _refine(vae, recipe, recipe.steady_steps, recipe.steady_noise, 4, log, "steady_vae")
+
+
+def sharpen_vae(vae: AutoencoderKLCogVideoX, recipe: Recipe, log: Log) -> AutoencoderKLCogVideoX:
+    """Trains the decoder alone, on latents as far off as a good denoiser's, for sharper edges."""
+    vae.train().requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    return _refine(vae, recipe, recipe.sharp_steps, recipe.sharp_noise, 5, log, "sharp_vae")
+
+
+def _refine(
+    vae: AutoencoderKLCogVideoX,
+    recipe: Recipe,
+    steps: int,
+    noise: float,
+    seed: int,
+    log: Log,
+    phase: str,
+) -> AutoencoderKLCogVideoX:
+    """Trains on whole frames what of a trained autoencoder requires gradients."""
+    seed += recipe.seed
+    torch.manual_seed(seed)
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    training = make_optimizer(parameters, recipe.refine_learning_rate, steps)
+    draws = (random.Random(seed), torch.Generator().manual_seed(seed))
+    _draw_and_learn(vae, recipe, training, draws, steps, recipe.vae_batch, False, noise, log, phase)
+    return vae.to(torch.bfloat16).float().eval().requires_grad_(False)
+
+
+def _draw_and_learn(
+    vae: AutoencoderKLCogVideoX,
+    recipe: Recipe,
+    training: tuple,
+    draws: tuple[random.Random, torch.Generator],
+    steps: int,
+    batch: int,
+    windowed: bool,
+    noise: float,
+    log: Log,
+    phase: str,
+) -> None:
+    """Trains on `steps` batches of fresh scenes, with up to `noise` on the latents.
+
+    `training` is an optimizer with its schedule, `draws` draws scenes and their trajectories.
+    Encoding and decoding go through diffusers' frame batches (9 + 8 frames, 3 + 2 latents), as at
+    inference, because the statistics of the group norms are per batch.
+    """
+    optimizer, schedule = training
+    rng, generator = draws
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    device = vae.device
+
+    def step(video: torch.Tensor) -> dict[str, torch.Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            posterior = vae.encode(video).latent_dist
+            latents = posterior.sample()
+            # Noise in proportion to the latents: making them larger is no way out.
+            level = noise * torch.rand(len(video), 1, 1, 1, 1, device=device)
+            latents = latents + level * posterior.mean.std() * torch.randn_like(latents)
+            drawn = vae.decode(latents).sample
+        drawn, mean, logvar = drawn.float(), posterior.mean.float(), posterior.logvar.float()
+        # The absolute error alone rests at "background everywhere", the median of every pixel.
+        absolute, square = F.l1_loss(drawn, video), F.mse_loss(drawn, video)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        (absolute + 4 * square + recipe.kl_weight * kl).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return {
+            "absolute": absolute.detach(),
+            "psnr": -10 * torch.log10(square.detach() / 4),
+            "kl": kl.detach(),
+            "latent_std": mean.detach().std(),
+            "posterior_std": (0.5 * logvar.detach()).exp().mean(),
+        }
+
+    run = None
+    for number in range(steps):
+        scenes = scenes_of(draw_training_scenes(recipe, rng, batch), generator)
+        video = render(scenes.to(device))
+        video = to_model(windows(video, scenes, generator) if windowed else video).contiguous()
+        run = run or recorded(step, video)
+        measured = run(video)
+        schedule.step()
+        if number % 250 == 249 or number == steps - 1:
+            row = {k: v.item() for k, v in measured.items()}
+            log.add(phase, step=schedule.last_epoch, **row)
+
+
+@torch.no_grad()
+def encode_videos(
+    scenes: list[Scene], vae: AutoencoderKLCogVideoX, device: torch.device, seed: int
+) -> torch.Tensor:
+    """Renders and encodes scenes: unscaled latents [B, T, C, H, W] in bfloat16, on the device."""
+    generator = torch.Generator().manual_seed(seed)
+    chunks = []
+    for first in range(0, len(scenes), 64):
+        batch = scenes_of(scenes[first : first + 64], generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            latents = vae.encode(to_model(render(batch))).latent_dist.mode()
+        chunks.append(latents.transpose(1, 2).to(torch.bfloat16))
+    return torch.cat(chunks)
