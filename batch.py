@@ -24,8 +24,9 @@ import stage3_vae_decoder as stage3
 import utils
 from jobs import claims
 from jobs.jobfile import read_job_file
+from runtime.errors import InputError, Stopped, checking_input
 from stages import files as stage_files
-from utils import ArgumentParser, InputError, checking_input
+from utils import ArgumentParser
 
 if TYPE_CHECKING:
     from cogvideox.model.folder import ModelFolder
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         SystemExit: with code 3 if jobs failed.
-        utils.Stopped: a signal came; what ran was finished or saved first.
+        Stopped: a signal came; what ran was finished or saved first.
     """
     with checking_input():
         model, every_job = _read_jobs(arguments)
@@ -148,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
     runner.copy()
     print(f"{counts.done} done, {counts.failed} failed, {counts.left} left")
     if signals:
-        raise utils.Stopped(signals[0])
+        raise Stopped(signals[0])
     if counts.failed:
         sys.exit(_FAILED_JOBS)
 
@@ -208,7 +209,7 @@ def _stop_on_signals(stop: threading.Event) -> list[int]:
     def on_signal(number: int, _: object) -> None:
         came.append(number)
         if len(came) > 1:
-            raise utils.Stopped(number)
+            raise Stopped(number)
         # Not print: the signal may have come inside one, which must not be entered twice.
         os.write(2, b"stopping; what runs is finished or saved first, once more ends at once\n")
         stop.set()

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import stage2_transformer as stage2
 import utils
+from runtime.devices import start_jax
+from runtime.errors import RunError, checking_input
+from runtime.progress import progress
 from stages import files as stage_files
-from utils import ArgumentParser, RunError, checking_input
+from utils import ArgumentParser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,7 +177,7 @@ def make_plans(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     on_gpu = targets[0].denoiser.mesh.devices.flat[0].platform == "gpu"
     threads = 1 if on_gpu else len(os.sched_getaffinity(0))
     plans = plan.make_plans(requests, compile_all=arguments.compile_all, threads=threads)
-    return list(utils.progress(plans, total=len(requests), what="planning", unit="size"))
+    return list(progress(plans, total=len(requests), what="planning", unit="size"))
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -212,14 +215,14 @@ def make_targets(arguments: argparse.Namespace) -> list[Target]:
 
 def _devices(arguments: argparse.Namespace) -> Sequence[jax.Device]:
     if arguments.topology == "local":
-        utils.start_jax(arguments.dtype)
+        start_jax(arguments.dtype)
         import jax
 
         return jax.devices()
     from runtime.topology import machine_devices
 
     devices = list(machine_devices(arguments.topology).flat)
-    utils.start_jax(arguments.dtype)
+    start_jax(arguments.dtype)
     return devices
 
 

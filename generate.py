@@ -11,7 +11,8 @@ import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 import utils
 from runtime import processes
-from utils import ArgumentParser, checking_input
+from runtime.errors import checking_input
+from utils import ArgumentParser
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import utils
+from runtime.errors import checking_input
+from runtime.progress import Timings
 from stages import files as stage_files
-from utils import ArgumentParser, Timings, checking_input
+from utils import ArgumentParser
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import utils
 from runtime import processes
+from runtime.devices import start_jax
+from runtime.errors import checking_input
+from runtime.progress import Timings, progress
 from stages import files as stage_files
-from utils import ArgumentParser, Timings, checking_input
+from utils import ArgumentParser
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -129,7 +132,7 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
     with ThreadPoolExecutor(1) as background:
         # Devices take seconds to start, in which everything is imported and checked that they do
         # not decide.
-        starting = background.submit(utils.start_jax, arguments.dtype)
+        starting = background.submit(start_jax, arguments.dtype)
         from cogvideox.denoising.scheduler import make_schedule
         from cogvideox.model.folder import stored_tensors
         from cogvideox.transformer.parameters import check_weights
@@ -294,12 +297,12 @@ def denoise(
     parameters: Any,
     prompt_embeds: jax.Array,
     checkpoints: Checkpoints,
-    bar: Callable[..., Iterable] = utils.progress,
+    bar: Callable[..., Iterable] = progress,
 ) -> np.ndarray:
     """Runs the loop, from a checkpoint if there is one.
 
     Args:
-        bar: shows progress, as `utils.progress` does.
+        bar: shows progress, as `progress` does.
 
     Returns:
         Latents [B, C, T, H, W] without the padding frames, on the host.

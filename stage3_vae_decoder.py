@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import utils
 from runtime import processes
+from runtime.devices import start_jax
+from runtime.errors import checking_input
+from runtime.progress import Timings, progress
 from stages import files as stage_files
-from utils import ArgumentParser, Timings, checking_input
+from utils import ArgumentParser
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,7 +137,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         fps = arguments.fps or latents_file.section["fps"]
         model = stage_files.find_same_model(arguments.model_id, latents_file, ["vae"])
         videos = check(arguments, model, arguments.input_dir, shape, fps)
-        utils.start_jax(arguments.dtype)
+        start_jax(arguments.dtype)
 
         import jax
 
@@ -233,7 +236,7 @@ def _with_first_timed(batches: Iterator[np.ndarray], timings: Timings) -> Iterat
 
 def _shown(batches: Iterable[np.ndarray], num_frames: int) -> Iterator[np.ndarray]:
     """The batches [B, f, height, width, 3], with a progress bar of frames."""
-    with utils.progress(total=num_frames, what="decoding", unit="frame") as bar:
+    with progress(total=num_frames, what="decoding", unit="frame") as bar:
         for frames in batches:
             yield frames
             bar.update(frames.shape[1])

@@ -7,20 +7,17 @@ diffusers are loaded.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import glob
 import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime import processes, stopping
-from runtime.files import write_json
+from runtime.errors import InputError, RunError, Stopped, checking_input
+from runtime.versions import versions
 
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
 DEFAULT_FOLDER = Path("stage_outputs")
@@ -63,14 +60,6 @@ def _end(code: int, kind: str, reason: str) -> NoReturn:
     sys.exit(code)
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, number: int):
-        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
-        self.number = number
-
-
 def _stop(number: int, _: object) -> NoReturn:
     stopping.asked.set()
     raise Stopped(number)
@@ -87,31 +76,6 @@ def _stop_again(unraisable: Any) -> None:
         threading.Timer(0.05, signal.raise_signal, (number,)).start()
     else:
         sys.__unraisablehook__(unraisable)
-
-
-class InputError(ValueError):
-    """Bad usage or input; the message is one line for the user."""
-
-
-class RunError(RuntimeError):
-    """A run that failed for a reason the user can understand without a traceback."""
-
-
-@contextlib.contextmanager
-def checking_input() -> Iterator[None]:
-    """Turns the ValueErrors of input checks into the one-line error with exit code 2.
-
-    Where one of several processes refuses its input, all do.
-    """
-    refusal = None
-    try:
-        yield
-    except ValueError as error:
-        refusal = error
-    refusals = processes.exchange("" if refusal is None else str(refusal))
-    for process, message in enumerate(refusals):
-        if message:
-            raise InputError(f"process {process}: {message}" if process else message) from refusal
 
 
 # Arguments --------------------------------------------------------------------------------------
@@ -213,12 +177,6 @@ def add_distributed(parser: ArgumentParser) -> None:
     )
 
 
-def versions() -> dict[str, str]:
-    """The versions of the libraries that decide a result."""
-    names = ("torch", "jax", "jaxlib", "torchax", "diffusers", "transformers", "flax")
-    return {name: metadata.version(name) for name in names}
-
-
 def join_processes(arguments: argparse.Namespace) -> None:
     """With --distributed, joins the processes that run this command, once; the first one speaks.
 
@@ -261,85 +219,3 @@ def check_executables(folder: Path | None) -> None:
     """
     if folder and not os.path.isdir(folder):
         raise ValueError(f"--executables {folder} is not a folder; compile_ahead.py makes it")
-
-
-# Progress and timing ----------------------------------------------------------------------------
-
-
-def start_jax(dtype: str) -> None:
-    """Sets JAX up for a stage: devices, the compilation cache, exact matmuls for float32 runs.
-
-    Raises:
-        ValueError: JAX finds no device, or the cache folder cannot be written.
-    """
-    # libtpu prints five lines of complaint where it finds no TPU.
-    accelerators = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
-    if not any(glob.glob(pattern) for pattern in accelerators):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-    # By default JAX first reserves three quarters of a GPU's memory: 1.5 s on an H200.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-    import jax
-
-    from runtime.compilation import enable_persistent_cache
-
-    try:
-        print(f"compilation cache: {enable_persistent_cache()}")
-    except OSError as error:
-        raise ValueError(f"JAX_COMPILATION_CACHE_DIR: {error}") from error
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        raise ValueError(f"JAX finds no device: {error}") from error
-    if jax.process_count() > processes.count():
-        raise ValueError(
-            f"this is one of {jax.process_count()} hosts of a slice; start the same command on "
-            "each, with --distributed"
-        )
-    if dtype == "float32":
-        # TPUs and GPUs otherwise multiply float32 in bfloat16 or TF32.
-        jax.config.update("jax_default_matmul_precision", "highest")
-
-
-def progress(
-    items: Iterable | None = None,
-    *,
-    total: int,
-    what: str,
-    unit: str = "step",
-    initial: int = 0,
-) -> Any:
-    """A progress bar with the seconds a step and the time left; `initial` steps are done."""
-    from tqdm import tqdm
-
-    hidden = not processes.is_first()
-    return tqdm(items, total=total, desc=what, unit=unit, initial=initial, disable=hidden)
-
-
-class Timings:
-    """Seconds by phase (load, compile, run, save), shown as a table and written as JSON."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.at_once: dict[str, dict[str, float]] = {}  # what went on at once in a phase
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.add(name, time.perf_counter() - start)
-
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def report(self, path: Path, **details: Any) -> None:
-        """Prints the table and writes it, with `details`, to the JSON file `path`."""
-        total = sum(self.seconds.values())
-        for name, seconds in [*self.seconds.items(), ("total", total)]:
-            print(f"  {name:<14}{seconds:>10.2f} s")
-            for part, busy in self.at_once.get(name, {}).items():
-                print(f"    {part:<12}{busy:>10.2f} s, at the same time")
-        rounded = {name: round(seconds, 4) for name, seconds in self.seconds.items()}
-        details |= {"at_once": self.at_once} if self.at_once else {}
-        write_json(path, {"seconds": {**rounded, "total": round(total, 4)}, **details})

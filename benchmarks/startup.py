@@ -238,7 +238,7 @@ def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
         stamps.append((name, time.time()))
 
     import stage2_transformer as stage2
-    import utils
+    from runtime.progress import Timings
 
     make_plan, denoise, result = stage2.make_plan, stage2.denoise, {}
     log = None
@@ -270,7 +270,7 @@ def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
         result["steps"] = [round(b - a, 3) for a, b in itertools.pairwise([*calls, time.time()])]
         return latents
 
-    class StampedTimings(utils.Timings):
+    class StampedTimings(Timings):
         def add(self, name: str, seconds: float) -> None:
             super().add(name, seconds)
             if name == "load":

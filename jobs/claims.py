@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from utils import RunError
+from runtime.errors import RunError
 
 CLAIMS_FOLDER = "claims"
 DEFAULT_EXPIRY = 120.0  # seconds without a sign of life; signs come four times as often

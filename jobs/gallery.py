@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import get_args
 from urllib.parse import quote
 
-import utils
 from jobs.records import (
     CONTACT_SHEET_FILE,
     STAGES,
@@ -27,6 +26,7 @@ from jobs.records import (
     StageRecord,
     read_batch,
 )
+from runtime.errors import InputError
 from runtime.files import atomic_path
 from stages import files as stage_files
 
@@ -71,7 +71,7 @@ class Gallery:
                 return
             try:
                 write_gallery(self._output_dir, read_batch(self._output_dir))
-            except (OSError, utils.InputError) as error:
+            except (OSError, InputError) as error:
                 # A gallery is not worth the night's work; the next job's end tries again.
                 print(f"warning: no new {GALLERY_FILE}: {error}")
             self._due = start + 20 * (time.monotonic() - start)

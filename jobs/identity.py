@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from cogvideox.model.folder import ModelFolder
 from cogvideox.model.settings import DenoisingSettings, complete_settings, text_tokens
 from jobs.jobfile import Line
 from jobs.records import Job
+from runtime.fingerprint import fingerprint
 from stages import files as stage_files
 
 _ID_LENGTH = 16
@@ -122,12 +122,9 @@ def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:
         "model": digest,
         "format": stage_files.FORMAT_VERSION,
     }
-    return Job(id=_hash(hashed), name=name, line=line.number, **decides)
-
-
-def _hash(value: dict[str, Any]) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
+    return Job(
+        id=fingerprint(hashed, compact=True)[:_ID_LENGTH], name=name, line=line.number, **decides
+    )
 
 
 def _label(prompt: str) -> str:

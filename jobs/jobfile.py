@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-from utils import ArgumentParser, InputError
+from runtime.errors import InputError
+from utils import ArgumentParser
 
 _MAX_FILE_BYTES = 64 << 20
 _MAX_LINE_BYTES = 256 << 10

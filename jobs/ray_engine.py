@@ -18,9 +18,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import utils
 from jobs.records import Job
 from jobs.runner import Counts, Ledger, Runner
+from runtime.errors import RunError
 
 _POLL_SECONDS = 2.0
 # A worker that died this often while no job was finished is not started again.
@@ -43,7 +43,7 @@ class _Worker:
         parts = ["tokenizer", "text_encoder", "transformer", "scheduler", "vae"]
         model = find_model(arguments.model_id, parts)
         if model.revision != jobs[0].revision:
-            raise utils.RunError(
+            raise RunError(
                 f"{arguments.model_id} is {model.revision} here, {jobs[0].revision} on the driver"
             )
         runner = Runner(jobs, model, arguments, self._stop, rank)
@@ -68,7 +68,7 @@ def run(jobs: Sequence[Job], arguments: argparse.Namespace, stop: threading.Even
     """Runs until no job is left or `stop` is set; lost workers are started again.
 
     Raises:
-        utils.RunError: a worker cannot work, or none stays alive.
+        RunError: a worker cannot work, or none stays alive.
     """
     ledger = Ledger(arguments.output_dir, arguments.stages, arguments.retry_failed)
     workers: dict[Slot, tuple[Any, ray.ObjectRef]] = {}
@@ -95,14 +95,14 @@ def run(jobs: Sequence[Job], arguments: argparse.Namespace, stop: threading.Even
             try:
                 ray.get(ref)
             except RayTaskError as error:
-                raise utils.RunError(f"a worker cannot work: {error.cause}") from error
+                raise RunError(f"a worker cannot work: {error.cause}") from error
             except RayError as error:
                 deaths = deaths + 1 if counts.left == left else 1
                 print(f"warning: a worker was lost: {' '.join(str(error).split())[:200]}")
             else:
                 ray.kill(worker)
     if counts.left and not stop.is_set():
-        raise utils.RunError(f"{deaths} workers were lost in a row; {counts.left} job(s) are left")
+        raise RunError(f"{deaths} workers were lost in a row; {counts.left} job(s) are left")
     return counts
 
 

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import utils
 from cogvideox.model.settings import DenoisingSettings
 from jobs.claims import is_claimed
+from runtime.errors import InputError
 from runtime.files import write_json
 from stages import files as stage_files
 
@@ -126,10 +126,10 @@ def read_batch(output_dir: Path) -> list[JobState]:
     """Every job in a batch's folder, in the order of the job file.
 
     Raises:
-        utils.InputError: the folder or a job in it cannot be read.
+        InputError: the folder or a job in it cannot be read.
     """
     if not output_dir.is_dir():
-        raise utils.InputError(f"{output_dir} is not a folder")
+        raise InputError(f"{output_dir} is not a folder")
     now = time.time()
     states = [
         JobState(read_job(path.parent), path.parent, read_records(path.parent),
@@ -151,15 +151,15 @@ def write_job(folder: Path, job: Job) -> None:
 
 
 def read_job(folder: Path) -> Job:
-    """Raises utils.InputError for a file that is missing, damaged or of another version."""
+    """Raises InputError for a file that is missing, damaged or of another version."""
     path = folder / JOB_FILE
     try:
         fields = json.loads(path.read_text("utf-8"))
         return Job(**fields | {"settings": DenoisingSettings(**fields["settings"])})
     except OSError as error:
-        raise utils.InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise utils.InputError(f"{path} does not describe a job: {error!r}") from error
+        raise InputError(f"{path} does not describe a job: {error!r}") from error
 
 
 def write_record(folder: Path, record: StageRecord) -> None:

@@ -18,6 +18,8 @@ import utils
 from cogvideox.model.folder import find_model
 from cogvideox.model.settings import DenoisingSettings
 from cogvideox.video.writing import read_comment
+from runtime.errors import checking_input
+from runtime.versions import versions
 from stages import files as stage_files
 from utils import ArgumentParser
 
@@ -67,9 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Reads how the video was made, and runs the three stages like that.
 
     Raises:
-        utils.InputError: nothing says how it was made, or the folder to write to has files in it.
+        InputError: nothing says how it was made, or the folder to write to has files in it.
     """
-    with utils.checking_input():
+    with checking_input():
         recipe = read_recipe(arguments.video)
         output_dir = arguments.output_dir
         if output_dir is None:
@@ -159,5 +161,5 @@ def _differences(recipe: Recipe, revision: str | None) -> list[tuple[str, str, s
     """Name, version then, version now of each library that has changed, and of the model."""
     then = {**recipe[stage2.STAGE]["made_with"]["versions"]}
     then["the model's revision"] = recipe[stage2.STAGE]["revision"]
-    now = {**utils.versions(), "the model's revision": revision}
+    now = {**versions(), "the model's revision": revision}
     return [(name, was, now[name]) for name, was in then.items() if was != now[name]]

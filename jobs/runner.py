@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import utils
 from cogvideox.model.folder import ModelFolder
 from jobs.claims import Claim, Claims, is_claimed
 from jobs.gallery import Gallery
@@ -34,6 +33,7 @@ from jobs.records import (
     write_record,
 )
 from jobs.workshop import Shape, Workshop, shape_of
+from runtime.errors import InputError, RunError
 from runtime.files import write_json
 from stage2_transformer import StoppedBetweenSteps
 from stages import files as stage_files
@@ -175,13 +175,13 @@ class Runner:
         """Copies to the mirror what is not there yet.
 
         Raises:
-            utils.RunError: the mirror's file system refuses.
+            RunError: the mirror's file system refuses.
         """
         for job in self._jobs if self._mirror else []:
             try:
                 self._mirror.push(job)
             except Exception as error:  # of any file system
-                raise utils.RunError(
+                raise RunError(
                     f"{job.folder} was not copied to the mirror, the same command does it: {error}"
                 ) from error
 
@@ -193,7 +193,7 @@ class Runner:
         """Works until no job is left or `stop` is set; waits for jobs that others work on.
 
         Raises:
-            utils.RunError: the disk is full.
+            RunError: the disk is full.
         """
         with Claims(self._expiry) as self._claims:
             try:
@@ -332,9 +332,9 @@ class Runner:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 write_record(folder, dataclasses.replace(record, status="interrupted"))
-                raise utils.RunError(f"the disk of {self._output_dir} is full") from error
+                raise RunError(f"the disk of {self._output_dir} is full") from error
             line = " ".join(str(error).split()) or type(error).__name__
-            if not isinstance(error, ValueError | utils.RunError):
+            if not isinstance(error, ValueError | RunError):
                 line = f"{type(error).__name__}: {line}"
             end = {"status": "failed", "error": line, "traceback": traceback.format_exc()}
             print(f"failed: {job.folder}: {stage}: {line}")
@@ -382,6 +382,6 @@ def _config_is_good(folder: Path, records: dict[str, StageRecord]) -> bool:
         return True
     try:
         config = stage_files.read_config(folder)
-    except utils.InputError:
+    except InputError:
         return False
     return all(config.get(stage) == section for stage, section in sections.items())

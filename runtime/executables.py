@@ -32,6 +32,7 @@ from jax.experimental import serialize_executable
 from runtime import stopping
 from runtime.compilation import cache_hits_of_this_thread, without_persistent_cache
 from runtime.files import atomic_path, write_json
+from runtime.fingerprint import fingerprint
 from runtime.hlo_costs import memory
 
 FORMAT = "cogvideox-tpu executable, version 1"
@@ -63,8 +64,7 @@ class Program:
 
     @property
     def fingerprint(self) -> str:
-        text = json.dumps([self.name, self.fields], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return fingerprint([self.name, self.fields])
 
     @property
     def manifest_name(self) -> str:

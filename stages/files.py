@@ -6,7 +6,6 @@ Light on purpose, as utils.py is: bad input is refused before torch, JAX or diff
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -17,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from runtime import processes
+from runtime.errors import InputError, RunError
 from runtime.files import atomic_path, write_json
-from utils import InputError, RunError, versions
+from runtime.fingerprint import fingerprint as hash_json
+from runtime.versions import versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,10 +32,12 @@ LATENTS_FILE = "stage2_latents.safetensors"
 VIDEO_FILE = "output_video.mp4"
 
 
+_FINGERPRINT_LENGTH = 16
+
+
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """A short hash of everything that decides a stage's output."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hash_json(settings)[:_FINGERPRINT_LENGTH]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 import utils
 from cogvideox.model.folder import stored_tensors
+from runtime.errors import InputError, RunError
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +160,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_compiled(
 ):
     # Whoever runs as root may write everywhere, so the answer of the system is replaced.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(utils.InputError, match="not writable"):
+    with pytest.raises(InputError, match="not writable"):
         compile_for(configs, tmp_path)
 
 
@@ -171,7 +172,7 @@ def test_artifacts_are_pushed_and_pulled_without_compiling(configs, tmp_path, ca
     assert "pulled 1 artifacts" in capsys.readouterr().out
     names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("mine", "other")]
     assert names[0] == names[1]
-    with pytest.raises(utils.RunError, match="--pull .*nowhere: .* is no folder"):
+    with pytest.raises(RunError, match="--pull .*nowhere: .* is no folder"):
         where = ["--executables", str(tmp_path), "--pull", str(tmp_path / "nowhere")]
         compile_ahead.run(compile_ahead.parse_arguments(where))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import utils
+from runtime.errors import RunError
 from stages import files as stage_files
 
 
@@ -16,7 +16,7 @@ def test_values_that_are_not_finite_end_the_run(bad):
     latents = np.zeros((1, 2, 3), np.float32)
     stage_files.check_finite({"latents": latents}, "stage2_transformer")
     latents[0, 1, 2] = bad
-    with pytest.raises(utils.RunError, match="1 of 6 values of latents"):
+    with pytest.raises(RunError, match="1 of 6 values of latents"):
         stage_files.check_finite({"latents": latents}, "stage2_transformer")
 
 

@@ -17,11 +17,11 @@ import batch
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import utils
 from cogvideox.denoising.program import Denoiser
 from cogvideox.text import encoder as text_encoder
 from jobs import workshop
 from jobs.records import OUTPUTS, STAGES, read_batch, write_record
+from runtime.errors import RunError, Stopped
 from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
@@ -242,7 +242,7 @@ def test_stopping_saves_the_loop_and_the_records(model, whole, tmp_path, capsys,
 
     with monkeypatch.context() as patch:
         patch.setattr(stage2.Checkpoints, "__init__", stop_in_step_two)
-        with pytest.raises(utils.Stopped, match="terminated"):
+        with pytest.raises(Stopped, match="terminated"):
             run(model, tmp_path, "--checkpoint_every=10")
     state = next(s for s in read_batch(tmp_path / "out") if s.job.name == "kite")
     assert state.status == "interrupted"
@@ -315,7 +315,7 @@ def test_a_mirror_that_fails_costs_no_video(model, whole, tmp_path, capsys, monk
         raise OSError("no network")
 
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.put_file", fail)
-    with pytest.raises(utils.RunError, match="no network"):
+    with pytest.raises(RunError, match="no network"):
         run(model, tmp_path, f"--mirror=memory://{tmp_path.name}")
     assert "was not copied to the mirror" in capsys.readouterr().out
     assert outputs(tmp_path) == outputs(whole)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-import utils
 from cogvideox.model.settings import DenoisingSettings
 from jobs import records
 from jobs.claims import Claims
 from jobs.records import STAGES, Job, StageRecord, read_batch, write_job, write_record
+from runtime.errors import InputError
 
 JOB = Job(
     id="0123456789ab",
@@ -73,5 +73,5 @@ def test_a_damaged_job_is_named_and_a_damaged_record_counts_as_missing(tmp_path:
     assert records.read_records(folder) == {}
     assert "stage1_record.json" in capsys.readouterr().out
     (folder / records.JOB_FILE).write_text("{}")
-    with pytest.raises(utils.InputError, match="job.json"):
+    with pytest.raises(InputError, match="job.json"):
         read_batch(tmp_path)

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import generate
-import utils
 from cogvideox.video.writing import open_video_writer
 from jobs import rerun
+from runtime.errors import InputError
 from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
@@ -89,7 +89,7 @@ def test_what_nothing_is_known_of(name, content, said, made, tmp_path):
     shutil.copy(made / stage_files.CONFIG_FILE, tmp_path)
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(utils.InputError, match=said):
+    with pytest.raises(InputError, match=said):
         again(tmp_path / name)
 
 
@@ -97,13 +97,13 @@ def test_what_nothing_is_known_of(name, content, said, made, tmp_path):
 def test_tags_of_others(comment, tmp_path):
     with open_video_writer(tmp_path / "v.mp4", fps=5, num_frames=1, comment=comment) as writer:
         writer.write(np.zeros((1, 48, 80, 3), np.uint8))
-    with pytest.raises(utils.InputError, match="the tag of|does not say what"):
+    with pytest.raises(InputError, match="the tag of|does not say what"):
         again(tmp_path / "v.mp4")
 
 
 def test_nothing_is_overwritten(made, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(utils.InputError, match="is not empty"):
+    with pytest.raises(InputError, match="is not empty"):
         again(made / "a-0.mp4", "--output_dir", tmp_path)
 
 

@@ -9,6 +9,7 @@ STAGE2 = ["stage2_transformer.py", "--distributed", "--input_dir"]
 # The two processes do something together, then process 1 fails while process 0 waits for it.
 FAILING = """
 import argparse, jax, numpy, utils
+from runtime.errors import RunError
 from jax.sharding import NamedSharding, PartitionSpec
 from runtime import processes
 from runtime.mesh import make_mesh, place
@@ -20,7 +21,7 @@ def main():
     total = jax.jit(lambda x: x.sum() + numpy.zeros(()))
     assert total(array) == 28 and len(array.addressable_shards) == 4
     if not processes.is_first():
-        raise utils.RunError("the disk is gone")
+        raise RunError("the disk is gone")
     WAIT
 
 utils.run_main(main)
