@@ -1,4 +1,4 @@
-"""A batch's folder as a table for people."""
+"""The table that `batch.py status` prints."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jobs.records import STAGES, JobState
+from runtime.text import printable
 
 _HEADINGS = ("job", "status", "stages", "size", "frames", "steps", "seed", "seconds", "what")
+_WHAT_WIDTH = 80
 
 
 def table(states: Sequence[JobState]) -> str:
-    """One line a job, and the counts by status."""
+    """Formats one line for each job and a last line with the number of jobs by status.
+
+    Control characters in prompts, names and errors are escaped (`runtime.text.printable`).
+    """
     rows = [_HEADINGS, *(_row(state) for state in states)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS) - 1)]
     lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows]
@@ -23,14 +28,16 @@ def table(states: Sequence[JobState]) -> str:
 def _row(state: JobState) -> tuple[str, ...]:
     settings, failure = state.job.settings, state.failure
     what = f"{failure.stage}: {failure.error}" if failure else " ".join(state.job.prompt.split())
-    return (
+    what = printable(what)
+    cells = (
         state.folder.name,
         state.status,
         f"{state.stages_done}/{len(STAGES)}",
         f"{settings.height}x{settings.width}",
-        str(settings.num_frames),
-        str(settings.num_inference_steps),
-        str(settings.seed),
+        f"{settings.num_frames}",
+        f"{settings.num_inference_steps}",
+        f"{settings.seed}",
         f"{state.seconds:.1f}" if state.seconds else "",
-        what if len(what) <= 80 else what[:79] + "…",
     )
+    shown = what if len(what) <= _WHAT_WIDTH else what[: _WHAT_WIDTH - 1] + "…"
+    return *map(printable, cells), shown

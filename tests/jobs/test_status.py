@@ -1,0 +1,29 @@
+"""The status table: a row for each job; other people's text cannot steer the terminal."""
+
+import dataclasses
+from pathlib import Path
+
+from jobs.records import STAGES, JobState
+from jobs.status import table
+from tests.jobs.test_records import JOB, record
+
+HOSTILE = "\x1b]0;owned\x07 \x9b2J \u202e up\nand down"
+
+
+def test_hostile_text_is_escaped():
+    settings = dataclasses.replace(JOB.settings, width="\x1b[31m160")
+    job = dataclasses.replace(JOB, prompt=HOSTILE, name=HOSTILE, settings=settings)
+    failed = {STAGES[0]: record(STAGES[0], "failed", error=HOSTILE)}
+    states = [JobState(job, Path(job.folder), records, False) for records in ({}, failed)]
+    said = table(states)
+    assert len(said.splitlines()) == 4
+    assert "\x1b" not in said and "\x9b" not in said and "\u202e" not in said
+    assert r"\x1b]0;owned\x07 \x9b2J" in said
+    assert "stage1_text_encoder: \\x1b]0;owned" in said
+    assert said.splitlines()[-1] == "2 job(s): 1 failed, 1 pending"
+
+
+def test_long_text_is_cut():
+    job = dataclasses.replace(JOB, prompt="kite " * 40)
+    (_, row, _) = table([JobState(job, Path(job.folder), {}, False)]).splitlines()
+    assert row.endswith("…") and len(row) < 200
