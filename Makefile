@@ -1,23 +1,46 @@
-# make setup | demo | test | lint. Everything lives in .venv; nothing else is touched.
+# make setup | demo | test | quick | check | mutants. Everything lives in .venv.
+#
+#   make setup                       for TPUs, and for planning on a Linux machine without one
+#   make setup ACCELERATOR=cuda      for NVIDIA GPUs
+#   make setup ACCELERATOR=cpu       for neither; the default on macOS
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                                    takes torch's CPU build and saves about 3 GB on Linux
+#   make setup PYTHON=/path/to/python3.12
 
-PYTHON ?= python3.11
+# Empty: .ci/find_python looks for a Python 3.12 or newer.
+PYTHON ?=
+# By default what is installed, else tpu (cpu on macOS).
+INSTALLED := $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*)))
+ACCELERATOR ?= $(or $(INSTALLED),$(if $(filter Darwin,$(shell uname -s)),cpu,tpu))
+# An index to search beside pip's own. It is used for torch alone.
+TORCH_INDEX ?=
+# Workers of the test suite.
+WORKERS ?= 2
 PROMPT ?= a red circle moves left on a dark blue background
 DEMO_DIR ?= stage_outputs/demo
 export PROMPT
+
 VENV := .venv
 RUN := $(VENV)/bin/python
+# -qq: errors only.
+PIP := $(RUN) -m pip --disable-pip-version-check -qq
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test quick check mutants
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed-$(ACCELERATOR)
 
-# torch comes first and by its exact version, so that no other build of it is pulled in.
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet torch==2.13.0
-	$(RUN) -m pip install --quiet --editable ".[dev]"
-	touch $@
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	@case "$*" in tpu|cuda|cpu) ;; *) echo "ACCELERATOR=$* is not tpu, cuda or cpu"; exit 1;; esac
+	@echo "[1/4] Making a virtual environment in $(VENV)"
+	@test -e $@ || { python=$$(.ci/find_python $(PYTHON)) && "$$python" -m venv --clear $(VENV); }
+	@echo "[2/4] Installing torch; on Linux its default build downloads about 3 GB (minutes)"
+	@$(PIP) install -c constraints.txt $(TORCH_INDEX:%=--extra-index-url %) torch
+	@echo "[3/4] Installing JAX for $* and the other packages (about 1 GB, a minute or two)"
+	@$(PIP) install -c constraints.txt -e ".[$*,dev]"
+	@echo "[4/4] Checking that the packages fit together"
+	@$(RUN) -m pip check
+	@touch $@
+	@echo "Done. Next: make demo"
 
 demo: setup
 	@mkdir -p $(DEMO_DIR)
@@ -27,8 +50,18 @@ demo: setup
 	@JAX_PLATFORMS=cpu $(RUN) stage3_vae_decoder.py --input_dir $(DEMO_DIR) --dtype float32
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS)
 
-lint: setup
+# The tests that catch most mistakes, in under three minutes on two cores.
+quick: setup
+	$(RUN) -m pytest -n $(WORKERS) -m quick
+
+check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pyright
+	.ci/check_help $(CURDIR)/$(RUN)
+
+# Plants some thirty mistakes, one at a time, and expects the tests to find each; takes long.
+mutants: setup
+	$(RUN) -m tests.mutants

@@ -25,13 +25,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import batch
+from jobs.records import OUTPUTS, StageRecord, read_batch
+from stages.files import CONFIG_FILE
+from utils import run_main
 
-import batch  # noqa: E402
-from jobs.records import OUTPUTS, StageRecord, read_batch  # noqa: E402
-from stages.files import CONFIG_FILE  # noqa: E402
-from utils import run_main  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 # Height, width, frames, guidance: small, so that starting up is most of the time.
 _SHAPES = [(32, 48, 5, 3), (48, 32, 9, 3), (32, 32, 9, 1), (32, 64, 5, 1), (48, 48, 9, 3)]
@@ -61,7 +60,7 @@ def main() -> None:
     parser.add_argument("--ray_workers", type=int, default=0, help="run over a local Ray cluster")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
-    os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    os.environ |= {"JAX_PLATFORMS": "cpu"}
     _FORKS.set_forkserver_preload(_IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         report = prove(Path(folder), arguments)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 DECODER_SCRIPTS = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.py"}
 
 

@@ -14,15 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-import stage1_text_encoder as stage1  # noqa: E402
-import stage2_transformer as stage2  # noqa: E402
-import stage3_vae_decoder as stage3  # noqa: E402
-from toyworld.captions import held_out_captions, two_thing_captions  # noqa: E402
-from toyworld.reader import ATTRIBUTES, agrees, largest_of, read_video, truth_of  # noqa: E402
+import stage1_text_encoder as stage1
+import stage2_transformer as stage2
+import stage3_vae_decoder as stage3
+from toyworld.captions import held_out_captions, two_thing_captions
+from toyworld.reader import ATTRIBUTES, agrees, largest_of, read_video, truth_of
 
 MODEL = Path(__file__).parents[1] / "models/toyworld"
 

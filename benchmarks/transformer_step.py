@@ -13,12 +13,9 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # Of one v6e chip: bundles, bfloat16 flops, and bytes of HBM a second.
 CLOCK_HZ, PEAK_FLOPS, HBM_BYTES_PER_SECOND = 1.75e9, 918e12, 1.64e12

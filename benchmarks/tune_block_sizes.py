@@ -18,8 +18,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from attention_kernel import lower_ours, measure_ours, operand_dtype
 from kernel_schedule import CHIPS, describe_chip
 
