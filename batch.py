@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         from jobs.estimate import describe, job_bytes
         from jobs.records import read_batch, write_job
         from jobs.runner import Runner
+        from jobs.superseded import write_job_ids
 
         stop = threading.Event()
         runner = Runner(jobs, model, arguments, stop)
@@ -137,6 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     for job in jobs:
         write_job(arguments.output_dir / job.folder, job)
+    write_job_ids(arguments.output_dir, arguments.jobs, every_job)
     if arguments.engine == "ray":
         from jobs import ray_engine
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from cogvideox.model.folder import ModelFolder
 from cogvideox.model.settings import latent_shape
 from jobs.records import STAGES, Job, JobState
 from jobs.workshop import Shape, shape_of
-
-if TYPE_CHECKING:
-    import jax
 
 # Multiply-adds per second and device, by `jax.Device.device_kind`. v6e: compiler estimate (0.94 s
 # for a step of 768x1360x81 on eight chips). H200: measured (6.27 s for that step on one).
@@ -40,7 +36,8 @@ def describe(
     """
     import jax
 
-    pace = Pace(states, model, jax.devices())
+    devices = jax.devices()
+    pace = Pace(states, model, devices[0].device_kind, len(devices))
     lines, seconds, unknown, size = [], 0.0, 0, 0
     shapes = list(dict.fromkeys(map(shape_of, jobs)))
     for shape in shapes:
@@ -78,16 +75,22 @@ class Pace:
     """
 
     def __init__(
-        self, states: Sequence[JobState], model: ModelFolder, devices: Sequence[jax.Device]
+        self, states: Sequence[JobState], model: ModelFolder, device_kind: str, devices: int
     ):
+        """
+        Args:
+            states: the jobs in the batch's folder.
+            model: the model folder.
+            device_kind: JAX's name of the devices.
+            devices: how many there are.
+        """
         self._model = model
         ratios = [
             state.seconds / self._work(state.job)
             for state in states
             if state.stages_done == len(STAGES)
         ]
-        kind = devices[0].device_kind
-        speed = _SPEED.get(kind, 0.0) * len(devices)
+        speed = _SPEED.get(device_kind, 0.0) * devices
         self._ratio: float | None = None
         self.source = "no video in this folder is finished"
         if ratios:
@@ -95,7 +98,7 @@ class Pace:
             self.source = f"from {len(ratios)} finished video(s) in this folder"
         elif speed:
             self._ratio = 1 / speed
-            self.source = f"denoising only, from the known speed of {kind}"
+            self.source = f"denoising only, from the known speed of {device_kind}"
 
     def seconds(self, job: Job) -> float | None:
         """Returns the seconds that the job takes, or None if nothing is known."""

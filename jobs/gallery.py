@@ -1,186 +1,258 @@
-"""`index.html` of a batch: every job with its video, settings and timings, or why there is none.
+"""`index.html` of a batch: every job with its video, settings, timings, and errors.
 
-One static file beside the jobs' folders, that needs nothing else and no network. Prompts, names and
-errors are other people's text: all of it is escaped, and the page's own policy forbids every
-script but its own.
+The page is one static file beside the jobs' folders and needs no network. Prompts, names and errors
+are other people's text: the templates escape everything, and the page's content security policy
+forbids all scripts and styles but its own.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 from urllib.parse import quote
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from cogvideox.model.settings import DenoisingSettings
 from jobs.records import (
     CONTACT_SHEET_FILE,
     STAGES,
     JobState,
     JobStatus,
-    StageRecord,
     read_batch,
 )
+from jobs.superseded import find_superseded
 from runtime.errors import InputError
 from runtime.files import atomic_path
 from stages import files as stage_files
 
 GALLERY_FILE = "index.html"
-_PARTS = Path(__file__).parent
-_PNG_START = b"\x89PNG\r\n\x1a\n"
+CardStatus = JobStatus | Literal["superseded"]
+_STATUSES: tuple[CardStatus, ...] = (*get_args(JobStatus), "superseded")
+# While jobs have these statuses, the open page loads itself anew.
+_UNFINISHED = ("pending", "running")
+_REFRESH_SECONDS = 20
+_TEMPLATES = Path(__file__).parent / "templates"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A finished video and its contact sheet."""
+
+    video: str  # URL relative to the batch's folder
+    sheet: str  # URL relative to the batch's folder
+    sheet_size: tuple[int, int] | None  # width, height in pixels; None for a damaged file
+    width: int  # of the video, in pixels
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What the gallery shows of a job; the template escapes every field."""
+
+    status: CardStatus
+    name: str
+    prompt: str
+    note: str | None
+    error: str | None  # stage and error of a failed job, one line
+    traceback: str | None
+    settings: str  # one line
+    facts: tuple[tuple[str, str], ...]  # name and value
+    links: tuple[tuple[str, str], ...]  # label and URL
+    picture: Picture | None
 
 
 def write_gallery(output_dir: Path, states: Sequence[JobState]) -> Path:
     """Writes the gallery of a batch's folder, atomically.
 
     Args:
-        states: as `jobs.records.read_batch` gives them.
+        output_dir: the batch's folder.
+        states: the jobs, from `jobs.records.read_batch`.
+
+    Returns:
+        The path of the page.
 
     Raises:
         OSError: the folder cannot be written.
+        InputError: the folder's `batch.json` is damaged.
     """
     path = output_dir / GALLERY_FILE
+    html = page(output_dir.resolve().name, states, find_superseded(output_dir, states))
     with atomic_path(path) as temporary:
-        # A job file may hold halves of surrogate pairs, which no encoding takes.
-        temporary.write_text(page(output_dir.resolve().name, states), "utf-8", errors="replace")
+        # JSON strings may hold lone surrogates, which UTF-8 cannot encode.
+        temporary.write_text(html, "utf-8", errors="replace")
     return path
 
 
 class Gallery:
-    """Keeps the gallery of a batch's folder up to date while jobs end, in any thread."""
+    """Keeps the gallery of a batch's folder up to date. Any thread may call `update`."""
 
     def __init__(self, output_dir: Path):
         self._output_dir = output_dir
         self._lock = threading.Lock()
         self._due = 0.0
+        self._later: threading.Timer | None = None
 
     def update(self, *, now: bool = False) -> None:
-        """Writes it if the last time is long enough ago that it takes a twentieth of the time.
+        """Writes the gallery, at once or a little later.
+
+        Writing takes at most a twentieth of the time: a call that comes too early starts a timer
+        that writes when the time has come.
 
         Args:
-            now: write it however long that is.
+            now: write at once, and stop the timer.
         """
         with self._lock:
-            start = time.monotonic()
-            if not now and start < self._due:
+            wait = self._due - time.monotonic()
+            if not now and wait > 0:
+                if self._later is None:
+                    self._later = threading.Timer(wait, self._update_late)
+                    self._later.daemon = True
+                    self._later.start()
                 return
-            try:
-                write_gallery(self._output_dir, read_batch(self._output_dir))
-            except (OSError, InputError) as error:
-                # A gallery is not worth the night's work; the next job's end tries again.
-                print(f"warning: no new {GALLERY_FILE}: {error}")
-            self._due = start + 20 * (time.monotonic() - start)
+            if self._later is not None:
+                self._later.cancel()
+                self._later = None
+            self._write()
+
+    def _update_late(self) -> None:
+        with self._lock:
+            if self._later is threading.current_thread():  # not canceled meanwhile
+                self._later = None
+                self._write()
+
+    def _write(self) -> None:
+        start = time.monotonic()
+        try:
+            write_gallery(self._output_dir, read_batch(self._output_dir))
+        except (OSError, InputError) as error:
+            # The videos matter more than the gallery; the next update tries again.
+            print(f"warning: {GALLERY_FILE} was not updated: {error}")
+        self._due = start + 20 * (time.monotonic() - start)
 
 
-def page(title: str, states: Sequence[JobState]) -> str:
-    """The gallery as HTML, with links relative to the batch's folder."""
-    style, script = ((_PARTS / f"gallery.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    policy = (
-        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src 'self' file: data:; "
-        f"media-src 'self' file:; style-src {_hash(style)}; script-src {_hash(script)}"
+def page(
+    title: str,
+    states: Sequence[JobState],
+    superseded: Collection[str] = (),
+    template: str = "gallery.html",
+) -> str:
+    """Renders the gallery as HTML, with links relative to the batch's folder.
+
+    Args:
+        title: the page's heading.
+        states: the jobs in the order to show.
+        superseded: ids of the jobs that the job file no longer asks for.
+        template: in `jobs/templates`; one that extends gallery.html can add a form on top.
+    """
+    cards = [make_card(state, state.job.id in superseded) for state in states]
+    counts: Counter[CardStatus] = Counter(card.status for card in cards)
+    choices = [("", "all", len(cards))]
+    choices += [(status, status, counts[status]) for status in _STATUSES if counts[status]]
+    # The page's own style and script are the only text that is not escaped.
+    style, script = (
+        Markup((_TEMPLATES / name).read_text("utf-8")) for name in ("gallery.css", "gallery.js")
     )
-    counts = Counter(state.status for state in states)
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{escape(title)}</title>",
-            # Without an icon of its own a page served by a web server asks for one.
-            '<link rel="icon" href="data:,">',
-            f"<style>{style}</style>",
-            "<header>",
-            f"<h1>{escape(title)}</h1>",
-            f"<p>{_summary(states)}</p>",
-            '<search><input type="search" placeholder="Filter by prompt, name, seed, error …" '
-            'aria-label="Filter by text" autocomplete="off">',
-            _status_buttons(counts, len(states)),
-            '<output aria-live="polite"></output></search>',
-            "</header>",
-            "<main>",
-            *(_card(state) for state in states),
-            '<p class="none" hidden>No job matches.</p>',
-            "</main>",
-            f"<script>{script}</script>",
-            "</html>\n",
-        ]
+    return _environment().get_template(template).render(
+        title=title,
+        summary=_summary(states, counts),
+        choices=choices,
+        cards=cards,
+        refresh_seconds=_REFRESH_SECONDS if any(counts[s] for s in _UNFINISHED) else 0,
+        style=style,
+        script=script,
+    )  # fmt: skip
+
+
+def make_card(state: JobState, superseded: bool) -> Card:
+    """Collects what the gallery shows of a job.
+
+    Args:
+        state: the job.
+        superseded: whether the job file no longer asks for it.
+    """
+    job, failure = state.job, state.failure
+    files = {
+        "video": stage_files.VIDEO_FILE,
+        "contact sheet": CONTACT_SHEET_FILE,
+        "settings": stage_files.CONFIG_FILE,
+    }
+    paths = {label: state.folder / name for label, name in files.items()}
+    shown_superseded = superseded and state.status != "running"
+    return Card(
+        status="superseded" if shown_superseded else state.status,
+        name=job.name,
+        prompt=job.prompt,
+        note=f"Its line of the job file has changed; this one was {state.status}."
+        if shown_superseded
+        else None,
+        error=f"{failure.stage}: {failure.error}" if failure else None,
+        traceback=failure.traceback if failure else None,
+        settings=_describe(job.settings),
+        facts=tuple(_facts(state)),
+        links=tuple((label, _url(path)) for label, path in paths.items() if path.is_file()),
+        picture=_picture(state),
     )
 
 
-def _hash(text: str) -> str:
-    """What a page's policy calls an inline style or script that it allows."""
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["csp_hash"] = _csp_hash
+    return environment
+
+
+def _csp_hash(text: str) -> str:
+    """The source expression by which a policy allows an inline style or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _summary(states: Sequence[JobState]) -> str:
-    done = [state for state in states if state.status == "done"]
-    parts = [f"{len(done)} of {len(states)} videos"]
-    if done:
-        parts.append(f"{_duration(sum(s.seconds for s in done) / len(done))} each on average")
+def _summary(states: Sequence[JobState], counts: Counter[CardStatus]) -> str:
+    seconds = [state.seconds for state in states if state.status == "done"]
+    parts = [f"{counts['done']} of {len(states) - counts['superseded']} videos"]
+    if seconds:
+        parts.append(f"{_duration(sum(seconds) / len(seconds))} each on average")
     parts.append(f"written {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    return escape(" · ".join(parts))
+    return " · ".join(parts)
 
 
-def _status_buttons(counts: Counter[JobStatus], total: int) -> str:
-    choices = [("", "all", total)]
-    choices += [(s, s, counts[s]) for s in get_args(JobStatus) if counts[s]]
-    buttons = (
-        f'<button type="button" data-status="{status}" aria-pressed="{str(not status).lower()}">'
-        f"{label} <b>{count}</b></button>"
-        for status, label, count in choices
-    )
-    return f'<div role="group" aria-label="Filter by status">{"".join(buttons)}</div>'
-
-
-def _card(state: JobState) -> str:
-    job = state.job
-    return "\n".join(
-        [
-            f'<article data-status="{state.status}">',
-            _picture(state),
-            f'<h2><span class="status">{state.status}</span> <bdi>{escape(job.name)}</bdi></h2>',
-            f'<p class="prompt" dir="auto">{escape(job.prompt)}</p>',
-            *_failure(state.failure),
-            f"<p>{escape(job.settings.describe())}</p>",
-            "<details><summary>Settings, timings, files</summary><dl>",
-            *(f"<dt>{escape(k)}</dt><dd><bdi>{escape(v)}</bdi></dd>" for k, v in _facts(state)),
-            "</dl>",
-            _links(state),
-            "</details>",
-            "</article>",
-        ]
-    )
-
-
-def _picture(state: JobState) -> str:
-    """The contact sheet, which the page's script turns into a player; without it, a link."""
+def _picture(state: JobState) -> Picture | None:
     settings = state.job.settings
     sheet, video = state.folder / CONTACT_SHEET_FILE, state.folder / stage_files.VIDEO_FILE
     if not (sheet.is_file() and video.is_file()):
-        return ""
+        return None
+    return Picture(_url(video), _url(sheet), _png_size(sheet), settings.width, settings.height)
+
+
+def _describe(settings: DenoisingSettings) -> str:
+    """The settings in one line.
+
+    `DenoisingSettings.describe` formats numbers; a foreign job.json may hold strings instead.
+    """
+    dynamic = " dynamic" if settings.use_dynamic_cfg else ""
     return (
-        f'<a class="play" href="{_link(video)}" data-width="{settings.width}" '
-        f'data-height="{settings.height}"><img loading="lazy" decoding="async" '
-        f'src="{_link(sheet)}" {_png_size(sheet)} '
-        f'alt="Frames of {escape(state.job.name)}"><span>Play</span></a>'
+        f"{settings.width}x{settings.height}, {settings.num_frames} frames at "
+        f"{settings.fps} fps, {settings.num_inference_steps} {settings.scheduler} steps,"
+        f"{dynamic} guidance {_number(settings.guidance_scale)}, seed {settings.seed}"
     )
-
-
-def _failure(record: StageRecord | None) -> Iterator[str]:
-    if record is None:
-        return
-    yield f'<p class="error" dir="auto">{escape(f"{record.stage}: {record.error}")}</p>'
-    if record.traceback:
-        trace = escape(record.traceback)
-        yield f"<details><summary>Traceback</summary><pre>{trace}</pre></details>"
 
 
 def _facts(state: JobState) -> Iterator[tuple[str, str]]:
@@ -189,7 +261,7 @@ def _facts(state: JobState) -> Iterator[tuple[str, str]]:
     yield "size", f"{settings.width} × {settings.height}"
     yield "frames", f"{settings.num_frames} at {settings.fps} a second"
     dynamic = ", dynamic" if settings.use_dynamic_cfg else ""
-    yield "guidance", f"{settings.guidance_scale:g}{dynamic}"
+    yield "guidance", f"{_number(settings.guidance_scale)}{dynamic}"
     yield "steps", f"{settings.num_inference_steps} {settings.scheduler}"
     if job.negative_prompt:
         yield "negative prompt", job.negative_prompt
@@ -205,40 +277,29 @@ def _facts(state: JobState) -> Iterator[tuple[str, str]]:
             part = stage.partition("_")[2].replace("_", " ")
             yield part, f"{record.status}, {took}by {record.worker}{again}"
     if state.seconds:
-        yield "in all", _duration(state.seconds)
+        yield "total", _duration(state.seconds)
 
 
-def _links(state: JobState) -> str:
-    files = {
-        "video": stage_files.VIDEO_FILE,
-        "contact sheet": CONTACT_SHEET_FILE,
-        "settings": stage_files.CONFIG_FILE,
-    }
-    links = [
-        f'<a href="{_link(state.folder / file)}">{label}</a>'
-        for label, file in files.items()
-        if (state.folder / file).is_file()
-    ]
-    return f"<p>{' · '.join(links)}</p>"
-
-
-def _link(path: Path) -> str:
-    """A URL relative to the batch's folder; quoted, it needs no escaping."""
+def _url(path: Path) -> str:
+    """The URL of a job's file, relative to the batch's folder."""
     return f"./{quote(path.parent.name, safe='')}/{quote(path.name, safe='')}"
 
 
-def _png_size(path: Path) -> str:
-    """The attributes that keep a picture's place until it is loaded; none for a damaged file."""
+def _png_size(path: Path) -> tuple[int, int] | None:
+    """Width and height; they keep a picture's place until it is loaded."""
     with open(path, "rb") as file:
         start = file.read(24)
-    if len(start) < 24 or not start.startswith(_PNG_START):
-        return ""
-    width, height = (int.from_bytes(start[i : i + 4]) for i in (16, 20))
-    return f'width="{width}" height="{height}"'
+    if len(start) < 24 or not start.startswith(_PNG_SIGNATURE):
+        return None
+    return int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 100:
+    if seconds < 100 or not math.isfinite(seconds):
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -17,6 +17,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal
 
 from cogvideox.model.settings import DenoisingSettings
@@ -155,7 +156,11 @@ def read_job(folder: Path) -> Job:
     path = folder / JOB_FILE
     try:
         fields = json.loads(path.read_text("utf-8"))
-        return Job(**fields | {"settings": DenoisingSettings(**fields["settings"])})
+        job = Job(**fields | {"settings": DenoisingSettings(**fields["settings"])})
+        _require_types(job, str, "id", "name", "prompt", "negative_prompt", "model_id")
+        _require_types(job, int, "line")
+        _require_types(job, str | None, "revision")
+        return job
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -172,6 +177,8 @@ def read_records(folder: Path) -> dict[str, StageRecord]:
     for stage in STAGES:
         try:
             record = StageRecord(**json.loads(_record_path(folder, stage).read_text("utf-8")))
+            _require_types(record, str, "status")
+            _require_types(record, int | float, "attempt", "started", "seconds")
         except FileNotFoundError:
             continue
         except (ValueError, TypeError) as error:
@@ -179,6 +186,13 @@ def read_records(folder: Path) -> dict[str, StageRecord]:
             continue
         records[stage] = record
     return records
+
+
+def _require_types(value: object, type_: type | UnionType, *names: str) -> None:
+    """Raises TypeError for an attribute of another type, as in files of other programs."""
+    for name in names:
+        if not isinstance(getattr(value, name), type_):
+            raise TypeError(f"{name} is {getattr(value, name)!r}")
 
 
 def checksum(path: Path) -> str:

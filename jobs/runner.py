@@ -195,6 +195,7 @@ class Runner:
         Raises:
             RunError: the disk is full.
         """
+        self._gallery.update(now=True)
         with Claims(self._expiry) as self._claims:
             try:
                 waiting = False
@@ -226,7 +227,7 @@ class Runner:
             elif need == ENCODE:
                 self._do(ENCODE, job, claim)
             worked += need in (CONFIG, ENCODE)
-            self._release(job, claim)
+            self._finish(job, claim)
         self._workshop.release_text_encoder()
         return worked
 

@@ -3,15 +3,28 @@
 import base64
 import dataclasses
 import hashlib
+import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
+from jobs.claims import Claims
 from jobs.gallery import GALLERY_FILE, Gallery, write_gallery
-from jobs.records import CONTACT_SHEET_FILE, STAGES, JobState, read_batch, write_job, write_record
+from jobs.records import (
+    CONTACT_SHEET_FILE,
+    JOB_FILE,
+    STAGES,
+    Job,
+    read_batch,
+    write_job,
+    write_record,
+)
+from jobs.superseded import find_superseded, write_job_ids
+from runtime.errors import InputError
 from stages import files as stage_files
 from tests.jobs.test_records import JOB, record
 
@@ -56,7 +69,7 @@ class Page(HTMLParser):
         return [a for t, a in self.elements if t == tag and attributes.items() <= a.items()]
 
 
-def add_job(folder: Path, number: int, statuses: list[str], **fields) -> JobState:
+def add_job(folder: Path, number: int, statuses: list[str], **fields) -> Job:
     job = dataclasses.replace(JOB, id=f"{number:012x}", line=number, **fields)
     write_job(folder / job.folder, job)
     error = "3 values are NaN <script>"
@@ -68,6 +81,7 @@ def add_job(folder: Path, number: int, statuses: list[str], **fields) -> JobStat
         (folder / job.folder / stage_files.CONFIG_FILE).touch()
         header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x03\xc0\0\0\x02\x10"
         (folder / job.folder / CONTACT_SHEET_FILE).write_bytes(header)
+    return job
 
 
 @pytest.fixture
@@ -135,9 +149,100 @@ def test_it_keeps_up_with_the_batch(folder, capsys):
     add_job(folder, 5, ["done"] * 3)
     gallery.update(now=True)
     assert "2 of 5 videos" in Page(folder / GALLERY_FILE).text
-    # A damaged job is said, and stops nothing.
+    # A damaged job causes a warning and stops nothing.
     (folder / JOB.folder).mkdir()
     (folder / JOB.folder / "job.json").write_text("{")
     gallery.update(now=True)
-    assert "warning: no new index.html" in capsys.readouterr().out
+    assert "warning: index.html was not updated" in capsys.readouterr().out
     assert "2 of 5 videos" in Page(folder / GALLERY_FILE).text
+
+
+def test_a_call_that_comes_too_early_writes_later(folder):
+    gallery = Gallery(folder)
+    gallery.update()
+    add_job(folder, 5, ["failed"])
+    gallery._due = time.monotonic() + 0.2
+    gallery.update()
+    gallery.update()
+    assert "1 of 4 videos" in Page(folder / GALLERY_FILE).text
+    deadline = time.monotonic() + 30
+    while "1 of 5 videos" not in Page(folder / GALLERY_FILE).text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_page_refreshes_itself_only_while_jobs_are_left(tmp_path):
+    def refreshes() -> bool:
+        (main,) = Page(write_gallery(tmp_path, read_batch(tmp_path))).all("main")
+        return "data-refresh" in main
+
+    add_job(tmp_path, 1, ["done"] * 3)
+    add_job(tmp_path, 2, ["failed"])
+    assert not refreshes()
+    pending = add_job(tmp_path, 3, ["done"])
+    assert refreshes()
+    add_job(tmp_path, 3, ["done", "interrupted"])
+    assert not refreshes()
+    with Claims() as claims:
+        claims.take(tmp_path / pending.folder)
+        assert refreshes()
+
+
+FOREIGN = ['1" onload="alert(1)', "<script>alert(1)</script>", None, [1], {"a": "<b>"}, 1e999]
+
+
+@pytest.mark.parametrize("value", FOREIGN)
+def test_settings_of_other_types_do_not_break_the_page(value, folder):
+    calm = Page(write_gallery(folder, read_batch(folder)))
+    for path in folder.glob(f"*/{JOB_FILE}"):
+        fields = json.loads(path.read_text("utf-8"))
+        fields["settings"] = dict.fromkeys(fields["settings"], value)
+        path.write_text(json.dumps(fields), "utf-8")
+    page = Page(write_gallery(folder, read_batch(folder)))
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in calm.elements]
+    assert [set(a) for _, a in page.elements] == [set(a) for _, a in calm.elements]
+    (link,) = page.all("a", **{"class": "play"})
+    assert link["data-width"] == str(value)
+
+
+def test_a_changed_line_supersedes_the_older_job(tmp_path):
+    """Line 1 keeps its job, line 2 has a new one, and line 4 was never run with this file."""
+    job_file = tmp_path / "elsewhere" / "jobs.jsonl"
+    kept = add_job(tmp_path, 1, ["done"] * 3, name="kept")
+    old = add_job(tmp_path, 2, ["done"] * 3, name="old")
+    other = add_job(tmp_path, 4, ["done"] * 3, name="other")
+    assert find_superseded(tmp_path, read_batch(tmp_path)) == set()
+    write_job_ids(tmp_path, job_file, [kept, old])
+    assert find_superseded(tmp_path, read_batch(tmp_path)) == set()
+    new = dataclasses.replace(old, id="f" * 12, name="new")
+    write_job(tmp_path / new.folder, new)
+    write_job_ids(tmp_path, job_file, [kept, new])
+    assert find_superseded(tmp_path, read_batch(tmp_path)) == {old.id}
+    # What a second job file asks for is not superseded by the first.
+    write_job_ids(tmp_path, tmp_path / "more.jsonl", [old])
+    assert find_superseded(tmp_path, read_batch(tmp_path)) == set()
+    write_job_ids(tmp_path, tmp_path / "more.jsonl", [])
+
+    page = Page(write_gallery(tmp_path, read_batch(tmp_path)))
+    cards = [card["data-status"] for card in page.all("article")]
+    assert sorted(cards) == ["done", "done", "pending", "superseded"]
+    assert "2 of 3 videos" in page.text and "this one was done" in page.text
+    # The same name on another line, as after lines were moved.
+    renamed = dataclasses.replace(other, id="e" * 12, line=9)
+    write_job(tmp_path / renamed.folder, renamed)
+    write_job_ids(tmp_path, job_file, [kept, new, renamed])
+    assert find_superseded(tmp_path, read_batch(tmp_path)) == {old.id, other.id}
+    with Claims() as claims:
+        claims.take(tmp_path / old.folder)
+        cards = Page(write_gallery(tmp_path, read_batch(tmp_path))).all("article")
+        assert [c["data-status"] for c in cards].count("running") == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"job_files": [1]}', '{"job_files": {"a": 1}}'])
+def test_a_damaged_list_of_jobs_is_named_and_replaced(content, folder, capsys):
+    (folder / "batch.json").write_text(content)
+    with pytest.raises(InputError, match="batch.json"):
+        find_superseded(folder, [])
+    write_job_ids(folder, Path("jobs.txt"), [])
+    assert "warning: writing batch.json anew" in capsys.readouterr().out
+    assert find_superseded(folder, []) == set()

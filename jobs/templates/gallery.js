@@ -24,16 +24,16 @@ function filter() {
   none.hidden = count > 0 || cards.length === 0;
 }
 
-search.addEventListener("input", filter);
-for (const button of buttons) {
-  button.addEventListener("click", () => {
-    for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
-    filter();
-  });
+function press(button) {
+  for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+  filter();
 }
 
-// The player takes the place of the contact sheet only when asked for: a page of hundreds of
-// players would read hundreds of videos.
+search.addEventListener("input", filter);
+for (const button of buttons) button.addEventListener("click", () => press(button));
+
+// A player replaces the contact sheet only when asked for: hundreds of players would read hundreds
+// of videos.
 document.querySelector("main").addEventListener("click", (event) => {
   const link = event.target.closest(".play");
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
@@ -50,4 +50,23 @@ document.querySelector("main").addEventListener("click", (event) => {
   video.play().catch((error) => video.setAttribute("title", error.message));
 });
 
-filter();
+// While jobs are left, load the page again, but not while someone types, watches or reads details.
+// The fragment keeps the filter.
+const main = document.querySelector("main");
+if (main.dataset.refresh) {
+  setInterval(() => {
+    const busy =
+      document.hidden ||
+      document.activeElement === search ||
+      document.querySelector("video, details[open]") ||
+      String(getSelection());
+    if (busy) return;
+    const { status } = buttons.find((b) => b.getAttribute("aria-pressed") === "true").dataset;
+    const kept = new URLSearchParams({ text: search.value, status });
+    history.replaceState(null, "", `#${kept}`);
+    location.reload();
+  }, 1000 * main.dataset.refresh);
+}
+const kept = new URLSearchParams(location.hash.slice(1));
+if (kept.has("text")) search.value = kept.get("text");
+press(buttons.find((button) => button.dataset.status === kept.get("status")) ?? buttons[0]);

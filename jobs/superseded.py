@@ -1,0 +1,66 @@
+"""Tell jobs that the job file still asks for from those of lines that have changed since.
+
+A changed line is a new job with a folder of its own; the folder of the old job stays. `batch.json`
+in the batch's folder keeps the ids that each job file asked for in its latest run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.records import Job, JobState
+from runtime.errors import InputError
+from runtime.files import write_json
+
+BATCH_FILE = "batch.json"
+
+
+def write_job_ids(output_dir: Path, job_file: Path, jobs: Sequence[Job]) -> None:
+    """Writes which jobs a job file asks for now, over what it asked for before.
+
+    Args:
+        output_dir: the batch's folder.
+        job_file: known by its name without the folder.
+        jobs: all jobs of the file, selected or not.
+    """
+    try:
+        job_files = _read_job_files(output_dir)
+    except InputError as error:
+        print(f"warning: writing {BATCH_FILE} anew: {error}")
+        job_files = {}
+    job_files[job_file.name] = [job.id for job in jobs]
+    write_json(output_dir / BATCH_FILE, {"job_files": job_files})
+
+
+def find_superseded(output_dir: Path, states: Sequence[JobState]) -> set[str]:
+    """Finds the jobs that no job file asks for and whose line or name another job has taken.
+
+    Returns:
+        Ids. Empty for a folder without `batch.json`, where nothing is known.
+
+    Raises:
+        InputError: `batch.json` is damaged.
+    """
+    current = {id_ for ids in _read_job_files(output_dir).values() for id_ in ids}
+    taken = {key for s in states if s.job.id in current for key in (s.job.line, s.job.name)}
+    return {
+        state.job.id
+        for state in states
+        if state.job.id not in current and not taken.isdisjoint((state.job.line, state.job.name))
+    }
+
+
+def _read_job_files(output_dir: Path) -> dict[str, list[str]]:
+    """The ids by the name of the job file; none if `batch.json` was never written."""
+    path = output_dir / BATCH_FILE
+    try:
+        job_files = json.loads(path.read_text("utf-8"))["job_files"]
+        return {str(name): [str(id_) for id_ in ids] for name, ids in job_files.items()}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} does not list job files: {error!r}") from error
