@@ -101,7 +101,7 @@ def check(
     """
     from cogvideox.model.settings import decoded_frames, spatial_factor, temporal_factor
     from cogvideox.vae.weights import VaeConfig, stored_weights
-    from cogvideox.video.writing import check_output_path, wants_float
+    from cogvideox.video.formats import check_output_path, wants_float
 
     batch, channels, latent_frames, height, width = latents
     vae = model.config("vae")
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         decoder = make_decoder(decoder_name, vae_config, mesh, arguments.dtype)
 
     from cogvideox.model.settings import decoded_frames, temporal_factor
-    from cogvideox.video.writing import wants_float
+    from cogvideox.video.formats import wants_float
     from runtime.compilation import CompilationLog
 
     compilations = CompilationLog()

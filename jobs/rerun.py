@@ -17,7 +17,7 @@ import stage3_vae_decoder as stage3
 import utils
 from cogvideox.model.folder import find_model
 from cogvideox.model.settings import DenoisingSettings
-from cogvideox.video.writing import read_comment
+from cogvideox.video.reading import read_comment
 from runtime.errors import checking_input
 from runtime.versions import versions
 from stages import files as stage_files

@@ -1,1 +1,1 @@
-"""Frames to files, and pictures of them."""
+"""Video files and contact sheets."""

@@ -1,6 +1,6 @@
-"""One picture that shows a video: evenly spaced frames in a grid, with the settings below.
+"""Contact sheet: evenly spaced frames of a video in a grid over a caption.
 
-`FrameSampler` keeps the few frames that the sheet needs while the video streams past;
+`FrameSampler` keeps the few frames that the sheet needs while the video is decoded;
 `write_contact_sheet` draws them.
 """
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
 DEFAULT_COUNT = 12
-# The sheet is as wide as its frames at twice their size, within these bounds: small enough for a
-# laptop screen, wide enough for a readable caption.
+# The sheet shows frames at twice their size within these bounds, which fit a laptop screen and keep
+# the caption readable.
 _MIN_WIDTH, _MAX_WIDTH = 960, 1600
-_GRID_ASPECT = 2.2  # width over height that the grid should come near; labels and caption add
+_GRID_ASPECT = 2.2  # preferred width over height of the grid, without labels and caption
 _MARGIN, _GAP = 24, 8
-# Tried, where they are installed, for captions with characters that Pillow's own font lacks.
+# Fonts to try for characters that Pillow's own font lacks.
 _MORE_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf")
-_NO_CHARACTER = "\uffff"  # no font has it, so it is drawn as the font's sign for a missing one
+_NO_CHARACTER = "\uffff"  # in no font, so it is drawn as the font's missing-character box
 _LABEL_SIZE, _TITLE_SIZE, _TEXT_SIZE = 15, 22, 17
 _BACKGROUND, _TITLE_COLOR, _TEXT_COLOR = (20, 21, 24), (240, 240, 240), (168, 172, 180)
 
 
 class FrameSampler:
-    """Keeps evenly spaced frames, first and last among them, of a video that streams past.
+    """Keeps evenly spaced frames of a video that arrives in batches, first and last included.
 
     Attributes:
-        indices: the frame numbers kept, ascending; min(count, num_frames) of them.
+        indices: frame numbers kept, ascending; min(count, num_frames) of them.
     """
 
     def __init__(self, num_frames: int, count: int = DEFAULT_COUNT) -> None:
@@ -48,40 +48,40 @@ class FrameSampler:
         self._seen = 0
 
     def add(self, frames: np.ndarray) -> None:
-        """Look at the next frames [f, height, width, 3], uint8 or float32 in 0..1; keep some."""
-        from cogvideox.video.writing import to_uint8
+        """Takes the next frames [f, height, width, 3], uint8 or float32 in 0..1; keeps some."""
+        from cogvideox.video.pixels import to_uint8
 
         end = self._seen + len(frames)
         if end > self._num_frames:
-            raise ValueError(f"frame {end} of a video of {self._num_frames} frames")
+            raise ValueError(f"{end} frames were added to a video of {self._num_frames}")
         for index in self.indices:
             if self._seen <= index < end:
                 frame = frames[index - self._seen]
-                # A copy, because a view would keep the whole batch alive.
+                # Copy, because a view would keep the whole batch in memory.
                 self._kept.append(frame.copy() if frame.dtype.name == "uint8" else to_uint8(frame))
         self._seen = end
 
     def frames(self) -> np.ndarray:
-        """The kept frames, uint8 [len(indices), height, width, 3]; once the video has ended."""
+        """Returns the kept frames, uint8 [len(indices), height, width, 3], after the last batch."""
         import numpy as np
 
         if self._seen != self._num_frames:
-            raise ValueError(f"only {self._seen} of {self._num_frames} frames have passed")
+            raise ValueError(f"only {self._seen} of {self._num_frames} frames were added")
         return np.stack(self._kept)
 
 
 def write_contact_sheet(
     path: Path, frames: np.ndarray, *, indices: Sequence[int], fps: int, caption: str
 ) -> None:
-    """Draw frames in a grid over a caption and write it to `path` as PNG, atomically.
+    """Draws frames in a grid over a caption and writes a PNG to `path`, atomically.
 
     Args:
-        path: the output, whatever its suffix. Missing parent folders are made.
+        path: the output; any suffix. Missing parent folders are made.
         frames: uint8 [n, height, width, 3], in order.
-        indices: the frame number of each; its label is this number and index / fps seconds.
+        indices: frame number of each; the label shows it and its time, index / fps seconds.
         fps: frames a second.
         caption: any text, wrapped to the sheet. The first line, meant for the prompt, is drawn
-            larger. Characters that no font found has come out as boxes (`_caption_font`).
+            larger. Characters that no installed font has are drawn as boxes.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype.name != "uint8":
         raise ValueError(f"frames must be uint8 [n, height, width, 3], got {frames.shape}")
@@ -128,7 +128,7 @@ def _draw_sheet(frames: np.ndarray, labels: list[str], caption: str) -> Image.Im
 
 
 def _grid_columns(count: int, frame_aspect: float) -> int:
-    """The number of columns whose grid is near the wanted shape and leaves few cells empty."""
+    """Returns the number of columns that is near `_GRID_ASPECT` and leaves few cells empty."""
 
     def cost(columns: int) -> float:
         rows = math.ceil(count / columns)
@@ -147,7 +147,7 @@ class _Line:
 
 
 def _caption_lines(caption: str, width: int) -> list[_Line]:
-    """The caption wrapped: its first line larger, a small space, the rest small."""
+    """Wraps the caption: the first line large, then a gap, then the rest small."""
     paragraphs = caption.splitlines()
     font = _caption_font("".join(paragraphs))
     lines = []
@@ -163,31 +163,37 @@ def _caption_lines(caption: str, width: int) -> list[_Line]:
 
 
 def _caption_font(text: str) -> ImageFont.FreeTypeFont:
-    """The font that lacks the fewest characters of the text, Pillow's own if it is as good.
+    """Returns the installed font that lacks the fewest characters of the text.
 
-    Pillow's font ships with it but has little beyond ASCII, not even umlauts; others are used
-    where the machine has them.
+    Pillow's own font is preferred but has little beyond ASCII, not even umlauts.
     """
     from PIL import ImageFont
 
-    fonts = [ImageFont.load_default(_TEXT_SIZE)]
+    default = ImageFont.load_default(_TEXT_SIZE)
+    if not isinstance(default, ImageFont.FreeTypeFont):
+        raise RuntimeError("contact sheets need a Pillow with FreeType; this one has none")
+    fonts = [default]
     for name in _MORE_FONTS:
         try:
             fonts.append(ImageFont.truetype(name, _TEXT_SIZE))
-        except OSError:  # how Pillow says that no such font is installed
+        except OSError:  # the font is not installed
             continue
     characters = {c for c in text if c.isprintable()}
 
     def lacking(font: ImageFont.FreeTypeFont) -> int:
-        box = bytes(font.getmask(_NO_CHARACTER))
-        return sum(bytes(font.getmask(c)) == box for c in characters)
+        def drawn(character: str) -> list[float]:
+            mask = font.getmask(character)
+            return [mask[i] for i in range(len(mask))]
+
+        box = drawn(_NO_CHARACTER)
+        return sum(drawn(c) == box for c in characters)
 
     return min(fonts, key=lacking)
 
 
 def _wrap(paragraph: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break at spaces; inside a word only where the word alone is wider than the line."""
-    # Control and direction characters, and the half pairs of a command line that is not UTF-8.
+    """Breaks at spaces; inside a word only if the word alone is wider than the line."""
+    # Replace control and direction characters, and lone surrogates of a non-UTF-8 command line.
     printable = "".join(c if c.isprintable() else " " for c in paragraph)
     lines = [""]
     for word in printable.split():
@@ -197,7 +203,7 @@ def _wrap(paragraph: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]
             continue
         if lines[-1]:
             lines.append("")
-        for character in word:  # scripts without spaces make one long word
+        for character in word:  # a script without spaces makes one long word
             if lines[-1] and font.getlength(lines[-1] + character) > width:
                 lines.append("")
             lines[-1] += character

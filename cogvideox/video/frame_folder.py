@@ -1,7 +1,6 @@
-"""A folder of PNG frames that is replaced whole: its name holds the old frames or the new ones.
+"""Atomic replacement of a folder of PNG frames: a reader finds all old frames or all new ones.
 
-The folder is the counterpart of `runtime.files.atomic_path`, which does the same for a file.
-Standard library only.
+The counterpart for a file is `runtime.files.atomic_path`. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ _OUR_NAME = re.compile(r"frame_\d{5,}\.png")
 
 
 def frame_name(index: int) -> str:
-    """File name of frame `index`, counted from 0."""
+    """Returns the file name of frame `index`, counted from 0."""
     return f"frame_{index:05d}.png"
 
 
 def foreign_entries(folder: Path) -> list[str]:
-    """Names in `folder` that are not frames, sorted: what replacing the folder would destroy."""
+    """Returns the sorted names in `folder` that are not frames; replacing it would lose them."""
     return sorted(e.name for e in folder.iterdir() if not _is_frame(e))
 
 
 @contextmanager
 def atomic_frame_folder(path: Path) -> Iterator[Path]:
-    """Yields a new temporary folder beside `path` to fill; on success it takes the place of `path`.
+    """Yields a new temporary folder beside `path`; on success it replaces `path`.
 
-    An exception removes the temporary and leaves `path` as it was. A killed process leaves hidden
-    folders beside `path`, which the next write of `path` removes.
+    An exception removes the temporary folder and leaves `path` as it was. A killed process leaves
+    hidden folders beside `path`, which the next write of `path` removes.
 
-    A folder cannot be renamed over one that holds files, so the old one steps aside, the new one
-    takes the name, and the old one is deleted: of it, only the frames. A kill between the two
-    renames is put right by the next write, which first moves the old folder back.
+    A folder cannot be renamed over one that holds files. So the old folder is renamed to a hidden
+    name, the new one is renamed to `path`, and the old one's frames are deleted. After a kill
+    between the two renames, the next write first moves the old folder back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     retired = path.with_name(f".{path.name}.old")
@@ -65,7 +64,7 @@ def _remove_leftovers(path: Path, retired: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.tmp")
     for entry in list(path.parent.iterdir()):
         match = pattern.fullmatch(entry.name)
-        # This process's own id counts as dead: a restarted container often gets the same one.
+        # A leftover with this process's own id is dead: a restarted container often reuses it.
         if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
             _remove_folder(entry)
     if retired.exists() and path.exists():
@@ -79,7 +78,7 @@ def _is_frame(entry: Path) -> bool:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Deletes the frames in a folder, then the folder, which must be empty by then."""
+    """Deletes the frames in a folder, then the folder, which must be empty after that."""
     for entry in list(folder.iterdir()):
         if _is_frame(entry):
             entry.unlink()

@@ -48,7 +48,7 @@ def test_sampler_converts_floats_and_counts():
     sampler.add(np.full((3, 2, 2, 3), 0.5, np.float32))
     with pytest.raises(ValueError, match="only 3 of 4"):
         sampler.frames()
-    with pytest.raises(ValueError, match="frame 5 of a video of 4"):
+    with pytest.raises(ValueError, match="5 frames were added to a video of 4"):
         sampler.add(np.zeros((2, 2, 2, 3), np.float32))
     sampler.add(np.ones((1, 2, 2, 3), np.float32))
     assert sampler.frames().dtype == np.uint8
