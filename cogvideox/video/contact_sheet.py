@@ -167,7 +167,7 @@ def _caption_font(text: str) -> ImageFont.FreeTypeFont:
 
     Pillow's own font is preferred but has little beyond ASCII, not even umlauts.
     """
-    from PIL import ImageFont
+    from PIL import Image, ImageDraw, ImageFont
 
     default = ImageFont.load_default(_TEXT_SIZE)
     if not isinstance(default, ImageFont.FreeTypeFont):
@@ -181,9 +181,10 @@ def _caption_font(text: str) -> ImageFont.FreeTypeFont:
     characters = {c for c in text if c.isprintable()}
 
     def lacking(font: ImageFont.FreeTypeFont) -> int:
-        def drawn(character: str) -> list[float]:
-            mask = font.getmask(character)
-            return [mask[i] for i in range(len(mask))]
+        def drawn(character: str) -> bytes:
+            image = Image.new("L", (2 * _TEXT_SIZE, 2 * _TEXT_SIZE))
+            ImageDraw.Draw(image).text((0, 0), character, 255, font)
+            return image.tobytes()
 
         box = drawn(_NO_CHARACTER)
         return sum(drawn(c) == box for c in characters)
