@@ -249,7 +249,8 @@ def _make_target(
 
 def compile_target(target: Target, arguments: argparse.Namespace) -> None:
     """Compiles the programs of one size into the folder, and says what was made."""
-    from runtime.executables import compile_into, parse_manifest
+    from runtime.artifacts import parse_manifest
+    from runtime.executables import compile_into
 
     parts = []
     if 2 in arguments.stages:

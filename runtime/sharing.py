@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import huggingface_hub
 
-from runtime.executables import Refused, read_artifact
+from runtime.artifacts import Refused, read_artifact
 from runtime.files import atomic_path
 
 

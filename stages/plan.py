@@ -18,9 +18,9 @@ from cogvideox.denoising.program import Denoiser
 from cogvideox.model.settings import DenoisingSettings
 from cogvideox.transformer.parameters import abstract_parameters
 from cogvideox.vae.decode import Decoder, frame_batches
-from runtime.executables import Program
 from runtime.hlo_costs import memory, read_costs
 from runtime.mesh import fitting_meshes, make_mesh
+from runtime.programs import Program
 from runtime.topology import CHIPS
 
 # Pallas kernels carry no estimate of XLA's. These rates are what their schedules come to at

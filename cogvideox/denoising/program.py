@@ -29,8 +29,17 @@ from cogvideox.transformer.loading import load_parameters, stack_programs
 from cogvideox.transformer.parameters import abstract_parameters
 from cogvideox.transformer.tokens import TokenLayout, positions
 from runtime.compiler_options import transformer_options
-from runtime.executables import Program, find_or_compile, machine_fields
+from runtime.executables import find_or_compile
 from runtime.mesh import place
+from runtime.programs import Program, machine_fields
+
+# What is traced into the step, relative to the project: its executables depend on nothing else.
+SOURCES = (
+    "cogvideox/transformer",
+    "cogvideox/denoising/program.py",
+    "cogvideox/denoising/scheduler.py",
+    "splash_attention",
+)
 
 _TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
 _ROWS = P(("sp", "tp"), None)  # [S, E]
@@ -136,7 +145,7 @@ class Denoiser:
             "attention": self.attention.name,
             "block_sizes": self._block_sizes,
             "compiler_options": transformer_options(self.mesh.devices),
-            **machine_fields(self.mesh, ("torch", "torchax", "diffusers")),
+            **machine_fields(self.mesh, ("torch", "torchax", "diffusers"), SOURCES),
         }
         return Program("stage2_transformer", f"{b}x{t}x{h}x{w}{mesh}", fields, self.lower)
 

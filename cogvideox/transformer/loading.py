@@ -26,10 +26,14 @@ from cogvideox.transformer.parameters import parameter_shapes, stack_shapes
 from cogvideox.transformer.qk_norm import rotary_halves
 from cogvideox.transformer.sharding import parameter_specs
 from runtime import stopping
-from runtime.executables import Program, find_or_compile, machine_fields
+from runtime.executables import find_or_compile
+from runtime.programs import Program, machine_fields
 
 # The rows of these are reordered: each shard needs both halves of its gates, and rotary pairs lie
 # half a head apart (see cogvideox/transformer/block.py).
+# What is traced into the stacking programs, relative to the project.
+SOURCES = ("cogvideox/transformer/loading.py",)
+
 _GATED = re.compile(r"transformer_blocks\.ff\.net\.0\.proj\.(weight|bias)")
 _ROTATED = re.compile(r"transformer_blocks\.attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)")
 # Layers on their way at once, and the parameters that they may belong to.
@@ -63,7 +67,7 @@ def stack_programs(
     """By parameter, the program that stacks its layers; those of one shape and place share one."""
     shapes = stack_shapes(parameter_shapes(config), config["num_layers"])
     specs = parameter_specs(shapes)
-    surroundings = machine_fields(mesh, ())
+    surroundings = machine_fields(mesh, (), SOURCES)
     axes = "".join(f"-{axis}{size}" for axis, size in mesh.shape.items())
     programs, shared = {}, {}
     for name, shape in shapes.items():

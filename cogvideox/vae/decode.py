@@ -36,14 +36,18 @@ from cogvideox.vae.weights import (
 )
 from cogvideox.vae.xla.layers import FrameLayers
 from runtime.compiler_options import vae_options
-from runtime.executables import Program, find_or_compile, machine_fields
+from runtime.executables import find_or_compile
 from runtime.mesh import place
+from runtime.programs import Program, machine_fields
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size, which no config can change.
 LATENT_FRAMES_PER_BATCH = 2
 
 # What traces each decoder, beside JAX.
 _LIBRARIES = {"vae_torchax": ("torch", "torchax", "diffusers"), "vae_flax": ("flax",)}
+
+# What is traced into the decoders, relative to the project.
+SOURCES = ("cogvideox/vae",)
 
 AXIS = "width"
 _COLUMNS = P(None, None, AXIS)  # [B, T, W, ...]
@@ -217,7 +221,7 @@ class Decoder:
             "frames": output,
             "dtype": jnp.dtype(self.dtype).name,
             "compiler_options": vae_options(self.mesh.devices.flat[0]),
-            **machine_fields(self.mesh, _LIBRARIES[self.name]),
+            **machine_fields(self.mesh, _LIBRARIES[self.name], SOURCES),
         }
         label = f"{b}x{sizes[0]}x{height}x{width}-{AXIS}{self.mesh.size}-{output}"
         programs = [Program(f"{self.name}_first", label, fields, lambda: lower_first()[0])]

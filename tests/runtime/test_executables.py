@@ -19,10 +19,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
-from runtime import executables, sharing, stopping
+from runtime import artifacts, executables, programs, sharing, stopping
 from runtime.compilation import CompilationLog
-from runtime.executables import Program, compile_into, find_or_compile, machine_fields
+from runtime.executables import compile_into, find_or_compile
 from runtime.mesh import make_mesh
+from runtime.programs import Program, machine_fields
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +37,7 @@ def make_program(size: int = 8, mesh: tuple[int, int, int] = (2, 1, 1)) -> Progr
     def function(donated: jax.Array, tree: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return donated + tree["x"].sum(0), jnp.tanh(tree["x"])
 
-    fields = {"size": size, **machine_fields(mesh, ("numpy",))}
+    fields = {"size": size, **machine_fields(mesh, ("numpy",), ("runtime",))}
     lower = jax.jit(function, donate_argnums=0).lower
     return Program("sums", f"{size}", fields, lambda: lower(x, {"x": x}))
 
@@ -149,7 +150,9 @@ def test_an_executable_that_cannot_be_kept_is_said(cache, capsys):
     cache.mkdir()
     (cache / "executables").write_text("in the way")
     call(find(make_program(), None))
-    assert "sums: the next run will compile again" in capsys.readouterr().out
+    assert (
+        "sums: cannot keep the executable, so the next run compiles it" in capsys.readouterr().out
+    )
 
 
 def test_a_process_that_is_ending_neither_traces_nor_compiles(cache, monkeypatch):
@@ -196,7 +199,7 @@ def test_building_twice_gives_the_same_fingerprint_and_is_not_done_twice(folder)
 
 def test_changing_any_field_changes_the_fingerprint():
     program = make_program()
-    flat = executables._flat(program.fields)
+    flat = artifacts.flatten_fields(program.fields)
     seen = {program.fingerprint}
     for name in flat:
         fields = copy.deepcopy(dict(program.fields))
@@ -216,25 +219,14 @@ def test_changing_any_field_changes_the_fingerprint():
         ("XLA_FLAGS", lambda patch: patch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")),
         ("LIBTPU_INIT_ARGS", lambda patch: patch.setenv("LIBTPU_INIT_ARGS", "--xla_something=1")),
         ("versions.jaxlib", lambda patch: patch.setattr(
-            executables.metadata, "version", lambda name: "0.10.1" if name == "jaxlib" else "1")),
-        ("source", lambda patch: patch.setattr(executables, "source_hash", lambda: "other")),
+            programs.metadata, "version", lambda name: "0.10.1" if name == "jaxlib" else "1")),
+        ("source", lambda patch: patch.setattr(programs, "source_hash", lambda *_: "other")),
     ],
 )  # fmt: skip
 def test_what_surrounds_a_program_is_among_its_fields(name, change, folder, monkeypatch, capsys):
     change(monkeypatch)
     assert executables._find(make_program(), folder, jax.devices()[:2], named=True) is None
     assert name in capsys.readouterr().out
-
-
-def test_the_source_hash_follows_the_source(tmp_path, monkeypatch):
-    (tmp_path / "cogvideox").mkdir()
-    (tmp_path / "runtime").mkdir()
-    monkeypatch.setattr(executables, "__file__", str(tmp_path / "runtime/executables.py"))
-    hashes = set()
-    for text in ("a = 1", "a = 2", "a = 2"):
-        (tmp_path / "cogvideox/module.py").write_text(text)
-        hashes.add(executables.source_hash.__wrapped__())
-    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize(
@@ -345,7 +337,7 @@ def test_a_folder_that_is_only_read_serves(folder, monkeypatch):
         raise AssertionError("something was written")
 
     for name in ("atomic_path", "write_json"):
-        monkeypatch.setattr(executables, name, refuse)
+        monkeypatch.setattr(artifacts, name, refuse)
     call(find(make_program(), folder))
     find(make_program(16), folder)
 
