@@ -202,7 +202,7 @@ def make_targets(arguments: argparse.Namespace) -> list[Target]:
     from cogvideox.model.settings import complete_settings, text_tokens
 
     model = find_model(arguments.model_id, [])
-    tokens = text_tokens(arguments.max_sequence_length, model.config("transformer"))
+    tokens = text_tokens(arguments.max_sequence_length, model.transformer)
     settings = []
     for size in arguments.sizes or [(None, None, None)]:
         wishes = dict(zip(("height", "width", "num_frames"), size, strict=True))
@@ -235,14 +235,12 @@ def _make_target(
 ) -> Target:
     from cogvideox.model.settings import latent_shape
     from cogvideox.vae.decode import make_decoder
-    from cogvideox.vae.weights import VaeConfig
     from runtime.mesh import all_devices, make_mesh
 
     latents, padding = latent_shape(settings, model, arguments.batch)
     denoiser = stage2.make_denoiser(arguments, model, {}, latents, tokens, settings.guided, devices)
     mesh = make_mesh(all_devices(arguments.dp, arguments.tp, len(devices)), devices)
-    config = VaeConfig.from_folder(model.path / "vae")
-    decoder = make_decoder(f"vae_{arguments.decoder}", config, mesh, arguments.dtype)
+    decoder = make_decoder(f"vae_{arguments.decoder}", model.vae, mesh, arguments.dtype)
     batch, frames, channels, *size = latents.sizes
     return Target(settings, (batch, channels, frames - padding, *size), denoiser, decoder)
 

@@ -82,6 +82,7 @@ def check_prompts(prompts: list[str], negative_prompt: str) -> None:
 
 def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
     """The model, and the tokens per prompt; raises ValueError for what cannot be encoded."""
+    from cogvideox.model.config import read_json
     from cogvideox.model.folder import find_model, stored_tensors
     from cogvideox.model.settings import text_tokens
 
@@ -93,10 +94,10 @@ def check(arguments: argparse.Namespace) -> tuple[ModelFolder, int]:
             raise ValueError(
                 f"the model's {part} is a {model.component_class(part)}, not a {known[0]}"
             )
-    model.config("text_encoder")
-    model.config("tokenizer", "tokenizer_config.json")
+    read_json(model.path / "text_encoder" / "config.json")
+    read_json(model.path / "tokenizer" / "tokenizer_config.json")
     stored_tensors(model.path / "text_encoder")
-    return model, text_tokens(arguments.max_sequence_length, model.config("transformer"))
+    return model, text_tokens(arguments.max_sequence_length, model.transformer)
 
 
 def embed(

@@ -138,8 +138,8 @@ def make_plan(arguments: argparse.Namespace, model: ModelFolder, batch: int, tok
         from cogvideox.transformer.parameters import check_weights
 
         weights = stored_tensors(model.path / "transformer")
-        check_weights(model.config("transformer"), weights)
-        schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
+        check_weights(model.transformer, weights)
+        schedule = make_schedule(settings, model.scheduler)
         starting.result()
 
     import jax
@@ -168,14 +168,14 @@ def make_denoiser(
     from cogvideox.transformer.attention import choose_attention
     from runtime.mesh import choose_mesh, make_mesh
 
-    config = model.config("transformer")
+    config = model.transformer
     attention = choose_attention(arguments.attention, devices[0].platform, arguments.dtype)
     mesh = choose_mesh(
         arguments.dp,
         arguments.sp,
         arguments.tp,
         batch=latents.batch * (2 if guided else 1),
-        num_heads=config["num_attention_heads"],
+        num_heads=config.num_attention_heads,
         num_devices=len(devices),
     )
     return Denoiser(
@@ -355,13 +355,13 @@ def open_embeddings(arguments: argparse.Namespace) -> tuple[stage_files.StageFil
         arguments.input_dir, stage_files.EMBEDDINGS_FILE, "stage1_text_encoder", config, names
     )
     model = stage_files.find_same_model(arguments.model_id, file, ["transformer", "scheduler"])
-    transformer = model.config("transformer")
+    transformer = model.transformer
     shape = file.shapes["prompt_embeds"]
     if len(shape) != 3 or 0 in shape or file.shapes["negative_prompt_embeds"] != shape:
         raise ValueError(f"{file.path} does not hold two equal [batch, tokens, width] tensors")
     _, tokens, width = shape
     text_tokens(tokens, transformer)
-    if width != transformer["text_embed_dim"]:
+    if width != transformer.text_embed_dim:
         raise ValueError(
             f"{file.path} holds embeddings of {width}, the model takes "
             f"{transformer['text_embed_dim']}"

@@ -99,18 +99,18 @@ def check(
     Raises:
         ValueError: an unknown suffix, a place that cannot be written, weights that do not fit.
     """
-    from cogvideox.model.settings import decoded_frames, spatial_factor, temporal_factor
-    from cogvideox.vae.weights import VaeConfig, stored_weights
+    from cogvideox.model.settings import decoded_frames
+    from cogvideox.vae.weights import stored_weights
     from cogvideox.video.formats import check_output_path, wants_float
 
     batch, channels, latent_frames, height, width = latents
-    vae = model.config("vae")
-    if channels != vae["latent_channels"]:
-        raise ValueError(f"latents of {channels} channels, a VAE of {vae['latent_channels']}")
-    stored_weights(model.path / "vae", VaeConfig.from_folder(model.path / "vae"))
+    vae = model.vae
+    if channels != vae.latent_channels:
+        raise ValueError(f"latents of {channels} channels, a VAE of {vae.latent_channels}")
+    stored_weights(model.path / "vae", vae)
     videos = stage_files.numbered(arguments.output_video or folder / stage_files.VIDEO_FILE, batch)
-    values = 3 * height * width * spatial_factor(vae) ** 2
-    values *= decoded_frames(latent_frames, temporal_factor(vae))
+    values = 3 * height * width * vae.spatial_scale**2
+    values *= decoded_frames(latent_frames, vae.temporal_compression_ratio)
     for video in videos:
         if processes.is_first():
             check_output_path(video, fps=fps, quality=arguments.quality)
@@ -142,14 +142,12 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
         import jax
 
         from cogvideox.vae.decode import make_decoder
-        from cogvideox.vae.weights import VaeConfig
         from runtime.mesh import all_devices, make_mesh
 
         mesh = make_mesh(all_devices(arguments.dp, arguments.tp, jax.device_count()))
-        vae_config = VaeConfig.from_folder(model.path / "vae")
-        decoder = make_decoder(decoder_name, vae_config, mesh, arguments.dtype)
+        decoder = make_decoder(decoder_name, model.vae, mesh, arguments.dtype)
 
-    from cogvideox.model.settings import decoded_frames, temporal_factor
+    from cogvideox.model.settings import decoded_frames
     from cogvideox.video.formats import wants_float
     from runtime.compilation import CompilationLog
 
@@ -167,7 +165,7 @@ def run(arguments: argparse.Namespace, decoder_name: str) -> None:
     print(f"stage 3: {compilations.sentence()}")
 
     section = make_section(arguments, model, latents_file, videos, dict(mesh.shape), decoder_name)
-    num_frames = decoded_frames(shape[2], temporal_factor(model.config("vae")))
+    num_frames = decoded_frames(shape[2], model.vae.temporal_compression_ratio)
     waited = Timings()
     with timings.phase("run and save"):
         recorded = {**config, STAGE: section}

@@ -13,6 +13,7 @@ with an empty cache; its latents and videos should be those of the runs before. 
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -69,9 +70,9 @@ def make_model(arguments: argparse.Namespace) -> None:
 
     from cogvideox.transformer.parameters import parameter_shapes
 
-    config = {"_class_name": "CogVideoXTransformer3DModel", **TRANSFORMERS[arguments.model]}
-    config |= {"patch_bias": True}
-    config |= {"num_layers": arguments.layers} if arguments.layers else {}
+    config = TRANSFORMERS[arguments.model]
+    if arguments.layers:
+        config = dataclasses.replace(config, num_layers=arguments.layers)
     scheduler = {
         "_class_name": "CogVideoXDPMScheduler",
         "beta_schedule": "scaled_linear",
@@ -93,7 +94,7 @@ def make_model(arguments: argparse.Namespace) -> None:
     for part in ("transformer", "scheduler"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps(index))
-    (folder / "transformer/config.json").write_text(json.dumps(config))
+    (folder / "transformer/config.json").write_text(json.dumps(dataclasses.asdict(config)))
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     torch.manual_seed(0)
     AutoencoderKLCogVideoX(scaling_factor=0.7).to(torch.bfloat16).save_pretrained(folder / "vae")

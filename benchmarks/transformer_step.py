@@ -10,6 +10,7 @@ of this machine and prints measured seconds.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -65,12 +66,12 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any, attention: str) -
     config = TRANSFORMERS[arguments.model]
     height, width, frames = map(int, arguments.size.split("x"))
     latent_frames = (frames - 1) // 4 + 1
-    latent_frames += -latent_frames % (config["patch_size_t"] or 1)
+    latent_frames += -latent_frames % (config.patch_size_t or 1)
     asked = dict(part.split("=") for part in (arguments.mesh or "").split(",") if part)
     sizes = [int(asked[axis]) if axis in asked else None for axis in AXES]
     if asked:
         sizes = [size or 1 for size in sizes]
-    heads = config["num_attention_heads"]
+    heads = config.num_attention_heads
     shape = choose_mesh(*sizes, batch=2, num_heads=heads, num_devices=devices.size)
     count = shape[0] * shape[1] * shape[2]
     mesh = jax.sharding.Mesh(devices.reshape(-1)[:count].reshape(shape), AXES)
@@ -78,7 +79,7 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any, attention: str) -
         config=config,
         weights={},
         latents=LatentShape(1, latent_frames, 16, height // 8, width // 8),
-        text_tokens=config["max_text_seq_length"],
+        text_tokens=config.max_text_seq_length,
         guided=True,
         dtype="bfloat16",
         mesh=mesh,
@@ -89,8 +90,8 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any, attention: str) -
 def flops(denoiser: Any) -> dict[str, float]:
     """Floating-point operations of one step over all devices: attention, and everything linear."""
     config, tokens = denoiser.config, denoiser.layout.tokens
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    batch, layers = 2 * denoiser.latents.batch, config["num_layers"]
+    width = config.width
+    batch, layers = 2 * denoiser.latents.batch, config.num_layers
     return {
         "attention": batch * layers * 4.0 * tokens * tokens * width,
         "linear": batch * layers * 2.0 * tokens * 12 * width * width,
@@ -111,7 +112,7 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
     compiled = built.executable
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     costs = hlo_costs.read_costs(compiled.as_text())
-    layers = denoiser.config["num_layers"]
+    layers = denoiser.config.num_layers
     kernels = kernel_cycles(denoiser)
     if costs.kernel_calls != layers * len(kernels):
         raise RuntimeError(f"{costs.kernel_calls} kernel calls in {layers} blocks")
@@ -154,15 +155,15 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     from cogvideox.transformer.tpu.token_shards import Tiles
 
     config, shape = denoiser.config, dict(denoiser.mesh.shape)
-    head_dim, shards = config["attention_head_dim"], shape["sp"]
-    rows = config["num_attention_heads"] * head_dim // (shape["tp"] * shards)
+    head_dim, shards = config.attention_head_dim, shape["sp"]
+    rows = config.width // (shape["tp"] * shards)
     batch = 2 * denoiser.latents.batch // shape["dp"]
     heads = batch * rows // head_dim
     attention = row("v6e", "bounded", heads, denoiser.layout.tokens, head_dim)
     cycles = {"attention": attention["cycles"]}
     split = (batch, shards, rows, denoiser.layout.padded // shards)
     rows_of_device = denoiser.layout.padded // (shards * shape["tp"])
-    residual = (batch, rows_of_device, config["num_attention_heads"] * head_dim)
+    residual = (batch, rows_of_device, config.width)
     steps = math.prod(Tiles(*split).grid)
     kernels = {
         "norm_q": ("norm_and_rotate", split, steps),
@@ -232,7 +233,7 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     step = denoiser.compile()
     compile_seconds = time.perf_counter() - start
     rng = np.random.default_rng(0)
-    text = rng.normal(size=(2, 1, denoiser.text_tokens, denoiser.config["text_embed_dim"]))
+    text = rng.normal(size=(2, 1, denoiser.text_tokens, denoiser.config.text_embed_dim))
     embeds = denoiser.prompt_embeds({"prompt_embeds": text[0], "negative_prompt_embeds": text[1]})
     height, width, frames = map(int, arguments.size.split("x"))
     settings = DenoisingSettings(
@@ -292,7 +293,7 @@ def run_diffusers(arguments: argparse.Namespace) -> dict[str, Any]:
     frames += frames % 2
     torch.set_default_device("cuda")
     torch.set_default_dtype(torch.bfloat16)
-    model = diffusers.CogVideoXTransformer3DModel.from_config(config).eval()
+    model = diffusers.CogVideoXTransformer3DModel(**dataclasses.asdict(config)).eval()
     for block in model.transformer_blocks:
         block.compile(fullgraph=True)
     grid = (height // 2, width // 2)

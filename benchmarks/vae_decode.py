@@ -163,8 +163,8 @@ def decoder_bytes(decoder: Any) -> int:
 def published_decoder(name: str, mesh: Any) -> Any:
     import jax.numpy as jnp
 
+    from cogvideox.model.config import VaeConfig
     from cogvideox.vae.decode import make_decoder
-    from cogvideox.vae.weights import VaeConfig
 
     config = VaeConfig(scaling_factor=SCALING_FACTOR)
     return make_decoder(f"vae_{name}", config, mesh, jnp.bfloat16)

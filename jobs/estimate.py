@@ -106,20 +106,20 @@ class Pace:
 
     def _work(self, job: Job) -> float:
         """Returns the multiply-adds of all denoising steps."""
-        config = self._model.config("transformer")
+        config = self._model.transformer
         shape, _ = latent_shape(job.settings, self._model, batch=1)
-        patch = config["patch_size"] ** 2 * (config["patch_size_t"] or 1)
+        patch = config.patch_size**2 * (config.patch_size_t or 1)
         tokens = shape.frames * shape.height * shape.width // patch + job.max_sequence_length
-        width = config["num_attention_heads"] * config["attention_head_dim"]
+        width = config.width
         # Two products of attention, and the 12 E^2 weights of a block for each token.
-        step = config["num_layers"] * (2 * tokens**2 * width + 12 * tokens * width**2)
+        step = config.num_layers * (2 * tokens**2 * width + 12 * tokens * width**2)
         return step * job.settings.num_inference_steps * (2 if job.settings.guided else 1)
 
 
 def job_bytes(job: Job, model: ModelFolder) -> int:
     """Estimates the bytes of a job's folder: exact for tensors, approximate for the video."""
     settings, value = job.settings, 4 if job.dtype == "float32" else 2
-    width = model.config("transformer")["text_embed_dim"]
+    width = model.transformer.text_embed_dim
     shape, padding = latent_shape(settings, model, batch=1)
     embeddings = 2 * job.max_sequence_length * width * value
     latents = (shape.frames - padding) * shape.channels * shape.height * shape.width * value

@@ -105,9 +105,7 @@ def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:
     decides = {
         "prompt": arguments.prompt[0],
         "negative_prompt": arguments.negative_prompt,
-        "max_sequence_length": text_tokens(
-            arguments.max_sequence_length, model.config("transformer")
-        ),
+        "max_sequence_length": text_tokens(arguments.max_sequence_length, model.transformer),
         "settings": complete_settings(wishes, model, any_size=arguments.allow_unsupported),
         "model_id": model.model_id,
         "revision": model.revision,

@@ -155,11 +155,10 @@ class Workshop:
 
         arguments = self._of(job)
         folder = arguments.output_dir
-        config = self._model.config("scheduler", "scheduler_config.json")
         plan = dataclasses.replace(
             self._plans[shape_of(job)],
             settings=job.settings,
-            schedule=make_schedule(job.settings, config),
+            schedule=make_schedule(job.settings, self._model.scheduler),
         )
         embeddings, _ = stage2.open_embeddings(arguments)
         prompt_embeds = plan.denoiser.prompt_embeds(stage_files.read_tensors(embeddings))
@@ -194,7 +193,7 @@ class Workshop:
         )
 
     def _decode(self, job: Job) -> None:
-        from cogvideox.model.settings import decoded_frames, temporal_factor
+        from cogvideox.model.settings import decoded_frames
 
         arguments = self._of(job)
         folder = arguments.output_dir
@@ -204,7 +203,7 @@ class Workshop:
             arguments, self._model, latents_file, videos, self._decoder_mesh, f"vae_{job.decoder}"
         )
         latents = stage_files.read_tensors(latents_file)["latents"]
-        frames = decoded_frames(latents.shape[2], temporal_factor(self._model.config("vae")))
+        frames = decoded_frames(latents.shape[2], self._model.vae.temporal_compression_ratio)
         batches = self._until_aborted(self._decoder.decode(latents, output="uint8"))
         stage3.write_videos(batches, frames, videos, arguments, {**config, stage3.STAGE: section})
         stage_files.record_section(folder, stage3.STAGE, section, inherited=folder)

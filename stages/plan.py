@@ -213,7 +213,7 @@ def _other_meshes(denoiser: Denoiser) -> list[Denoiser]:
     mesh = denoiser.mesh
     shapes = fitting_meshes(
         denoiser.latents.batch * (2 if denoiser.guided else 1),
-        denoiser.config["num_attention_heads"],
+        denoiser.config.num_attention_heads,
         mesh.size,
     )
     devices = list(mesh.devices.flat)
@@ -236,7 +236,7 @@ def _estimate_step(denoiser: Denoiser, compiler: _Compiler) -> Estimate:
     costs = read_costs(compiled.as_text())
     cycles = sum(costs.cycles.values())
     if costs.kernel_calls:
-        cycles += denoiser.config["num_layers"] * _kernel_cycles(denoiser)
+        cycles += denoiser.config.num_layers * _kernel_cycles(denoiser)
     received = sum(costs.collective_bytes.values())
     return Estimate("compiled", hbm["total"] <= _capacity(device), hbm, cycles, received)
 
@@ -357,7 +357,7 @@ def _samples(denoiser: Denoiser) -> int:
 def _tokens_bytes(denoiser: Denoiser) -> int:
     """Tokens of a dp group, all channels: what an sp shard holds after a gather over tp."""
     config = denoiser.config
-    width = config["num_attention_heads"] * config["attention_head_dim"]
+    width = config.width
     item = jax.numpy.dtype(denoiser.dtype).itemsize
     return _samples(denoiser) * denoiser.layout.padded * width * item // denoiser.mesh.shape["sp"]
 
@@ -372,14 +372,14 @@ def _received(denoiser: Denoiser) -> int:
     tokens = _tokens_bytes(denoiser)
     changed = 4 * tokens // tp * (sp - 1) // sp
     gathered = 4 * tokens * (tp - 1) // tp
-    return denoiser.config["num_layers"] * (changed + gathered)
+    return denoiser.config.num_layers * (changed + gathered)
 
 
 def _kernel_cycles(denoiser: Denoiser) -> float:
     """Cycles of the Pallas kernels of one block on one chip."""
     chip = CHIPS[denoiser.mesh.devices.flat[0].device_kind]
     shards = denoiser.mesh.shape["sp"] * denoiser.mesh.shape["tp"]
-    heads = _samples(denoiser) * denoiser.config["num_attention_heads"] // shards
+    heads = _samples(denoiser) * denoiser.config.num_attention_heads // shards
     attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE
     # The four norms, and with sp the kernels that join and part its shards, wait for memory.
     kernels = 6 if denoiser.mesh.shape["sp"] > 1 else 4

@@ -260,7 +260,7 @@ def test_configs_from_before_a_key_existed(models, tmp_path):
         batch=1,
         tokens=226,
     )
-    assert plan.denoiser.config["patch_size_t"] is None
+    assert plan.denoiser.config.patch_size_t is None
 
 
 def test_image_to_video_model(models, files, tmp_path, capsys):

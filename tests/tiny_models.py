@@ -1,8 +1,6 @@
 """Small random models in diffusers layout, for every generation and positional scheme."""
 
-import inspect
 import string
-from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -15,13 +13,6 @@ GENERATIONS = {
     "1.0-rope": {"patch_size_t": None, "use_rotary_positional_embeddings": True},
     "1.0-sincos": {"patch_size_t": None, "use_rotary_positional_embeddings": False},
 }
-
-
-def complete_config(config: Mapping[str, object]) -> dict[str, object]:
-    """A transformer's config with diffusers' defaults filled in."""
-    init = inspect.signature(diffusers.CogVideoXTransformer3DModel.__init__)
-    defaults = {name: p.default for name, p in init.parameters.items() if name != "self"}
-    return defaults | dict(config)
 
 
 def make_tokenizer() -> transformers.T5Tokenizer:

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from cogvideox.denoising.loop_checkpoint import LoopCheckpoint
 from cogvideox.denoising.noise import draw_noise
 from cogvideox.denoising.scheduler import Schedule, StepCoefficients, step
+from cogvideox.model.config import TransformerConfig
 from cogvideox.model.folder import StoredTensor
 from cogvideox.model.settings import LatentShape
 from cogvideox.transformer.attention import AttentionKernel, padded_tokens
@@ -69,7 +70,7 @@ class Denoiser:
     one compilation serves them all.
     """
 
-    config: Mapping[str, Any]  # the transformer's
+    config: TransformerConfig  # the transformer's
     weights: Mapping[str, StoredTensor]  # headers of its safetensors files
     latents: LatentShape
     text_tokens: int
@@ -82,7 +83,7 @@ class Denoiser:
     def layout(self) -> TokenLayout:
         """How latents and text become the rows of a sequence."""
         layout = TokenLayout(
-            self.latents, self.config["patch_size"], self.config["patch_size_t"] or 1,
+            self.latents, self.config.patch_size, self.config.patch_size_t or 1,
             self.text_tokens, padded=0,
         )  # fmt: skip
         shards = self.mesh.shape["sp"] * self.mesh.shape["tp"]
@@ -133,8 +134,8 @@ class Denoiser:
         mesh = "".join(f"-{axis}{size}" for axis, size in self.mesh.shape.items())
         config = {
             name: value
-            for name, value in self.config.items()
-            if not (name.startswith("_") or name in _NOT_IN_THE_PROGRAM or value is None)
+            for name, value in dataclasses.asdict(self.config).items()
+            if name not in _NOT_IN_THE_PROGRAM and value is not None
         }
         fields = {
             "transformer": config,
@@ -154,7 +155,7 @@ class Denoiser:
         """The attention kernel's tiles, which the chip and the shapes decide."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self.attention.block_sizes(
-                self.config["attention_head_dim"],
+                self.config.attention_head_dim,
                 self.layout.padded,
                 self.layout.tokens,
                 self.dtype,
@@ -177,7 +178,7 @@ class Denoiser:
         text = (
             self.latents.batch * (2 if self.guided else 1),
             self.text_tokens,
-            self.config["text_embed_dim"],
+            self.config.text_embed_dim,
         )
         prompt_embeds = abstract(text, self.dtype, _BATCH)
         scalars = _step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6))

@@ -12,14 +12,13 @@ importing them would take longer than reading the weights.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cogvideox.model.diffusers_defaults import SCHEDULER as SCHEDULER_DEFAULTS
+from cogvideox.model.config import SchedulerConfig
 from cogvideox.model.settings import DenoisingSettings
 
 
@@ -72,24 +71,23 @@ class Schedule:
     noise_draws: tuple[int, ...]  # how often diffusers draws noise in each step; the last counts
 
 
-def make_schedule(settings: DenoisingSettings, config: Mapping[str, Any]) -> Schedule:
+def make_schedule(settings: DenoisingSettings, config: SchedulerConfig) -> Schedule:
     """The timesteps, guidance scales, coefficients and noise draws of a run.
 
     Args:
         settings: names the scheduler, dpm or ddim, the steps and the guidance.
-        config: the model's scheduler_config.json, of either scheduler class.
+        config: the model's scheduler, of either class.
 
     Raises:
         ValueError: more steps than the model was trained with, or an unknown prediction type.
     """
-    config = SCHEDULER_DEFAULTS | dict(config)
     steps = settings.num_inference_steps
-    if steps > config["num_train_timesteps"]:
-        raise ValueError(f"{steps} steps are more than {config['num_train_timesteps']}")
+    if steps > config.num_train_timesteps:
+        raise ValueError(f"{steps} steps are more than {config.num_train_timesteps}")
     alphas = _alphas(config)
-    final = alphas.dtype.type(1) if config["set_alpha_to_one"] else alphas[0]
+    final = alphas.dtype.type(1) if config.set_alpha_to_one else alphas[0]
     timesteps = _timesteps(config, steps)
-    stride = config["num_train_timesteps"] // steps
+    stride = config.num_train_timesteps // steps
     coefficients, draws = [], []
     for i, timestep in enumerate(timesteps):
         previous = timestep - stride
@@ -105,19 +103,19 @@ def make_schedule(settings: DenoisingSettings, config: Mapping[str, Any]) -> Sch
                 alpha_back = alphas[timesteps[i - 1]] if second_order else None
                 update = _dpm_update(alpha, alpha_next, alpha_back)
                 drawn = 2 if second_order else 1
-            weights = (*_x0_weights(config["prediction_type"], alpha), *update)
+            weights = (*_x0_weights(config.prediction_type, alpha), *update)
         coefficients.append(StepCoefficients(*map(float, weights)))
         draws.append(drawn)
     scales = [_guidance_scale(settings, timestep) for timestep in timesteps]
     return Schedule(tuple(timesteps), tuple(scales), tuple(coefficients), tuple(draws))
 
 
-def _alphas(config: Mapping[str, Any]) -> np.ndarray:
+def _alphas(config: SchedulerConfig) -> np.ndarray:
     """The products of all alphas up to each training timestep."""
-    kind, count = config["beta_schedule"], config["num_train_timesteps"]
-    start, stop = config["beta_start"], config["beta_end"]
-    if config["trained_betas"] is not None:
-        betas = np.asarray(config["trained_betas"], np.float32)
+    kind, count = config.beta_schedule, config.num_train_timesteps
+    start, stop = config.beta_start, config.beta_end
+    if config.trained_betas is not None:
+        betas = np.asarray(config.trained_betas, np.float32)
     elif kind == "linear":
         betas = np.linspace(start, stop, count, dtype=np.float32)
     elif kind == "scaled_linear":
@@ -128,21 +126,21 @@ def _alphas(config: Mapping[str, Any]) -> np.ndarray:
     else:
         raise ValueError(f"the scheduler's beta_schedule {kind!r} is not known")
     alphas = np.cumprod(1 - betas, dtype=np.float64).astype(betas.dtype)
-    shift = config["snr_shift_scale"]
+    shift = config.snr_shift_scale
     alphas = alphas / (shift + (1 - shift) * alphas)
-    if config["rescale_betas_zero_snr"]:
+    if config.rescale_betas_zero_snr:
         roots = np.sqrt(alphas)
         alphas = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
     return alphas
 
 
-def _timesteps(config: Mapping[str, Any], steps: int) -> list[int]:
+def _timesteps(config: SchedulerConfig, steps: int) -> list[int]:
     """The training timesteps to denoise at, the noisiest first."""
-    spacing, trained = config["timestep_spacing"], config["num_train_timesteps"]
+    spacing, trained = config.timestep_spacing, config.num_train_timesteps
     if spacing == "linspace":
         timesteps = np.linspace(0, trained - 1, steps).round()[::-1]
     elif spacing == "leading":
-        timesteps = np.arange(steps)[::-1] * (trained // steps) + config["steps_offset"]
+        timesteps = np.arange(steps)[::-1] * (trained // steps) + config.steps_offset
     elif spacing == "trailing":
         timesteps = np.round(np.arange(trained, 0, -trained / steps)) - 1
     else:

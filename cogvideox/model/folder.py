@@ -8,28 +8,19 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from cogvideox.model.diffusers_defaults import DEFAULTS
-
-
-class Config(dict):
-    """A JSON configuration, completed by the defaults of the diffusers class it configures."""
-
-    def __init__(self, path: Path):
-        super().__init__(_read_json(path))
-        self._path = path
-
-    def __missing__(self, key: str) -> Any:
-        defaults = DEFAULTS.get(str(self.get("_class_name")), {})
-        if key not in defaults:
-            raise ValueError(f"{self._path} has no {key!r}")
-        return defaults[key]
+from cogvideox.model.config import (
+    SchedulerConfig,
+    TransformerConfig,
+    VaeConfig,
+    read_json,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +31,28 @@ class ModelFolder:
     revision: str | None  # the hub commit, None for a folder
     path: Path
 
-    def config(self, part: str, name: str = "config.json") -> Config:
-        """The JSON configuration `name` of `part` ("transformer", "vae", "scheduler", ...)."""
-        return Config(self.path / part / name)
+    @cached_property
+    def transformer(self) -> TransformerConfig:
+        """The transformer's configuration; the file is read once."""
+        return TransformerConfig.from_file(self.path / "transformer" / "config.json")
+
+    @cached_property
+    def vae(self) -> VaeConfig:
+        """The VAE's configuration."""
+        return VaeConfig.from_file(self.path / "vae" / "config.json")
+
+    @cached_property
+    def scheduler(self) -> SchedulerConfig:
+        """The scheduler's configuration."""
+        return SchedulerConfig.from_file(self.path / "scheduler" / "scheduler_config.json")
 
     def component_class(self, part: str) -> str:
         """The class that model_index.json names for `part`, such as "T5EncoderModel"."""
-        index = _read_json(self.path / "model_index.json")
+        index = read_json(self.path / "model_index.json")
         entry = index.get(part)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
             raise ValueError(f"{self.path / 'model_index.json'} names no class for {part!r}")
-        return entry[1]
+        return str(entry[1])
 
 
 def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
@@ -99,18 +101,6 @@ def _download(model_id: str, patterns: list[str]) -> str:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
 # By safetensors' names.
 _DTYPES = {
     name: np.dtype(dtype)
@@ -148,7 +138,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        weight_map = _read_json(indices[0]).get("weight_map")
+        weight_map = read_json(indices[0]).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{indices[0]} has no weight_map")
         files = [folder / str(name) for name in sorted(set(weight_map.values()))]

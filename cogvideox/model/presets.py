@@ -5,8 +5,8 @@ published one (a fine-tune of another size, a test model) is held to its own sam
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+
+from cogvideox.model.config import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,27 +61,27 @@ _PUBLISHED_V1_5 = {
 }
 
 
-def preset_for(transformer_config: Mapping[str, Any], spatial_factor: int) -> Preset:
+def preset_for(transformer: TransformerConfig, spatial_factor: int) -> Preset:
     """The preset of a transformer, told apart by its configuration, never by its folder's name.
 
     Args:
-        transformer_config: the transformer's config.json.
+        transformer: its configuration.
         spatial_factor: pixels per latent along height and width (8 for the published VAEs).
     """
-    is_v1_5 = transformer_config["patch_size_t"] is not None
-    shape = (transformer_config["num_layers"], transformer_config["num_attention_heads"])
+    is_v1_5 = transformer.patch_size_t is not None
+    shape = (transformer.num_layers, transformer.num_attention_heads)
     published = (_PUBLISHED_V1_5 if is_v1_5 else _PUBLISHED).get(shape)
     if published:
         return published
     base = _V1_5 if is_v1_5 else _V1_0
-    frames = transformer_config["sample_frames"]
+    frames = transformer.sample_frames
     return dataclasses.replace(
         base,
         name=f"custom {base.name} model",
         sizes=(
             (
-                transformer_config["sample_height"] * spatial_factor,
-                transformer_config["sample_width"] * spatial_factor,
+                transformer.sample_height * spatial_factor,
+                transformer.sample_width * spatial_factor,
             ),
         ),
         num_frames=frames,

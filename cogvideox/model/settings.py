@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from cogvideox.model.config import TransformerConfig
 from cogvideox.model.folder import ModelFolder
 from cogvideox.model.presets import check_frames, check_size, preset_for
 
@@ -70,10 +71,9 @@ def complete_settings(wishes: Wishes, model: ModelFolder, *, any_size: bool) -> 
     Raises:
         ValueError: a setting that the model cannot compute, with the nearest that it can.
     """
-    transformer, vae = model.config("transformer"), model.config("vae")
-    schedule = model.config("scheduler", "scheduler_config.json")
+    transformer, vae = model.transformer, model.vae
     _require_text_to_video(transformer)
-    spatial = spatial_factor(vae)
+    spatial = vae.spatial_scale
     preset = preset_for(transformer, spatial)
     defaults = {
         "height": preset.sizes[0][0],
@@ -82,7 +82,7 @@ def complete_settings(wishes: Wishes, model: ModelFolder, *, any_size: bool) -> 
         "fps": preset.fps,
         "num_inference_steps": preset.num_inference_steps,
         "guidance_scale": preset.guidance_scale,
-        "scheduler": _own_scheduler(schedule),
+        "scheduler": model.scheduler.name,
     }
     given = {name: value for name, value in wishes.items() if value is not None}
     settings = DenoisingSettings(**{**defaults, **given})
@@ -90,27 +90,27 @@ def complete_settings(wishes: Wishes, model: ModelFolder, *, any_size: bool) -> 
         preset,
         settings.height,
         settings.width,
-        multiple=spatial * transformer["patch_size"],
+        multiple=spatial * transformer.patch_size,
         any_size=any_size,
     )
     check_frames(
         preset,
         settings.num_frames,
-        temporal_factor=temporal_factor(vae),
+        temporal_factor=vae.temporal_compression_ratio,
         any_size=any_size,
     )
     tokens = (
         settings.height
         * settings.width
         * settings.num_frames
-        // ((spatial * transformer["patch_size"]) ** 2 * temporal_factor(vae))
+        // ((spatial * transformer.patch_size) ** 2 * vae.temporal_compression_ratio)
     )
     if tokens > _MOST_TOKENS:
         raise ValueError(
             f"--height {settings.height} --width {settings.width} --num_frames "
             f"{settings.num_frames} make {tokens} tokens; at most {_MOST_TOKENS} are computed"
         )
-    trained_steps = schedule["num_train_timesteps"]
+    trained_steps = model.scheduler.num_train_timesteps
     if settings.num_inference_steps > trained_steps:
         raise ValueError(
             f"--num_inference_steps {settings.num_inference_steps} is more than the "
@@ -127,12 +127,12 @@ def latent_shape(
     CogVideoX 1.5 takes latent frames in groups of patch_size_t; the frames missing to a whole
     group are added, denoised along and dropped, all at the front, as diffusers does.
     """
-    transformer, vae = model.config("transformer"), model.config("vae")
-    frames = (settings.num_frames - 1) // temporal_factor(vae) + 1
-    padding = -frames % (transformer["patch_size_t"] or 1)
-    spatial = spatial_factor(vae)
+    transformer, vae = model.transformer, model.vae
+    frames = (settings.num_frames - 1) // vae.temporal_compression_ratio + 1
+    padding = -frames % (transformer.patch_size_t or 1)
+    spatial = vae.spatial_scale
     height, width = settings.height // spatial, settings.width // spatial
-    return LatentShape(batch, frames + padding, transformer["in_channels"], height, width), padding
+    return LatentShape(batch, frames + padding, transformer.in_channels, height, width), padding
 
 
 def decoded_frames(latent_frames: int, factor: int) -> int:
@@ -143,46 +143,21 @@ def decoded_frames(latent_frames: int, factor: int) -> int:
     return latent_frames * factor - (factor - 1) * (latent_frames % 2)
 
 
-def temporal_factor(vae_config: Mapping[str, Any]) -> int:
-    """Frames per latent frame.
-
-    Raises:
-        ValueError: it is no power of two, which the VAE's doublings cannot make.
-    """
-    factor = vae_config["temporal_compression_ratio"]
-    if factor not in (1, 2, 4, 8, 16):
-        raise ValueError(f"the VAE's temporal_compression_ratio {factor} is no power of two")
-    return int(factor)
-
-
-def spatial_factor(vae_config: Mapping[str, Any]) -> int:
-    """Pixels per latent along height and width."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
-
-
-def text_tokens(asked: int | None, transformer_config: Mapping[str, Any]) -> int:
+def text_tokens(asked: int | None, transformer: TransformerConfig) -> int:
     """Tokens per prompt: what was asked for, or what the model was trained with.
 
     Raises:
         ValueError: a model with sincos positions takes no other number than its own.
     """
-    own = transformer_config["max_text_seq_length"]
+    own = transformer.max_text_seq_length
     tokens = own if asked is None else asked
-    if tokens != own and not transformer_config["use_rotary_positional_embeddings"]:
+    if tokens != own and not transformer.use_rotary_positional_embeddings:
         raise ValueError(
             f"--max_sequence_length {tokens}: this model's positions are made for {own} tokens"
         )
     return tokens
 
 
-def _own_scheduler(scheduler_config: Mapping[str, Any]) -> str:
-    names = {"CogVideoXDPMScheduler": "dpm", "CogVideoXDDIMScheduler": "ddim"}
-    name = scheduler_config.get("_class_name")
-    if name not in names:
-        raise ValueError(f"the model's scheduler is {name}, not one of {', '.join(names)}")
-    return names[name]
-
-
-def _require_text_to_video(config: Mapping[str, Any]) -> None:
-    if config["ofs_embed_dim"] or config["use_learned_positional_embeddings"]:
+def _require_text_to_video(config: TransformerConfig) -> None:
+    if config.ofs_embed_dim or config.use_learned_positional_embeddings:
         raise ValueError("this is an image-to-video model; only text-to-video models are supported")

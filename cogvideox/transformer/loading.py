@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cogvideox.model.config import TransformerConfig
 from cogvideox.model.folder import StoredTensor
 from cogvideox.transformer.block import GATED
 from cogvideox.transformer.parameters import parameter_shapes, stack_shapes
@@ -62,10 +62,10 @@ def _gated_order(tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
 
 
 def stack_programs(
-    config: Mapping[str, Any], mesh: jax.sharding.Mesh, dtype: jnp.dtype
+    config: TransformerConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype
 ) -> dict[str, Program]:
     """By parameter, the program that stacks its layers; those of one shape and place share one."""
-    shapes = stack_shapes(parameter_shapes(config), config["num_layers"])
+    shapes = stack_shapes(parameter_shapes(config), config.num_layers)
     specs = parameter_specs(shapes)
     surroundings = machine_fields(mesh, (), SOURCES)
     axes = "".join(f"-{axis}{size}" for axis, size in mesh.shape.items())
@@ -99,7 +99,7 @@ def _lower_stack(
 
 
 def load_parameters(
-    config: Mapping[str, Any],
+    config: TransformerConfig,
     stored: Mapping[str, StoredTensor],
     mesh: jax.sharding.Mesh,
     dtype: jnp.dtype,
@@ -115,14 +115,14 @@ def load_parameters(
     Returns:
         The stacked parameters by name, placed as the sharding table says, in `dtype`.
     """
-    shapes = stack_shapes(parameter_shapes(config), config["num_layers"])
+    shapes = stack_shapes(parameter_shapes(config), config.num_layers)
     specs = parameter_specs(shapes)
     programs = stack_programs(config, mesh, dtype)
 
     def order(name: str) -> RowOrder:
         if _ROTATED.fullmatch(name):
-            return functools.partial(_rotary_order, config["attention_head_dim"])
-        if _GATED.fullmatch(name) and config["activation_fn"] in GATED:
+            return functools.partial(_rotary_order, config.attention_head_dim)
+        if _GATED.fullmatch(name) and config.activation_fn in GATED:
             return _gated_order
         return _in_order
 

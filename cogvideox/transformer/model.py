@@ -5,6 +5,7 @@ replaced by one JAX block (cogvideox/transformer/block.py) that `lax.scan` runs 
 of the same names, so that the compiler sees a single block however deep the model is.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import torch
 import torchax.interop
 
+from cogvideox.model.config import TransformerConfig
 from cogvideox.transformer.attention import AttentionKernel
 from cogvideox.transformer.block import Block, text_rows_first
 from cogvideox.transformer.tokens import TokenLayout
@@ -49,15 +51,15 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
 
     @classmethod
     def abstract(
-        cls, config: Mapping[str, Any], layout: TokenLayout, kernel: AttentionKernel
+        cls, config: TransformerConfig, layout: TokenLayout, kernel: AttentionKernel
     ) -> "TokenTransformer":
         """The module on the meta device."""
         with torch.device("meta"):
-            module = cls.from_config(dict(config)).eval()
+            module = cls(**dataclasses.asdict(config)).eval()
         block = Block(
-            head_dim=config["attention_head_dim"],
-            norm_eps=config["norm_eps"],
-            activation=config["activation_fn"],
+            head_dim=config.attention_head_dim,
+            norm_eps=config.norm_eps,
+            activation=config.activation_fn,
             text_tokens=layout.text,
             tokens=layout.tokens,
             kernel=kernel,

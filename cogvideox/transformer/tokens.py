@@ -7,11 +7,12 @@ eight-dimensional transposes would cost more to compile than all blocks together
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from cogvideox.model.config import TransformerConfig
 from cogvideox.model.settings import LatentShape
 
 
@@ -78,7 +79,7 @@ class TokenLayout:
         return placed
 
 
-def positions(config: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+def positions(config: TransformerConfig, layout: TokenLayout) -> dict[str, Any]:
     """What tells the tokens where they are: rotary tables, or the sincos embedding of 1.0-2b.
 
     The 1.5 tables are a slice from 0 of an unbounded grid, so they do not depend on the sample
@@ -91,15 +92,15 @@ def positions(config: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
     Returns:
         {"rotary": (cos, sin) [D / 2, S] float32} or {"embedding": [S, E] float32}, S padded.
     """
-    if not config["use_rotary_positional_embeddings"]:
+    if not config.use_rotary_positional_embeddings:
         return {"embedding": layout.place(_sincos(config, layout.grid), axis=0)}
     frames, *grid = layout.grid
     points = [np.arange(size, dtype=np.float32) for size in layout.grid]
-    if config["patch_size_t"] is None:
+    if config.patch_size_t is None:
         for axis, (start, stop) in enumerate(_crop(config, grid), 1):
             size = layout.grid[axis]
             points[axis] = np.linspace(start, stop * (size - 1) / size, size, dtype=np.float32)
-    head_dim = config["attention_head_dim"]
+    head_dim = config.attention_head_dim
     angles = []
     for axis, width in enumerate((head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)):
         # diffusers' angles, as it rounds them.
@@ -118,10 +119,10 @@ def positions(config: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
     return {"rotary": (layout.place(cos, 1, text_value=1), layout.place(sin, 1))}
 
 
-def _crop(config: Mapping[str, Any], grid: Sequence[int]) -> list[tuple[int, int]]:
+def _crop(config: TransformerConfig, grid: Sequence[int]) -> list[tuple[int, int]]:
     """Where a 1.0 model's grid starts and stops in its own: as large as fits, in the middle."""
     height, width = (
-        config[name] // config["patch_size"] for name in ("sample_height", "sample_width")
+        getattr(config, name) // config.patch_size for name in ("sample_height", "sample_width")
     )
     if grid[0] / grid[1] > height / width:
         sides = height, round(height / grid[0] * grid[1])
@@ -131,10 +132,13 @@ def _crop(config: Mapping[str, Any], grid: Sequence[int]) -> list[tuple[int, int
     return [(start, start + side) for start, side in zip(starts, sides, strict=True)]
 
 
-def _sincos(config: Mapping[str, Any], grid: tuple[int, int, int]) -> np.ndarray:
+def _sincos(config: TransformerConfig, grid: tuple[int, int, int]) -> np.ndarray:
     """[T H W, E] float32: sines, then cosines, of time, then width, then height."""
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    scales = [config[f"{kind}_interpolation_scale"] for kind in ("temporal", "spatial", "spatial")]
+    width = config.width
+    scales = [
+        getattr(config, f"{kind}_interpolation_scale")
+        for kind in ("temporal", "spatial", "spatial")
+    ]
 
     def waves(axis: int, channels: int) -> np.ndarray:
         points = np.arange(grid[axis], dtype=np.float32) / np.float32(scales[axis])

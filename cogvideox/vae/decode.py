@@ -24,11 +24,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cogvideox.model.config import VaeConfig
 from cogvideox.vae.layers import Layers, WidthShards
 from cogvideox.vae.tpu.kernels import LANES
 from cogvideox.vae.tpu.layers import ColumnLayers
 from cogvideox.vae.weights import (
-    VaeConfig,
     arrange,
     arranged_shape,
     stored_weights,
@@ -314,7 +314,7 @@ def load_decoder(name: str, vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> D
     Raises:
         ValueError: the config cannot be decoded, or weights do not fit it.
     """
-    decoder = make_decoder(name, VaeConfig.from_folder(vae_folder), mesh, dtype)
+    decoder = make_decoder(name, VaeConfig.from_file(Path(vae_folder) / "config.json"), mesh, dtype)
     decoder.load(vae_folder)
     return decoder
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cogvideox.model.config import VaeConfig
 from cogvideox.vae import layers as vae_parts
 from cogvideox.vae.decode import Forward
-from cogvideox.vae.weights import MID_RESNETS, VaeConfig, arranged_shape
+from cogvideox.vae.weights import MID_RESNETS, arranged_shape
 
 Caches = dict[str, Any]
 

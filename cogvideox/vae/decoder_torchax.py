@@ -20,9 +20,9 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 from diffusers.models.upsampling import CogVideoXUpsample3D
 from torchax import interop
 
+from cogvideox.model.config import VaeConfig
 from cogvideox.vae import layers as vae_parts
 from cogvideox.vae.decode import Forward
-from cogvideox.vae.weights import VaeConfig
 
 
 class _DecoderWithLatentConv(torch.nn.Module):

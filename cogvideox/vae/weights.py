@@ -1,80 +1,16 @@
-"""A VAE folder in diffusers' layout: its configuration and the weights that decoding needs."""
+"""A VAE folder in diffusers' layout: the weights that decoding needs."""
 
-import dataclasses
-import json
-import math
 from pathlib import Path
 
 import numpy as np
 
+from cogvideox.model.config import VaeConfig
 from cogvideox.model.folder import StoredTensor, check_names_and_shapes, stored_tensors
 
 # Present in every full VAE, of no use to a decoder.
 _NOT_FOR_DECODING = ("encoder.", "quant_conv.")
 
 MID_RESNETS = 2  # CogVideoXDecoder3D fixes it
-
-
-@dataclasses.dataclass(frozen=True)
-class VaeConfig:
-    """What a decoder's shape depends on, by diffusers' names and with diffusers' defaults."""
-
-    out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
-    up_block_types: tuple[str, ...] = ("CogVideoXUpBlock3D",) * 4
-    latent_channels: int = 16
-    layers_per_block: int = 3
-    act_fn: str = "silu"
-    norm_num_groups: int = 32
-    temporal_compression_ratio: float = 4
-    scaling_factor: float = 1.15258426
-    use_post_quant_conv: bool = False
-
-    def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
-        if self.up_block_types != ("CogVideoXUpBlock3D",) * levels:
-            raise ValueError(
-                f"VAE config: up_block_types must be {levels} times CogVideoXUpBlock3D, as many as "
-                f"block_out_channels, not {list(self.up_block_types)}"
-            )
-        if self.act_fn not in ("silu", "swish"):
-            raise ValueError(f"VAE config: act_fn must be silu, not {self.act_fn!r}")
-        unequal = [c for c in self.block_out_channels if c % self.norm_num_groups]
-        if unequal:
-            raise ValueError(
-                f"VAE config: block_out_channels {unequal} do not divide into "
-                f"norm_num_groups={self.norm_num_groups}"
-            )
-        if self.use_post_quant_conv and self.out_channels != self.latent_channels:
-            # diffusers builds that convolution for out_channels and applies it to the latents.
-            raise ValueError(
-                f"VAE config: use_post_quant_conv needs out_channels={self.out_channels} equal to "
-                f"latent_channels={self.latent_channels}"
-            )
-
-    @classmethod
-    def from_folder(cls, vae_folder: Path) -> "VaeConfig":
-        """Read `config.json`; keys that do not matter to decoding are left alone."""
-        path = Path(vae_folder) / "config.json"
-        values = json.loads(path.read_text())
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-                if name in known
-            }
-        )
-
-    @property
-    def time_levels(self) -> int:
-        """Up blocks, from the deepest, that double the frames too."""
-        return int(math.log2(self.temporal_compression_ratio))
-
-    @property
-    def spatial_scale(self) -> int:
-        """Pixels per latent along the height and the width."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 def arrange(weight: np.ndarray) -> np.ndarray:

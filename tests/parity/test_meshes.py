@@ -27,7 +27,7 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     mesh = make_mesh(mesh_shape)
     settings = DenoisingSettings(48, 80, 9, 16, 4, 6.0, True, "dpm", 0)
     denoiser = Denoiser(
-        config=model.config("transformer"),
+        config=model.transformer,
         weights=stored_tensors(model.path / "transformer"),
         latents=LatentShape(1, 4, 8, 6, 10),
         text_tokens=TOKENS,
@@ -39,7 +39,7 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     parameters = denoiser.load()
     texts = np.random.default_rng(0).normal(size=(2, 1, TOKENS, 32))
     embeds = denoiser.prompt_embeds({"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]})
-    schedule = make_schedule(settings, model.config("scheduler", "scheduler_config.json"))
+    schedule = make_schedule(settings, model.scheduler)
     *_, last = denoiser.run(denoiser.compile(), parameters, embeds, schedule, seed=0)
     return denoiser.to_host(last).latents
 
@@ -72,7 +72,7 @@ def test_layers_stacked_on_the_devices_are_those_stacked_before(mesh_shape, mode
     found = find_model(str(model), ["transformer"])
     stored, mesh = stored_tensors(found.path / "transformer"), make_mesh(mesh_shape)
     load = weight_loading.load_parameters
-    config, dtype = found.config("transformer"), jax.numpy.dtype("bfloat16")
+    config, dtype = found.transformer, jax.numpy.dtype("bfloat16")
     assert not weight_loading.stack_programs(config, mesh, dtype)
     before = load(config, stored, mesh, dtype)
     monkeypatch.setattr(weight_loading, "STACKED_ON_DEVICES_BYTES", 0)
@@ -87,11 +87,11 @@ def test_layers_stacked_on_the_devices_are_those_stacked_before(mesh_shape, mode
 def test_weights_are_split_where_the_table_says(model):
     found = find_model(str(model), ["transformer"])
     mesh = make_mesh((2, 1, 4))
-    config = found.config("transformer")
+    config = found.transformer
     stored = stored_tensors(found.path / "transformer")
     parameters = weight_loading.load_parameters(config, stored, mesh, np.dtype("float32"))
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    layers = config["num_layers"]
+    width = config.width
+    layers = config.num_layers
 
     def shard(name: str) -> tuple[int, ...]:
         return parameters[f"transformer_blocks.{name}"].addressable_shards[0].data.shape
@@ -101,7 +101,7 @@ def test_weights_are_split_where_the_table_says(model):
     assert shard("attn1.to_q.bias") == (layers, width // 4)
     assert shard("attn1.to_out.0.weight") == (layers, width, width // 4)
     assert shard("attn1.to_out.0.bias") == (layers, width)
-    hidden = 4 * width * (2 if config["activation_fn"] == "geglu" else 1)
+    hidden = 4 * width * (2 if config.activation_fn == "geglu" else 1)
     assert shard("ff.net.0.proj.weight") == (layers, hidden // 4, width)
     assert shard("ff.net.2.weight") == (layers, width, width)
     for name, parameter in parameters.items():

@@ -18,20 +18,20 @@ from diffusers.utils.torch_utils import randn_tensor
 from cogvideox.denoising import noise, scheduler
 from cogvideox.denoising.noise import draw_noise, drawing_beside
 from cogvideox.model import presets
-from cogvideox.model.diffusers_defaults import DEFAULTS
+from cogvideox.model.config import SchedulerConfig, TransformerConfig, VaeConfig
 from cogvideox.model.folder import find_model
 from cogvideox.model.settings import DenoisingSettings, LatentShape, decoded_frames, latent_shape
 from cogvideox.text.encoder import encode, load_text_encoder
 from cogvideox.transformer import tokens
 from tests.tiny_models import save_tiny_model
 
-CONFIG = {
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
-    "snr_shift_scale": 1.0,
-    "timestep_spacing": "trailing",
-}
+CONFIG = SchedulerConfig(
+    beta_schedule="scaled_linear",
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    snr_shift_scale=1.0,
+    timestep_spacing="trailing",
+)
 
 
 def settings(**changes) -> DenoisingSettings:
@@ -66,10 +66,11 @@ def test_dynamic_guidance_is_float64(steps):
 def test_steps_and_noise_equal_diffusers(name, prediction_type, steps):
     """Same coefficients and the same draws in the same order, whatever the step count."""
     # epsilon divides by sqrt(alpha), which zero terminal SNR makes 0.
-    config = CONFIG | {
-        "prediction_type": prediction_type,
-        "rescale_betas_zero_snr": prediction_type != "epsilon",
-    }
+    config = dataclasses.replace(
+        CONFIG,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=prediction_type != "epsilon",
+    )
     _compare_with_diffusers(name, config, steps)
 
 
@@ -81,16 +82,18 @@ def test_steps_and_noise_equal_diffusers(name, prediction_type, steps):
         {"timestep_spacing": "linspace", "set_alpha_to_one": False},
         {"beta_schedule": "linear", "steps_offset": 1},
         {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 500},
-        {"trained_betas": [0.001 * i for i in range(1, 101)], "num_train_timesteps": 100},
+        {"trained_betas": tuple(0.001 * i for i in range(1, 101)), "num_train_timesteps": 100},
     ],
 )
 def test_other_schedules_equal_diffusers(name, config):
-    _compare_with_diffusers(name, config, steps=7)
+    _compare_with_diffusers(name, SchedulerConfig(**config), steps=7)
 
 
 def _compare_with_diffusers(name, config, steps):
     schedule = scheduler.make_schedule(settings(scheduler=name, num_inference_steps=steps), config)
-    theirs = getattr(diffusers, f"CogVideoX{name.upper()}Scheduler").from_config(config)
+    values = dataclasses.asdict(config)
+    del values["name"]
+    theirs = getattr(diffusers, f"CogVideoX{name.upper()}Scheduler").from_config(values)
     theirs.set_timesteps(steps)
     shape = (1, 4, 2, 3, 5)
     generator = torch.Generator().manual_seed(9)
@@ -163,14 +166,14 @@ def test_frames_are_padded_to_whole_patches(generation, num_frames, frames, padd
 
 @pytest.mark.parametrize("sample", [(96, 170), (300, 300)])
 def test_slice_positions_ignore_the_configs_sample_size(sample):
-    config = {
-        "use_rotary_positional_embeddings": True,
-        "patch_size": 2,
-        "patch_size_t": 2,
-        "attention_head_dim": 64,
-        "sample_height": sample[0],
-        "sample_width": sample[1],
-    }
+    config = TransformerConfig(
+        use_rotary_positional_embeddings=True,
+        patch_size=2,
+        patch_size_t=2,
+        attention_head_dim=64,
+        sample_height=sample[0],
+        sample_width=sample[1],
+    )
     layout = tokens.TokenLayout(LatentShape(1, 6, 16, 8, 10), 2, 2, text=7, padded=70)
     cos, sin = (table[:, :67] for table in tokens.positions(config, layout)["rotary"])
     theirs = diffusers.models.embeddings.get_3d_rotary_pos_embed(
@@ -201,24 +204,30 @@ def test_presets_of_the_published_models():
         ("CogVideoX-2b", (480, 720), 49, 8): (30, 30, None),
     }
     for expected, (layers, heads, patch_size_t) in published.items():
-        config = {"num_layers": layers, "num_attention_heads": heads, "patch_size_t": patch_size_t}
+        config = TransformerConfig(
+            num_layers=layers, num_attention_heads=heads, patch_size_t=patch_size_t
+        )
         preset = presets.preset_for(config, 8)
         assert (preset.name, preset.sizes[0], preset.num_frames, preset.fps) == expected
 
 
 def test_vae_scaling_is_the_configs(tmp_path: Path):
-    from cogvideox.vae.weights import VaeConfig
-
     for generation, factor in (("1.5", 0.7), ("1.0-rope", 1.15258426)):
         folder = save_tiny_model(tmp_path / generation, generation)
-        assert VaeConfig.from_folder(folder / "vae").scaling_factor == factor
+        assert VaeConfig.from_file(folder / "vae" / "config.json").scaling_factor == factor
 
 
-def test_defaults_are_diffusers():
-    for name, defaults in DEFAULTS.items():
+@pytest.mark.parametrize("config", [TransformerConfig, VaeConfig, SchedulerConfig])
+def test_defaults_are_diffusers(config):
+    for name in config.classes:
         parameters = dict(inspect.signature(getattr(diffusers, name).__init__).parameters)
         del parameters["self"]
-        assert defaults == {key: parameter.default for key, parameter in parameters.items()}
+        theirs = {key: parameter.default for key, parameter in parameters.items()}
+        ours = dataclasses.asdict(config())
+        ours.pop("name", None)
+        # Decoding needs only a part of the VAE's.
+        assert ours.keys() == theirs.keys() or config is VaeConfig
+        assert ours == {key: theirs[key] for key in ours}
 
 
 @pytest.mark.parametrize("size", [(6, 8, 10), (4, 20, 6), (2, 6, 24)])
@@ -227,8 +236,8 @@ def test_positions_of_1_0_equal_diffusers(size):
     frames, height, width = size
     layout = tokens.TokenLayout(LatentShape(1, frames, 16, 2 * height, 2 * width), 2, 1, 5, 0)
     layout = dataclasses.replace(layout, padded=layout.tokens + 3)
-    config = DEFAULTS["CogVideoXTransformer3DModel"] | {"sample_height": 30, "sample_width": 40}
-    rotary = config | {"use_rotary_positional_embeddings": True}
+    config = TransformerConfig(sample_height=30, sample_width=40)
+    rotary = dataclasses.replace(config, use_rotary_positional_embeddings=True)
     crop = get_resize_crop_region_for_grid((height, width), 20, 15)
     theirs = diffusers.models.embeddings.get_3d_rotary_pos_embed(64, crop, (height, width), frames)
     for ours, table in zip(tokens.positions(rotary, layout)["rotary"], theirs, strict=True):

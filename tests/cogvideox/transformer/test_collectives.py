@@ -35,7 +35,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("shape", NEEDED)
 def test_collectives_of_a_block(shape, model):
     denoiser = Denoiser(
-        config=find_model(str(model), ["transformer"]).config("transformer"),
+        config=find_model(str(model), ["transformer"]).transformer,
         weights={},
         latents=LatentShape(1, 4, 8, 6, 10),
         text_tokens=16,

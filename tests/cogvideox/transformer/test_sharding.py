@@ -3,9 +3,9 @@
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from cogvideox.model.config import TransformerConfig
 from cogvideox.transformer.parameters import parameter_shapes, stack_shapes
 from cogvideox.transformer.sharding import parameter_specs
-from tests.tiny_models import complete_config
 
 # The published shapes: configuration files on the hub, by model.
 PUBLISHED = {
@@ -27,8 +27,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models(name):
-    config = complete_config(PUBLISHED[name])
-    shapes = stack_shapes(parameter_shapes(config), config["num_layers"])
+    config = TransformerConfig(**PUBLISHED[name])
+    shapes = stack_shapes(parameter_shapes(config), config.num_layers)
     specs = parameter_specs(shapes)
     assert specs.keys() == shapes.keys()
     assert specs["transformer_blocks.attn1.to_q.weight"] == P(None, "tp", None)
@@ -36,7 +36,7 @@ def test_published_models(name):
 
 
 def test_every_gap_is_listed():
-    shapes = stack_shapes(parameter_shapes(complete_config({"num_layers": 1})), 1)
+    shapes = stack_shapes(parameter_shapes(TransformerConfig(num_layers=1)), 1)
     shapes["transformer_blocks.new.weight"] = (1, 64, 64)
     shapes["other.weight"] = (64, 64)
     del shapes["proj_out.weight"], shapes["proj_out.bias"]

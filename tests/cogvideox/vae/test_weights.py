@@ -12,9 +12,10 @@ import torch
 from jax.sharding import Mesh
 from safetensors.torch import load_file, save_file
 
+from cogvideox.model.config import VaeConfig
 from cogvideox.vae.decode import load_decoder
 from cogvideox.vae.decoder_flax import abstract_model, parameters_by_diffusers_name
-from cogvideox.vae.weights import VaeConfig, arrange, arranged_shape, weight_shapes
+from cogvideox.vae.weights import arrange, arranged_shape, weight_shapes
 from tests.cogvideox.vae.vae_models import thin_vae
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -53,7 +54,7 @@ def test_every_weight_that_does_not_fit_is_named(folder):
 @pytest.mark.parametrize("latent_conv", [False, True])
 def test_the_weights_that_are_wanted_are_those_of_diffusers_and_of_flax(tmp_path, latent_conv):
     thin_vae(tmp_path, use_post_quant_conv=latent_conv)
-    wanted = weight_shapes(VaeConfig.from_folder(tmp_path))
+    wanted = weight_shapes(VaeConfig.from_file(tmp_path / "config.json"))
     stored = load_file(tmp_path / WEIGHTS_FILE)
     decoding = {
         name: tuple(tensor.shape)
@@ -61,7 +62,9 @@ def test_the_weights_that_are_wanted_are_those_of_diffusers_and_of_flax(tmp_path
         if name.startswith(("decoder.", "post_quant_conv."))
     }
     assert wanted == decoding
-    flax = parameters_by_diffusers_name(abstract_model(VaeConfig.from_folder(tmp_path)))
+    flax = parameters_by_diffusers_name(
+        abstract_model(VaeConfig.from_file(tmp_path / "config.json"))
+    )
     arranged = {name: arranged_shape(shape) for name, shape in wanted.items()}
     assert {name: parameter.shape for name, parameter in flax.items()} == arranged
 
@@ -71,6 +74,7 @@ def test_a_decoder_is_made_and_loaded_without_what_only_tracing_needs(folder):
     program = """
 import sys
 import jax, numpy as np
+from cogvideox.model.config import VaeConfig
 from cogvideox.vae.decode import load_decoder
 mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tp",))
 decoder = load_decoder("vae_torchax", sys.argv[1], mesh, "float32")
@@ -124,7 +128,7 @@ def test_configs_that_cannot_be_decoded(folder, change, message):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
-        VaeConfig.from_folder(folder)
+        VaeConfig.from_file(folder / "config.json")
 
 
 @pytest.mark.parametrize("shape", [(4,), (6, 5, 1, 1, 1), (6, 5, 3, 3, 3), (6, 5, 3, 3)])
