@@ -363,8 +363,7 @@ def open_embeddings(arguments: argparse.Namespace) -> tuple[stage_files.StageFil
     text_tokens(tokens, transformer)
     if width != transformer.text_embed_dim:
         raise ValueError(
-            f"{file.path} holds embeddings of {width}, the model takes "
-            f"{transformer['text_embed_dim']}"
+            f"{file.path} holds embeddings of {width}, the model takes {transformer.text_embed_dim}"
         )
     return file, model
 

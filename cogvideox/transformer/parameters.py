@@ -98,12 +98,12 @@ def check_weights(config: TransformerConfig, stored: Mapping[str, StoredTensor])
     """
     if config.activation_fn not in ACTIVATIONS:
         raise ValueError(
-            f"the transformer's activation_fn is {config['activation_fn']!r}; "
+            f"the transformer's activation_fn is {config.activation_fn!r}; "
             f"known: {', '.join(ACTIVATIONS)}"
         )
     if config.in_channels != config.out_channels:
         raise ValueError(
-            f"the transformer makes {config['out_channels']} channels of {config['in_channels']}; "
+            f"the transformer makes {config.out_channels} channels of {config.in_channels}; "
             "text-to-video models have as many out as in"
         )
     shapes = parameter_shapes(config)
