@@ -142,20 +142,22 @@ class Gallery:
         self._due = start + 20 * (time.monotonic() - start)
 
 
-def page(
-    title: str,
-    states: Sequence[JobState],
-    superseded: Collection[str] = (),
-    template: str = "gallery.html",
-) -> str:
+def page(title: str, states: Sequence[JobState], superseded: Collection[str] = ()) -> str:
     """Renders the gallery as HTML, with links relative to the batch's folder.
 
     Args:
         title: the page's heading.
         states: the jobs in the order to show.
         superseded: ids of the jobs that the job file no longer asks for.
-        template: in `jobs/templates`; one that extends gallery.html can add a form on top.
     """
+    template = make_environment().get_template("gallery.html")
+    return template.render(template_values(title, states, superseded))
+
+
+def template_values(
+    title: str, states: Sequence[JobState], superseded: Collection[str] = ()
+) -> dict[str, object]:
+    """Returns what `gallery.html` and templates that extend it need; arguments as of `page`."""
     cards = [make_card(state, state.job.id in superseded) for state in states]
     counts: Counter[CardStatus] = Counter(card.status for card in cards)
     choices = [("", "all", len(cards))]
@@ -164,15 +166,30 @@ def page(
     style, script = (
         Markup((_TEMPLATES / name).read_text("utf-8")) for name in ("gallery.css", "gallery.js")
     )
-    return _environment().get_template(template).render(
-        title=title,
-        summary=_summary(states, counts),
-        choices=choices,
-        cards=cards,
-        refresh_seconds=_REFRESH_SECONDS if any(counts[s] for s in _UNFINISHED) else 0,
-        style=style,
-        script=script,
-    )  # fmt: skip
+    return {
+        "title": title,
+        "summary": _summary(states, counts),
+        "choices": choices,
+        "cards": cards,
+        "refresh_seconds": _REFRESH_SECONDS if any(counts[s] for s in _UNFINISHED) else 0,
+        "style": style,
+        "script": script,
+    }
+
+
+@cache
+def make_environment(*folders: Path) -> Environment:
+    """Returns the templates of `jobs/templates`, after those in other `folders`."""
+    environment = Environment(
+        loader=FileSystemLoader([*folders, _TEMPLATES]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["csp_hash"] = _csp_hash
+    return environment
 
 
 def make_card(state: JobState, superseded: bool) -> Card:
@@ -206,32 +223,18 @@ def make_card(state: JobState, superseded: bool) -> Card:
     )
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["csp_hash"] = _csp_hash
-    return environment
-
-
 def _csp_hash(text: str) -> str:
     """The source expression by which a policy allows an inline style or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _summary(states: Sequence[JobState], counts: Counter[CardStatus]) -> str:
+def _summary(states: Sequence[JobState], counts: Counter[CardStatus]) -> list[str]:
     seconds = [state.seconds for state in states if state.status == "done"]
     parts = [f"{counts['done']} of {len(states) - counts['superseded']} videos"]
     if seconds:
         parts.append(f"{_duration(sum(seconds) / len(seconds))} each on average")
     parts.append(f"written {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    return " · ".join(parts)
+    return parts
 
 
 def _picture(state: JobState) -> Picture | None:

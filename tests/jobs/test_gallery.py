@@ -11,9 +11,16 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from jinja2 import UndefinedError
 
 from jobs.claims import Claims
-from jobs.gallery import GALLERY_FILE, Gallery, write_gallery
+from jobs.gallery import (
+    GALLERY_FILE,
+    Gallery,
+    make_environment,
+    template_values,
+    write_gallery,
+)
 from jobs.records import (
     CONTACT_SHEET_FILE,
     JOB_FILE,
@@ -246,3 +253,20 @@ def test_a_damaged_list_of_jobs_is_named_and_replaced(content, folder, capsys):
     write_job_ids(folder, Path("jobs.txt"), [])
     assert "warning: writing batch.json anew" in capsys.readouterr().out
     assert find_superseded(folder, []) == set()
+
+
+def test_another_page_can_extend_the_gallery(folder, tmp_path):
+    (tmp_path / "form.html").write_text(
+        '{% extends "gallery.html" %}'
+        """{% block form_action %}'self'{% endblock %}"""
+        '{% block form %}<form action="{{ action }}"></form>{% endblock %}'
+    )
+    template = make_environment(tmp_path).get_template("form.html")
+    values = template_values("<b>", read_batch(folder))
+    (tmp_path / "form_page.html").write_text(template.render(values, action='"jobs'))
+    page = Page(tmp_path / "form_page.html")
+    assert page.all("form", action='"jobs') and len(page.all("article")) == 4
+    (policy,) = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+    assert "form-action 'self';" in policy["content"]
+    with pytest.raises(UndefinedError, match="action"):
+        template.render(values)
