@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import stage2_transformer as stage2
 import utils
+from runtime.chips import MACHINES
 from runtime.devices import start_jax
 from runtime.errors import RunError, checking_input
 from runtime.progress import progress
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from cogvideox.model.settings import DenoisingSettings
     from cogvideox.vae.decode import Decoder
 
-TOPOLOGIES = ("local", "v6e-1", "v6e-4", "v6e-8", "v6e-16")
+TOPOLOGIES = ("local", *MACHINES)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,9 @@ import json
 import sys
 from typing import Any
 
-from kernel_schedule import CHIPS, Schedule, measure
+from kernel_schedule import Schedule, measure
+
+from runtime.chips import CHIPS
 
 # heads, tokens, head size: one chip's share of a CogVideoX1.5-5B block first.
 SHAPES = (
@@ -35,8 +37,6 @@ UNITS = {
     "spill_fills": "VLOAD:FILL",
     "spill_stores": "VSTORE:SPILL",
 }
-# Bundles a second of the tensor core.
-CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
 
 def operand_dtype(kernel: str) -> str:
@@ -211,7 +211,7 @@ def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[
         "head_dim": head_dim,
         "cycles": schedule.cycles,
         "bundles_per_million_scores": round(schedule.cycles / (scores / 1e6), 1),
-        "milliseconds": round(schedule.cycles / CLOCK_HZ[chip] * 1e3, 3),
+        "milliseconds": round(schedule.cycles / CHIPS[chip].clock_hz * 1e3, 3),
         "padded_len": padded,
         "block_sizes": blocks,
         "vmem_bytes": vmem,

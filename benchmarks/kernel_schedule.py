@@ -17,12 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# Topology of one chip, and the accelerator type that libtpu is told.
-CHIPS = {
-    "v5e": ("v5e:1x1", "v5litepod-8"),
-    "v5p": ("v5p:1x1x1", "v5p-8"),
-    "v6e": ("v6e:1x1", "v6e-8"),
-}
+from runtime.chips import CHIPS
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{")
 _START_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
@@ -99,22 +94,13 @@ def _measure_here(
 
 def describe_chip(chip: str) -> tuple[Any, Any]:
     """A replicated sharding and the mesh of one chip that need not be there."""
-    topology_name, accelerator = CHIPS[chip]
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": accelerator,
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    os.environ["JAX_PLATFORMS"] = "cpu"
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    topology = topologies.get_topology_desc(
-        topology_name, platform="tpu", chips_per_host_bounds=(1, 1, 1)
-    )
-    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
+    from runtime.topology import chip_device
+
+    mesh = Mesh(np.array([chip_device(CHIPS[chip])]), ("chip",))
     return NamedSharding(mesh, PartitionSpec()), mesh
 
 

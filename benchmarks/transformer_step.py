@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Of one v6e chip: bundles, bfloat16 flops, and bytes of HBM a second.
-CLOCK_HZ, PEAK_FLOPS, HBM_BYTES_PER_SECOND = 1.75e9, 918e12, 1.64e12
+from cogvideox.transformer.flops import step_flops
+from runtime.chips import V6E
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,13 +89,8 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any, attention: str) -
 
 def flops(denoiser: Any) -> dict[str, float]:
     """Floating-point operations of one step over all devices: attention, and everything linear."""
-    config, tokens = denoiser.config, denoiser.layout.tokens
-    width = config.width
-    batch, layers = 2 * denoiser.latents.batch, config.num_layers
-    return {
-        "attention": batch * layers * 4.0 * tokens * tokens * width,
-        "linear": batch * layers * 2.0 * tokens * 12 * width * width,
-    }
+    samples = denoiser.latents.batch * (2 if denoiser.guided else 1)
+    return step_flops(denoiser.config, denoiser.layout.tokens, samples)
 
 
 def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +115,7 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
     total = sum(by_kind.values())
     work = flops(denoiser)
     hbm = hlo_costs.memory(compiled)
-    peak = sum(work.values()) / denoiser.mesh.size / PEAK_FLOPS
+    peak = sum(work.values()) / denoiser.mesh.size / V6E.bfloat16_flops
     return {
         "topology": arguments.topology,
         "model": arguments.model,
@@ -128,7 +123,7 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
         "mesh": dict(denoiser.mesh.shape),
         "source": "compiler estimate",
         "estimated_cycles": total,
-        "estimated_seconds": round(total / CLOCK_HZ, 3),
+        "estimated_seconds": round(total / V6E.clock_hz, 3),
         "cycles_by_kind": by_kind,
         "other_cycles_per_block": (total - by_kind["attention"]) // layers,
         "collective_bytes_per_chip": sum(costs.collective_bytes.values()),
@@ -138,7 +133,7 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
         "compile_seconds": round(seconds, 1),
         "compile_cpu_seconds": round(cpu_seconds, 1),
         "flops": work,
-        "share_of_arithmetic_floor": round(peak / (total / CLOCK_HZ), 3),
+        "share_of_arithmetic_floor": round(peak / (total / V6E.clock_hz), 3),
     }
 
 
@@ -176,7 +171,7 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     for kind, (name, x, steps) in kernels.items():
         what = {"kind": kind, "shape": x, "head_dim": head_dim}
         bundles = measure(lower_kernel, "v6e", name, steps, what).cycles
-        traffic = 2 * 2 * math.prod(x) / HBM_BYTES_PER_SECOND * CLOCK_HZ
+        traffic = 2 * 2 * math.prod(x) / V6E.hbm_bytes_per_second * V6E.clock_hz
         cycles[kind] = max(bundles, math.ceil(traffic))
     return cycles | {"norm2": cycles["norm1"]}  # the same kernel on the same shape
 

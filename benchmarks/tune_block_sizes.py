@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from attention_kernel import lower_ours, measure_ours, operand_dtype
-from kernel_schedule import CHIPS, describe_chip
+from kernel_schedule import describe_chip
 
+from runtime.chips import CHIPS
 from splash_attention.block_sizes import chip_named, fit_block_sizes
 
 TABLE = Path(__file__).parents[1] / "splash_attention" / "tuned_tables.py"

@@ -22,9 +22,9 @@ import time
 from typing import Any
 from unittest import mock
 
-from runtime.topology import MACHINES, machine_devices
+from runtime.chips import MACHINES, V6E
+from runtime.topology import machine_devices
 
-CLOCK_HZ = 1.75e9  # v6e
 DECODERS = ("torchax", "flax", "diffusers")
 # CogVideoX1.5-5B; its other values are the defaults.
 SCALING_FACTOR = 0.7
@@ -132,7 +132,7 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
     return {
         "source": "compiler estimate",
         "estimated_cycles": total,
-        "estimated_seconds": round(total / CLOCK_HZ, 3),
+        "estimated_seconds": round(total / V6E.clock_hz, 3),
         "cycles_by_kind": dict(by_kind),
         "collective_bytes_per_chip": received,
         "hbm_bytes_per_chip": {"weights": decoder_bytes(decoder), **larger},

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from cogvideox.model.folder import ModelFolder
 from cogvideox.model.settings import latent_shape
+from cogvideox.transformer.flops import step_flops
 from jobs.records import STAGES, Job, JobState
 from jobs.workshop import Shape, shape_of
+from runtime.chips import DENOISING_FLOPS
 
-# Multiply-adds per second and device, by `jax.Device.device_kind`. v6e: compiler estimate (0.94 s
-# for a step of 768x1360x81 on eight chips). H200: measured (6.27 s for that step on one).
-_SPEED = {"TPU v6 lite": 1.97e14, "NVIDIA H200": 2.36e14}
 # Bytes per pixel and frame of an mp4 of default quality. Noise takes more, drawings take less.
 _VIDEO_BYTES = 0.15
 _OTHER_BYTES = 2 << 20  # contact sheet and records
@@ -90,7 +89,7 @@ class Pace:
             for state in states
             if state.stages_done == len(STAGES)
         ]
-        speed = _SPEED.get(device_kind, 0.0) * devices
+        speed = DENOISING_FLOPS.get(device_kind, 0.0) * devices
         self._ratio: float | None = None
         self.source = "no video in this folder is finished"
         if ratios:
@@ -105,15 +104,13 @@ class Pace:
         return None if self._ratio is None else self._ratio * self._work(job)
 
     def _work(self, job: Job) -> float:
-        """Returns the multiply-adds of all denoising steps."""
+        """Returns the floating-point operations of all denoising steps."""
         config = self._model.transformer
         shape, _ = latent_shape(job.settings, self._model, batch=1)
         patch = config.patch_size**2 * (config.patch_size_t or 1)
         tokens = shape.frames * shape.height * shape.width // patch + job.max_sequence_length
-        width = config.width
-        # Two products of attention, and the 12 E^2 weights of a block for each token.
-        step = config.num_layers * (2 * tokens**2 * width + 12 * tokens * width**2)
-        return step * job.settings.num_inference_steps * (2 if job.settings.guided else 1)
+        step = step_flops(config, tokens, samples=2 if job.settings.guided else 1)
+        return sum(step.values()) * job.settings.num_inference_steps
 
 
 def job_bytes(job: Job, model: ModelFolder) -> int:

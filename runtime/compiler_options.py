@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+from runtime.chips import V5E, V6E
+
 # 64 MiB, of 128, for the operands of one fusion instead of 32: matrix products of 11,392 rows keep
 # theirs there. A block of the 5B transformer outside attention takes 7.0M cycles of a v6e, not 9.7M
 # (compiler estimates). v5p has 64 MiB in all.
@@ -30,7 +32,7 @@ def transformer_options(devices: np.ndarray) -> dict[str, str | bool]:
         return _SAME_BITS | (_COPY if one_host else {})
     if device.platform != "tpu":
         return {}
-    return _ASYNC | (_ROOMY if device.device_kind in ("TPU v6 lite", "TPU v5 lite") else {})
+    return _ASYNC | (_ROOMY if device.device_kind in (V5E.device_kind, V6E.device_kind) else {})
 
 
 def vae_options(device: jax.Device) -> dict[str, float | bool]:

@@ -1,47 +1,44 @@
-"""TPU machines by name, to compile for where there is none: libtpu holds the whole compiler."""
+"""Devices of TPU machines that need not be there: libtpu holds the whole compiler."""
 
-import dataclasses
+import importlib.util
 import os
 
 import jax
 import numpy as np
 
-# Machine: libtpu's topology, and the chips of one host along x, y and z. Without the bounds libtpu
-# models a v6e-8 as two hosts of four chips, which gives other executables.
-MACHINES = {
-    "v6e-1": ("v6e:1x1", (1, 1, 1)),
-    "v6e-4": ("v6e:2x2", (2, 2, 1)),
-    "v6e-8": ("v6e:2x4", (2, 4, 1)),
-    "v6e-16": ("v6e:4x4", (2, 2, 1)),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one chip offers, by its datasheet but for the memory, which is the compiler's figure."""
-
-    hbm_bytes: int
-    clock_hz: float
-    hbm_bytes_per_second: float
-    link_bytes_per_second: float  # to all neighbours together
-
-
-CHIPS = {"TPU v6 lite": Chip(int(31.25 * 2**30), 1.75e9, 1640e9, 448e9)}
+from runtime.chips import MACHINES, Chip
 
 
 def machine_devices(name: str) -> np.ndarray:
-    """The devices of a machine that need not be there, for a mesh to compile with.
+    """The devices of a machine of `runtime.chips.MACHINES`, for a mesh to compile with.
 
     Call it before anything else touches JAX: libtpu reads its environment once.
 
     Raises:
-        ValueError: an unknown machine.
+        ValueError: unknown machine, or libtpu is not installed.
     """
     if name not in MACHINES:
         raise ValueError(f"unknown machine {name!r}; known: {', '.join(MACHINES)}")
+    machine = MACHINES[name]
+    return _devices(machine.topology, name, machine.chips_per_host)
+
+
+def chip_device(chip: Chip) -> jax.Device:
+    """One chip to compile for, like `machine_devices`."""
+    return _devices(chip.topology, chip.accelerator_type, (1, 1, 1)).flat[0]
+
+
+def _devices(
+    topology: str, accelerator_type: str, chips_per_host: tuple[int, int, int]
+) -> np.ndarray:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "compiling for a TPU that is not here needs libtpu, which exists for Linux: "
+            "make setup ACCELERATOR=tpu"
+        )
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": name,
+        "TPU_ACCELERATOR_TYPE": accelerator_type,
         "TPU_WORKER_HOSTNAMES": "localhost",
         # Several processes may then compile at once.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -49,8 +46,7 @@ def machine_devices(name: str) -> np.ndarray:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    topology, bounds = MACHINES[name]
     description = topologies.get_topology_desc(
-        topology, platform="tpu", chips_per_host_bounds=bounds
+        topology, platform="tpu", chips_per_host_bounds=chips_per_host
     )
     return np.asarray(description.devices)

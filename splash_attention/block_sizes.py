@@ -70,7 +70,7 @@ class BlockSizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
+class KernelChip:
     """A TPU generation as the kernel sees it: name as in the tuned tables, VMEM of a core."""
 
     name: str
@@ -88,14 +88,14 @@ class Chip:
         return self.vmem_bytes
 
 
-def chip_named(name: str) -> Chip:
+def chip_named(name: str) -> KernelChip:
     """The chip of that name: v5e, v5p or v6e."""
     if name not in _CHIP_VMEM_MIB:
         raise ValueError(f"no table for chip {name!r}; there is one for {sorted(_CHIP_VMEM_MIB)}")
-    return Chip(name, (_CHIP_VMEM_MIB[name] - _RESERVED_MIB) * _MIB)
+    return KernelChip(name, (_CHIP_VMEM_MIB[name] - _RESERVED_MIB) * _MIB)
 
 
-def current_chip(*, interpret: bool) -> Chip:
+def current_chip(*, interpret: bool) -> KernelChip:
     """The chip that is compiled for; v6e in interpret mode, which models none."""
     if interpret:
         return chip_named("v6e")
@@ -109,7 +109,7 @@ def current_chip(*, interpret: bool) -> Chip:
 
 
 def choose_block_sizes(
-    chip: Chip, head_dim: int, q_len: int, kv_len: int, dtype: jnp.dtype
+    chip: KernelChip, head_dim: int, q_len: int, kv_len: int, dtype: jnp.dtype
 ) -> BlockSizes:
     """Block sizes for a chip and a shape, from the tuned tables.
 
@@ -133,7 +133,7 @@ def choose_block_sizes(
 
 
 def fit_block_sizes(
-    chip: Chip,
+    chip: KernelChip,
     tuned: tuple[int, int, int],
     head_dim: int,
     q_len: int,

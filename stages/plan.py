@@ -2,7 +2,7 @@
 
 A mesh is either compiled, or derived from one of the same size that was. Seconds are the cycles
 that the compiler schedules over the chip's clock; bytes that chips exchange are counted beside them
-and cost at least their time on the links. Only chips in `runtime.topology.CHIPS` have estimates of
+and cost at least their time on the links. Only chips in `runtime.chips.PLANNED` have estimates of
 time; for others the memory alone is told.
 """
 
@@ -18,10 +18,10 @@ from cogvideox.denoising.program import Denoiser
 from cogvideox.model.settings import DenoisingSettings
 from cogvideox.transformer.parameters import abstract_parameters
 from cogvideox.vae.decode import Decoder, frame_batches
+from runtime.chips import PLANNED
 from runtime.hlo_costs import memory, read_costs
 from runtime.mesh import fitting_meshes, make_mesh
 from runtime.programs import Program
-from runtime.topology import CHIPS
 
 # Pallas kernels carry no estimate of XLA's. These rates are what their schedules come to at
 # 768x1360x81 on v6e-8 (benchmarks/transformer_step.py, benchmarks/vae_decode.py); at 720x1280x81
@@ -62,7 +62,7 @@ class Estimate:
             "hbm_bytes_per_chip": self.hbm,
             "seconds": None,
         }
-        chip = CHIPS.get(device.device_kind)
+        chip = PLANNED.get(device.device_kind)
         if chip is None or self.cycles is None:
             return described
         compute = self.cycles / chip.clock_hz
@@ -231,7 +231,7 @@ def _estimate_step(denoiser: Denoiser, compiler: _Compiler) -> Estimate:
     if compiled is None:
         return Estimate("compiled", False, {}, None, None)
     hbm = _split_weights(memory(compiled), _weight_bytes(denoiser))
-    if device.device_kind not in CHIPS:
+    if device.device_kind not in PLANNED:
         return Estimate("compiled", hbm["total"] <= _capacity(device), hbm, None, None)
     costs = read_costs(compiled.as_text())
     cycles = sum(costs.cycles.values())
@@ -277,7 +277,7 @@ def _estimate_decode(request: Request, compiler: _Compiler) -> Estimate:
     hbm = max((memory(program) for program in compiled), key=lambda hbm: hbm["total"])
     hbm = _split_weights(hbm, weights)
     fits = hbm["total"] <= _capacity(device)
-    if device.device_kind not in CHIPS:
+    if device.device_kind not in PLANNED:
         return Estimate("compiled", fits, hbm, None, None)
     costs = [read_costs(program.as_text()) for program in compiled]
     runs = (1, len(frame_batches(latents[2])) - 1)
@@ -329,8 +329,8 @@ def _decoder_programs(request: Request) -> list[Program]:
 
 def _capacity(device: jax.Device) -> float:
     """Bytes of a device's memory; without limit where the backend tells none, as for CPUs."""
-    if device.device_kind in CHIPS:
-        return CHIPS[device.device_kind].hbm_bytes
+    if device.device_kind in PLANNED:
+        return PLANNED[device.device_kind].hbm_bytes
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
@@ -377,7 +377,7 @@ def _received(denoiser: Denoiser) -> int:
 
 def _kernel_cycles(denoiser: Denoiser) -> float:
     """Cycles of the Pallas kernels of one block on one chip."""
-    chip = CHIPS[denoiser.mesh.devices.flat[0].device_kind]
+    chip = PLANNED[denoiser.mesh.devices.flat[0].device_kind]
     shards = denoiser.mesh.shape["sp"] * denoiser.mesh.shape["tp"]
     heads = _samples(denoiser) * denoiser.config.num_attention_heads // shards
     attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE

@@ -36,6 +36,7 @@ from runtime.programs import Program, machine_fields
 
 # What is traced into the step, relative to the project: its executables depend on nothing else.
 SOURCES = (
+    "cogvideox/model/config.py",
     "cogvideox/transformer",
     "cogvideox/denoising/program.py",
     "cogvideox/denoising/scheduler.py",
