@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import stage3_vae_decoder as stage3
 from cogvideox.denoising.program import Denoiser
 from cogvideox.text import encoder as text_encoder
 from jobs import workshop
+from jobs.gallery import Gallery
 from jobs.records import OUTPUTS, STAGES, read_batch, write_record
 from runtime.errors import RunError, Stopped
 from stages import files as stage_files
@@ -187,6 +189,8 @@ def test_a_changed_line_is_a_new_job(model, copy, calls):
     assert run(model, copy, jobs=jobs) == 0
     assert calls["_denoise"] == 1 and len(read_batch(copy / "out")) == 4
     assert before.items() <= outputs(copy).items()
+    cards = re.findall('<article data-status="([a-z]+)"', (copy / "out/index.html").read_text())
+    assert sorted(cards) == ["done", "done", "done", "superseded"]
 
 
 def test_one_failure_ends_no_other_job(model, whole, tmp_path, calls, capsys, monkeypatch):
@@ -206,6 +210,24 @@ def test_one_failure_ends_no_other_job(model, whole, tmp_path, calls, capsys, mo
     assert run(model, tmp_path, "--retry_failed") == 0 and calls["_denoise"] == 3
     assert outputs(tmp_path) == outputs(whole)
     assert records(tmp_path)[job_folder(tmp_path, "a-blue").name, STAGES[1]].attempt == 2
+
+
+def test_the_gallery_follows_every_failure(model, tmp_path, monkeypatch):
+    embed, seen = workshop.Workshop._embed, []
+
+    def fail_blue(self, job):
+        if "blue" in job.prompt:
+            raise RuntimeError("no memory")
+        embed(self, job)
+
+    def update(self, *, now=False):
+        seen.append(Counter(state.status for state in read_batch(tmp_path / "out")))
+
+    monkeypatch.setattr(workshop.Workshop, "_embed", fail_blue)
+    monkeypatch.setattr(Gallery, "update", update)
+    assert run(model, tmp_path, "--stages=1") == 3
+    assert seen[0] == Counter(pending=3)
+    assert len(seen) == 5 and seen[2]["failed"] == 1  # the start, each job, the end
 
 
 def test_latents_now_videos_later(model, whole, tmp_path, calls, capsys):
