@@ -47,7 +47,7 @@ LATENT_FRAMES_PER_BATCH = 2
 _LIBRARIES = {"vae_torchax": ("torch", "torchax", "diffusers"), "vae_flax": ("flax",)}
 
 # What is traced into the decoders, relative to the project.
-SOURCES = ("cogvideox/vae",)
+SOURCES = ("cogvideox/model/config.py", "cogvideox/vae")
 
 AXIS = "width"
 _COLUMNS = P(None, None, AXIS)  # [B, T, W, ...]
