@@ -59,7 +59,7 @@ quick: setup
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 	.ci/check_help $(CURDIR)/$(RUN)
 
 # Plants some thirty mistakes, one at a time, and expects the tests to find each; takes long.
