@@ -233,8 +233,10 @@ def parse_status(argv: list[str] | None = None) -> argparse.Namespace:
 def status(arguments: argparse.Namespace) -> None:
     from jobs.records import read_batch
     from jobs.status import table
+    from jobs.superseded import find_superseded
 
-    print(table(read_batch(arguments.folder)))
+    states = read_batch(arguments.folder)
+    print(table(states, find_superseded(arguments.folder, states)))
 
 
 def main() -> None:

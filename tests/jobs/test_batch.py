@@ -183,7 +183,7 @@ def test_a_damaged_config_is_written_again_without_work(model, copy, whole, call
     assert not calls and outputs(copy) == outputs(whole)
 
 
-def test_a_changed_line_is_a_new_job(model, copy, calls):
+def test_a_changed_line_is_a_new_job(model, copy, calls, capsys):
     before = outputs(copy)
     jobs = [JOBS[0] | {"prompt": "A green kite"}, *JOBS[1:]]
     assert run(model, copy, jobs=jobs) == 0
@@ -191,6 +191,7 @@ def test_a_changed_line_is_a_new_job(model, copy, calls):
     assert before.items() <= outputs(copy).items()
     cards = re.findall('<article data-status="([a-z]+)"', (copy / "out/index.html").read_text())
     assert sorted(cards) == ["done", "done", "done", "superseded"]
+    assert "4 job(s): 3 done, 1 superseded" in table(copy, capsys)
 
 
 def test_one_failure_ends_no_other_job(model, whole, tmp_path, calls, capsys, monkeypatch):

@@ -27,3 +27,13 @@ def test_long_text_is_cut():
     job = dataclasses.replace(JOB, prompt="kite " * 40)
     (_, row, _) = table([JobState(job, Path(job.folder), {}, False)]).splitlines()
     assert row.endswith("…") and len(row) < 200
+
+
+def test_superseded_jobs_are_marked():
+    states = [
+        JobState(dataclasses.replace(JOB, id=id_), Path(id_), {}, claimed)
+        for id_, claimed in (("new", False), ("old", False), ("works", True))
+    ]
+    _, *rows, counts = table(states, {"old", "works"}).splitlines()
+    assert [row.split()[1] for row in rows] == ["pending", "superseded", "running"]
+    assert counts == "3 job(s): 1 pending, 1 running, 1 superseded"
