@@ -68,7 +68,7 @@ def error(path: str, case: str, tokens: int) -> float:
 
 def main() -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--json", action="store_true", help="a list of rows instead of lines")
     args = parser.parse_args()

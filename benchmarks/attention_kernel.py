@@ -225,7 +225,7 @@ def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[
 
 def main() -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chip", choices=sorted(CHIPS), default="v6e")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all")
     parser.add_argument(

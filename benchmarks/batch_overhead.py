@@ -25,7 +25,7 @@ _WORK = ("run", "save", "run and save")  # phases of the stages' timings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--videos", type=int, default=20)
     parser.add_argument("--model_id", default=str(ROOT / "models/toyworld"))
     parser.add_argument("--dtype", default="float32")

@@ -53,7 +53,7 @@ Done = dict[tuple[str, str], StageRecord]  # (job's folder, stage) -> its record
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=30)
     parser.add_argument("--kills", type=int, default=0, help="processes killed with SIGKILL")
     parser.add_argument("--processes", type=int, default=1, help="at once on one folder")

@@ -31,7 +31,7 @@ DECODER_SCRIPTS = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decod
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--make_model", type=Path, help="write a model of random weights and end")
     parser.add_argument("--model", default="CogVideoX1.5-5B", help="the published one to make")
     parser.add_argument("--layers", type=int, help="of the model to make (default: all)")

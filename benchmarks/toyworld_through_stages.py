@@ -43,7 +43,7 @@ def generate(texts: list[str], seed: int, decoder: str, options: list[str]) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--things", type=int, choices=(1, 2), default=1)
     parser.add_argument("--batch", type=int, default=10)

@@ -23,7 +23,7 @@ from runtime.chips import V6E
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--topology", default="v6e-8", help="v6e-1, -4, -8, -16, or local")
     parser.add_argument("--model", default="CogVideoX1.5-5B", help="a published transformer")
     parser.add_argument("--size", default="768x1360x81", help="height x width x frames")

@@ -154,7 +154,7 @@ def check(chips: list[str], head_dims: list[int]) -> bool:
 
 def main() -> int:
     """Tune or check; 1 when an entry does not compile."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chip", choices=sorted(CHIPS), action="append", help="default: all")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, action="append")
     mode = parser.add_mutually_exclusive_group()

@@ -73,10 +73,11 @@ def parse_manifest(name: str, text: bytes) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise Refused(f"{name}: it is not a manifest of the format {FORMAT!r}")
     executable = manifest.get("executable")
-    kinds = {"program": str, "fingerprint": str, "fields": dict, "executable": dict}
-    if not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()) or not all(
-        isinstance(executable, dict) and isinstance(executable.get(key), str)
-        for key in ("file", "sha256")
+    kinds = {"program": str, "fingerprint": str, "fields": dict}
+    if (
+        not isinstance(executable, dict)
+        or not all(isinstance(executable.get(key), str) for key in ("file", "sha256"))
+        or not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items())
     ):
         raise Refused(f"{name}: parts of the manifest are missing")
     if Path(executable["file"]).name != executable["file"]:

@@ -84,11 +84,11 @@ class CompilationLog:
             self.cache_hits += 1
             self.compiled = self._programs - self.cache_hits
 
-    def _on_duration(self, event: str, seconds: float, **_: object) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
         # JAX reports this for every program, read from the cache or compiled.
         if event == "/jax/core/compile/backend_compile_duration":
             self._programs += 1
-            self.seconds += seconds
+            self.seconds += duration_secs
             self.compiled = self._programs - self.cache_hits
 
     def summary(self) -> dict[str, float]:

@@ -5,26 +5,31 @@ import numpy as np
 
 from runtime.chips import V5E, V6E
 
+CompilerOptions = dict[str, str | bool | float]
+
 # 64 MiB, of 128, for the operands of one fusion instead of 32: matrix products of 11,392 rows keep
 # theirs there. A block of the 5B transformer outside attention takes 7.0M cycles of a v6e, not 9.7M
 # (compiler estimates). v5p has 64 MiB in all.
-_ROOMY = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+_ROOMY: CompilerOptions = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 
 # The all-to-all of v travels while k is projected, and so on; by default they are synchronous.
-_ASYNC = {"xla_tpu_enable_async_all_to_all": "true"}
+_ASYNC: CompilerOptions = {"xla_tpu_enable_async_all_to_all": "true"}
 
 # GPUs of one host copy to each other by their copy engines. NCCL's kernels would take
 # multiprocessors from the products beside them, or wait for one of them to end. With `exchange`, a
 # step of the 5B transformer on four H200s takes 1.64 s; with all-to-alls by NCCL it took 1.68 s.
-_COPY = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
+_COPY: CompilerOptions = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
 
 # Otherwise XLA times algorithms on the device, and two compiles may round differently. On one H200
 # a step takes 6.19 s instead of 6.27 and compiles in 18 s instead of 23; a decode takes 3.42 s
 # instead of 3.28 and compiles in 13 s instead of 20.
-_SAME_BITS = {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False}
+_SAME_BITS: CompilerOptions = {
+    "xla_gpu_deterministic_ops": True,
+    "xla_gpu_enable_triton_gemm": False,
+}
 
 
-def transformer_options(devices: np.ndarray) -> dict[str, str | bool]:
+def transformer_options(devices: np.ndarray) -> CompilerOptions:
     """Options of the denoising step on these devices."""
     device = devices.flat[0]
     if device.platform == "gpu":
@@ -35,12 +40,15 @@ def transformer_options(devices: np.ndarray) -> dict[str, str | bool]:
     return _ASYNC | (_ROOMY if device.device_kind in (V5E.device_kind, V6E.device_kind) else {})
 
 
-def vae_options(device: jax.Device) -> dict[str, float | bool]:
+def vae_options(device: jax.Device) -> CompilerOptions:
     """Options of the decoder's programs.
 
     At XLA's full effort the two of 768x1360 on a v6e-8 compile in 75 s on two cores, at this one in
     31 s. The kernels stay the same; a decode takes 0.76e9 cycles instead of 0.68e9 and 0.6 GB more
     (compiler estimates).
     """
-    by_platform = {"tpu": {"exec_time_optimization_effort": -0.5}, "gpu": _SAME_BITS}
+    by_platform: dict[str, CompilerOptions] = {
+        "tpu": {"exec_time_optimization_effort": -0.5},
+        "gpu": _SAME_BITS,
+    }
     return by_platform.get(device.platform, {})

@@ -6,7 +6,7 @@ compiled for the next, in the compilation cache. `runtime.artifacts` describes t
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +16,7 @@ import jax
 from runtime import artifacts, stopping
 from runtime.artifacts import Refused
 from runtime.compilation import cache_hits_of_this_thread, without_persistent_cache
+from runtime.compiler_options import CompilerOptions
 from runtime.programs import Program
 
 
@@ -36,8 +37,12 @@ def find_or_compile(
     """
     named = folder is not None
     folder = folder or kept_folder(devices)
-    found = {p.name: _find(p, folder, devices, named=named) for p in programs} if folder else {}
-    missing = [program for program in programs if found.get(program.name) is None]
+    found: dict[str, jax.stages.Compiled] = {}
+    for program in programs if folder else ():
+        executable = _find(program, folder, devices, named=named)
+        if executable is not None:
+            found[program.name] = executable
+    missing = [program for program in programs if program.name not in found]
     for program, built in zip(missing, compile_all(missing, threads), strict=True):
         found[program.name] = built.executable
         if folder and not named:
@@ -78,12 +83,10 @@ def compile_all(programs: Sequence[Program], threads: int) -> list[Built]:
         Stopping: the process was asked to end.
     """
 
-    def compile_one(
-        lowered: jax.stages.Lowered, options: Mapping[str, str | float] | None
-    ) -> Built:
+    def compile_one(lowered: jax.stages.Lowered, options: CompilerOptions | None) -> Built:
         stopping.check()
         start, hits = time.perf_counter(), cache_hits_of_this_thread()
-        executable = lowered.compile(dict(options) if options is not None else None)
+        executable = lowered.compile(options)
         seconds = time.perf_counter() - start
         return Built(executable, seconds, cache_hits_of_this_thread() > hits)
 

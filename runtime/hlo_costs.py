@@ -68,6 +68,8 @@ def read_costs(hlo: str) -> Costs:
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     """HBM bytes per chip by kind; what is donated counts once."""
     analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("the compiler reports no memory for this program")
     parts = {
         "arguments": analysis.argument_size_in_bytes,
         "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -94,7 +96,10 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 def _trips(computations: dict[str, list[str]], line: str) -> int:
     """Trips of a while loop that counts from 0: the one constant that its condition compares to."""
-    condition = computations[_CONDITION.search(line)[1]]
+    found = _CONDITION.search(line)
+    if found is None:
+        raise ValueError(f"a loop without a condition: {line.strip()[:80]}")
+    condition = computations[found[1]]
     limits = [int(match[1]) for text in condition if (match := _LIMIT.search(text))]
     if len(limits) != 1:
         raise ValueError(f"cannot tell the trips of a loop: {limits} in {line.strip()[:80]}")

@@ -57,11 +57,7 @@ def join() -> None:
     global _process, _processes
     import jax
 
-    numbers = {
-        "num_processes": _number("JAX_NUM_PROCESSES"),
-        "process_id": _number("JAX_PROCESS_ID"),
-    }
-    own, count = numbers["process_id"], numbers["num_processes"]
+    own, count = _number("JAX_PROCESS_ID"), _number("JAX_NUM_PROCESSES")
     if own is not None and count is not None and own >= count:
         raise ValueError(f"JAX_PROCESS_ID={own} is not one of JAX_NUM_PROCESSES={count}, from 0 on")
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "host:1")
@@ -72,7 +68,8 @@ def join() -> None:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            **numbers,
+            num_processes=count,
+            process_id=own,
             initialization_timeout=_START_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )

@@ -151,7 +151,7 @@ def contact_sheet(videos: np.ndarray, texts: list[str]) -> Image.Image:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model_id", default="models/toyworld")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[25])

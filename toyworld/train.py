@@ -34,14 +34,16 @@ from toyworld.captions import (
     two_thing_captions,
 )
 from toyworld.train_vae import encode_videos, sharpen_vae, steady_vae, train_vae
-from toyworld.training import Log, Recipe, draw_training_scenes, make_optimizer, recorded
+from toyworld.training import Log, TrainingSettings, draw_training_scenes, make_optimizer, recorded
 from toyworld.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene
 
 
-def write_caption(recipe: Recipe, scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+def write_caption(
+    settings: TrainingSettings, scene: Scene, rng: random.Random
+) -> tuple[str, Scene]:
     """A caption, sometimes incomplete, and what it says, which is sometimes wrong."""
-    said = corrupt(scene, rng) if rng.random() < recipe.corrupted else scene
-    if len(said.things) == 1 and rng.random() < recipe.partial:
+    said = corrupt(scene, rng) if rng.random() < settings.corrupted else scene
+    if len(said.things) == 1 and rng.random() < settings.partial:
         return partial_caption(said, rng)
     return full_caption(said, rng), said
 
@@ -71,7 +73,9 @@ def answers_of(said: Scene) -> list[int]:
     return [names.index(answer) for names, answer in zip(_QUESTIONS, answers, strict=True)]
 
 
-def train_text_encoder(recipe: Recipe, tokenizer, device: torch.device, log: Log) -> T5EncoderModel:
+def train_text_encoder(
+    settings: TrainingSettings, tokenizer, device: torch.device, log: Log
+) -> T5EncoderModel:
     """Learns to tell at every token, padding included, all that a caption says.
 
     The denoising loss alone teaches the meaning of words slowly: the background and the noise
@@ -79,13 +83,15 @@ def train_text_encoder(recipe: Recipe, tokenizer, device: torch.device, log: Log
     token shows to a linear layer are there for the transformer from its first step. Returns float32
     weights that bfloat16 holds exactly; the linear layer is thrown away.
     """
-    torch.manual_seed(recipe.seed + 1)
-    rng = random.Random(recipe.seed + 1)
+    torch.manual_seed(settings.seed + 1)
+    rng = random.Random(settings.seed + 1)
     text_encoder = parts.make_text_encoder().to(device)
     widths = [len(names) for names in _QUESTIONS]
     head = torch.nn.Linear(text_encoder.config.d_model, sum(widths), device=device)
     parameters = [*text_encoder.parameters(), *head.parameters()]
-    optimizer, schedule = make_optimizer(parameters, recipe.text_learning_rate, recipe.text_steps)
+    optimizer, schedule = make_optimizer(
+        parameters, settings.text_learning_rate, settings.text_steps
+    )
 
     def ask(captions: list[tuple[str, Scene]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross entropy, and the share of tokens that answer every question right."""
@@ -97,15 +103,15 @@ def train_text_encoder(recipe: Recipe, tokenizer, device: torch.device, log: Log
         best = torch.stack([guess.argmax(dim=1) for guess in guesses], dim=1)
         return loss, (best == truth).all(dim=1).float().mean()
 
-    for number in range(recipe.text_steps):
-        scenes = draw_training_scenes(recipe, rng, recipe.text_batch)
-        loss, right = ask([write_caption(recipe, scene, rng) for scene in scenes])
+    for number in range(settings.text_steps):
+        scenes = draw_training_scenes(settings, rng, settings.text_batch)
+        loss, right = ask([write_caption(settings, scene, rng) for scene in scenes])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if number % 500 == 499 or number == recipe.text_steps - 1:
+        if number % 500 == 499 or number == settings.text_steps - 1:
             log.add("text", step=number + 1, loss=loss.item(), right=right.item())
     text_encoder = text_encoder.to(torch.bfloat16).float().eval().requires_grad_(False)
     with torch.no_grad():
@@ -116,7 +122,7 @@ def train_text_encoder(recipe: Recipe, tokenizer, device: torch.device, log: Log
                 ("held_out_two_things", two_thing_captions(200)),
             )
         }
-    log.add("text", step=recipe.text_steps, **right)
+    log.add("text", step=settings.text_steps, **right)
     return text_encoder
 
 
@@ -139,8 +145,33 @@ def draw_timesteps(n: int, device: torch.device) -> torch.Tensor:
     return (share * 1000).long().clamp(max=999)
 
 
+def encode_training_data(
+    settings: TrainingSettings,
+    tokenizer,
+    text_encoder: T5EncoderModel,
+    vae: AutoencoderKLCogVideoX,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws the training videos and encodes them and their captions, in bfloat16 on the device.
+
+    Returns:
+        captions [videos, captions of a video, MAX_TOKENS, text width] and unscaled latents
+        [videos, T, C, H, W].
+    """
+    rng = random.Random(settings.seed + 2)
+    scenes = draw_training_scenes(settings, rng, settings.videos)
+    texts = [
+        write_caption(settings, scene, rng)[0]
+        for scene in scenes
+        for _ in range(settings.captions_per_video)
+    ]
+    captions = encode_texts(texts, tokenizer, text_encoder)
+    captions = captions.unflatten(0, (settings.videos, settings.captions_per_video))
+    return captions, encode_videos(scenes, vae, device, settings.seed + 3)
+
+
 def train_denoiser(
-    recipe: Recipe,
+    settings: TrainingSettings,
     tokenizer,
     text_encoder: T5EncoderModel,
     vae: AutoencoderKLCogVideoX,
@@ -153,24 +184,17 @@ def train_denoiser(
     `snapshot` is called now and then, and at the end, with the averaged transformer; the
     autoencoder's `scaling_factor` is set here.
     """
-    torch.manual_seed(recipe.seed + 2)
-    rng = random.Random(recipe.seed + 2)
-    scenes = draw_training_scenes(recipe, rng, recipe.videos)
-    texts = [
-        write_caption(recipe, s, rng)[0] for s in scenes for _ in range(recipe.captions_per_video)
-    ]
-    captions = encode_texts(texts, tokenizer, text_encoder)
-    captions = captions.unflatten(0, (recipe.videos, recipe.captions_per_video))
+    torch.manual_seed(settings.seed + 2)
+    captions, latents = encode_training_data(settings, tokenizer, text_encoder, vae, device)
     empty = encode_texts([""], tokenizer, text_encoder)
-    latents = encode_videos(scenes, vae, device, recipe.seed + 3)
     scale = 1 / latents[:4096].float().std().item()
     vae.register_to_config(scaling_factor=scale)
-    log.add("latents", videos=recipe.videos, scaling_factor=scale)
+    log.add("latents", videos=settings.videos, scaling_factor=scale)
 
     transformer = parts.make_transformer().to(device)
     parameters = list(transformer.parameters())
-    optimizer, schedule = make_optimizer(parameters, recipe.learning_rate, recipe.steps)
-    ema = EMAModel(parameters, decay=recipe.ema_decay, foreach=True)
+    optimizer, schedule = make_optimizer(parameters, settings.learning_rate, settings.steps)
+    ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
     if device.type == "cuda":
         transformer.compile()  # 46 -> 23 ms a step of 256 on one H200, for 32 s of compilation
     signal = parts.make_scheduler().alphas_cumprod.to(device).float()
@@ -203,17 +227,17 @@ def train_denoiser(
 
     run = None
     losses = []
-    for number in range(recipe.steps):
-        rows = torch.randint(recipe.videos, (recipe.batch,), device=device)
-        which = torch.randint(recipe.captions_per_video, (recipe.batch,), device=device)
-        dropped = torch.rand(recipe.batch, 1, 1, device=device) < recipe.dropped
+    for number in range(settings.steps):
+        rows = torch.randint(settings.videos, (settings.batch,), device=device)
+        which = torch.randint(settings.captions_per_video, (settings.batch,), device=device)
+        dropped = torch.rand(settings.batch, 1, 1, device=device) < settings.dropped
         text = torch.where(dropped, empty, captions[rows, which])
-        batch = (latents[rows], text, draw_timesteps(recipe.batch, device))
+        batch = (latents[rows], text, draw_timesteps(settings.batch, device))
         run = run or recorded(step, *batch)
         losses.append(run(*batch)["loss"].clone())
         schedule.step()
         ema.step(parameters)
-        last = number == recipe.steps - 1
+        last = number == settings.steps - 1
         if number % 250 == 249 or last:
             log.add("denoiser", step=number + 1, loss=torch.stack(losses).mean().item())
             losses.clear()
@@ -226,24 +250,24 @@ def train_denoiser(
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument(
         "--resume",
         action="store_true",
         help="take the autoencoder and the text encoder that an earlier run left in the folder",
     )
-    for name, default in asdict(Recipe()).items():
+    for name, default in asdict(TrainingSettings()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     arguments = vars(parser.parse_args())
     folder, resume = arguments.pop("output_dir"), arguments.pop("resume")
-    recipe = Recipe(**arguments)
+    settings = TrainingSettings(**arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    log = Log(recipe)
+    log = Log(settings)
     folder.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = parts.make_tokenizer(recipe.seed)
+    tokenizer = parts.make_tokenizer(settings.seed)
     if resume:
         earlier = json.loads((folder / "training_log.json").read_text())
         kept = ("vae", "steady_vae", "sharp_vae", "text")
@@ -257,11 +281,11 @@ def main() -> None:
         vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae", torch_dtype=torch.float32)
         vae = vae.to(device).eval().requires_grad_(False)
     else:
-        vae = train_vae(recipe, device, log)
+        vae = train_vae(settings, device, log)
         keep(vae, "vae")
     for phase, refine in (("steady_vae", steady_vae), ("sharp_vae", sharpen_vae)):
         if phase not in log.content:
-            vae = refine(vae, recipe, log)
+            vae = refine(vae, settings, log)
             keep(vae, "vae")
 
     if "text" in log.content:
@@ -270,14 +294,14 @@ def main() -> None:
         ).to(device)
         text_encoder = text_encoder.eval().requires_grad_(False)
     else:
-        text_encoder = train_text_encoder(recipe, tokenizer, device, log)
+        text_encoder = train_text_encoder(settings, tokenizer, device, log)
         keep(text_encoder, "text_encoder")
 
     def snapshot(transformer: torch.nn.Module) -> None:
         parts.save(folder, tokenizer, text_encoder, vae, transformer)
         log.write(folder)
 
-    train_denoiser(recipe, tokenizer, text_encoder, vae, device, log, snapshot)
+    train_denoiser(settings, tokenizer, text_encoder, vae, device, log, snapshot)
 
 
 if __name__ == "__main__":

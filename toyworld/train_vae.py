@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX
 
 from toyworld import parts
-from toyworld.training import Log, Recipe, draw_training_scenes, make_optimizer, recorded
+from toyworld.training import Log, TrainingSettings, draw_training_scenes, make_optimizer, recorded
 from toyworld.world import HEIGHT, WIDTH, Scene, Scenes, render, scenes_of
 
 
@@ -31,45 +31,51 @@ def windows(videos: torch.Tensor, scenes: Scenes, generator: torch.Generator) ->
     return torch.stack(cut)
 
 
-def train_vae(recipe: Recipe, device: torch.device, log: Log) -> AutoencoderKLCogVideoX:
+def train_vae(settings: TrainingSettings, device: torch.device, log: Log) -> AutoencoderKLCogVideoX:
     """Learns to draw the world; returns float32 weights that bfloat16 holds exactly.
 
     It begins on windows around the things, where a step shows more edges for its cost, and ends on
     whole frames, whose group norms have other statistics.
     """
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(settings.seed)
     vae = parts.make_vae().to(device)
-    total = recipe.vae_window_steps + recipe.vae_steps
-    training = make_optimizer(list(vae.parameters()), recipe.vae_learning_rate, total)
-    draws = (random.Random(recipe.seed), torch.Generator().manual_seed(recipe.seed))
+    total = settings.vae_window_steps + settings.vae_steps
+    training = make_optimizer(list(vae.parameters()), settings.vae_learning_rate, total)
+    draws = (random.Random(settings.seed), torch.Generator().manual_seed(settings.seed))
     for steps, batch, windowed in (
-        (recipe.vae_window_steps, recipe.vae_window_batch, True),
-        (recipe.vae_steps, recipe.vae_batch, False),
+        (settings.vae_window_steps, settings.vae_window_batch, True),
+        (settings.vae_steps, settings.vae_batch, False),
     ):
-        _draw_and_learn(vae, recipe, training, draws, steps, batch, windowed, 0.0, log, "vae")
+        _draw_and_learn(vae, settings, training, draws, steps, batch, windowed, 0.0, log, "vae")
     return vae.to(torch.bfloat16).float().eval().requires_grad_(False)
 
 
-def steady_vae(vae: AutoencoderKLCogVideoX, recipe: Recipe, log: Log) -> AutoencoderKLCogVideoX:
+def steady_vae(
+    vae: AutoencoderKLCogVideoX, settings: TrainingSettings, log: Log
+) -> AutoencoderKLCogVideoX:
     """Teaches a trained autoencoder to draw the same from latents that are a little off.
 
     A denoiser's latents always are. Without this, noise of 0.13 of their deviation dents every
     outline, differently in each latent frame. Returns float32 weights that bfloat16 holds exactly.
     """
     vae.train().requires_grad_(True)
-    return _refine(vae, recipe, recipe.steady_steps, recipe.steady_noise, 4, log, "steady_vae")
+    return _refine(
+        vae, settings, settings.steady_steps, settings.steady_noise, 4, log, "steady_vae"
+    )
 
 
-def sharpen_vae(vae: AutoencoderKLCogVideoX, recipe: Recipe, log: Log) -> AutoencoderKLCogVideoX:
+def sharpen_vae(
+    vae: AutoencoderKLCogVideoX, settings: TrainingSettings, log: Log
+) -> AutoencoderKLCogVideoX:
     """Trains the decoder alone, on latents as far off as a good denoiser's, for sharper edges."""
     vae.train().requires_grad_(False)
     vae.decoder.requires_grad_(True)
-    return _refine(vae, recipe, recipe.sharp_steps, recipe.sharp_noise, 5, log, "sharp_vae")
+    return _refine(vae, settings, settings.sharp_steps, settings.sharp_noise, 5, log, "sharp_vae")
 
 
 def _refine(
     vae: AutoencoderKLCogVideoX,
-    recipe: Recipe,
+    settings: TrainingSettings,
     steps: int,
     noise: float,
     seed: int,
@@ -77,18 +83,20 @@ def _refine(
     phase: str,
 ) -> AutoencoderKLCogVideoX:
     """Trains on whole frames what of a trained autoencoder requires gradients."""
-    seed += recipe.seed
+    seed += settings.seed
     torch.manual_seed(seed)
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    training = make_optimizer(parameters, recipe.refine_learning_rate, steps)
+    training = make_optimizer(parameters, settings.refine_learning_rate, steps)
     draws = (random.Random(seed), torch.Generator().manual_seed(seed))
-    _draw_and_learn(vae, recipe, training, draws, steps, recipe.vae_batch, False, noise, log, phase)
+    _draw_and_learn(
+        vae, settings, training, draws, steps, settings.vae_batch, False, noise, log, phase
+    )
     return vae.to(torch.bfloat16).float().eval().requires_grad_(False)
 
 
 def _draw_and_learn(
     vae: AutoencoderKLCogVideoX,
-    recipe: Recipe,
+    settings: TrainingSettings,
     training: tuple,
     draws: tuple[random.Random, torch.Generator],
     steps: int,
@@ -122,7 +130,7 @@ def _draw_and_learn(
         # The absolute error alone rests at "background everywhere", the median of every pixel.
         absolute, square = F.l1_loss(drawn, video), F.mse_loss(drawn, video)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        (absolute + 4 * square + recipe.kl_weight * kl).backward()
+        (absolute + 4 * square + settings.kl_weight * kl).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         return {
@@ -135,7 +143,7 @@ def _draw_and_learn(
 
     run = None
     for number in range(steps):
-        scenes = scenes_of(draw_training_scenes(recipe, rng, batch), generator)
+        scenes = scenes_of(draw_training_scenes(settings, rng, batch), generator)
         video = render(scenes.to(device))
         video = to_model(windows(video, scenes, generator) if windowed else video).contiguous()
         run = run or recorded(step, video)

@@ -1,4 +1,4 @@
-"""What every part of the toy world's training needs: recipe, log, scenes, optimizer, CUDA graph."""
+"""What all parts of the training share: settings, log, scenes, optimizer, CUDA graph."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from toyworld.world import Scene
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingSettings:
     """Everything the result depends on."""
 
     seed: int = 0
@@ -52,8 +52,8 @@ class Recipe:
 class Log:
     """Losses by phase, printed as they come and kept for the JSON file."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.content: dict = {"recipe": asdict(recipe), "torch": torch.__version__}
+    def __init__(self, settings: TrainingSettings) -> None:
+        self.content: dict = {"recipe": asdict(settings), "torch": torch.__version__}
         self._began = time.monotonic()
 
     def add(self, phase: str, **values: float) -> None:
@@ -68,10 +68,10 @@ class Log:
         (folder / "training_log.json").write_text(json.dumps(self.content, indent=1) + "\n")
 
 
-def draw_training_scenes(recipe: Recipe, rng: random.Random, n: int) -> list[Scene]:
+def draw_training_scenes(settings: TrainingSettings, rng: random.Random, n: int) -> list[Scene]:
     """n scenes without held-out things, a share of them with two things."""
     things = all_things(held_out=False)
-    return [draw_scene(rng, things, two=rng.random() < recipe.two_things) for _ in range(n)]
+    return [draw_scene(rng, things, two=rng.random() < settings.two_things) for _ in range(n)]
 
 
 def recorded(step: Callable, *examples: torch.Tensor) -> Callable:

@@ -17,7 +17,7 @@ from toyworld.captions import (
     partial_caption,
     two_thing_captions,
 )
-from toyworld.training import Recipe, draw_training_scenes
+from toyworld.training import TrainingSettings, draw_training_scenes
 from toyworld.world import BACKGROUNDS
 
 
@@ -31,7 +31,7 @@ def test_the_split_is_a_sixth_and_leaves_every_pair_of_attributes_in_training():
 
 def test_training_never_draws_or_names_a_held_out_thing():
     rng = random.Random(0)
-    for scene in draw_training_scenes(Recipe(), rng, 3000):
+    for scene in draw_training_scenes(TrainingSettings(), rng, 3000):
         said = corrupt(scene, rng)
         assert said != scene
         assert not any(is_held_out(thing) for thing in scene.things + said.things)
