@@ -7,18 +7,42 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 from tests.fuzz.damage import (
-    VALUES, at, damaged_json, damaged_safetensors, damaged_text, not_a_file, paths,
+    VALUES,
+    at,
+    damaged_json,
+    damaged_safetensors,
+    damaged_text,
+    not_a_file,
+    paths,
 )  # fmt: skip
 from tests.fuzz.harness import (
-    Case, Ended, World, batch_arguments, copy_tree, file_digest, job_line, snapshot,
+    Case,
+    Ended,
+    World,
+    batch_arguments,
+    copy_tree,
+    file_digest,
+    job_line,
+    snapshot,
 )  # fmt: skip
 from tests.fuzz.stages import (
-    CONFIG, EMBEDDINGS, LATENTS, SHEET, STAGE1, STAGE2, STAGE3, VIDEO, ended_well, packets, tag,
+    CONFIG,
+    EMBEDDINGS,
+    LATENTS,
+    SHEET,
+    STAGE1,
+    STAGE2,
+    STAGE3,
+    VIDEO,
+    ended_well,
+    packets,
+    tag,
 )  # fmt: skip
 
 _MADE = (EMBEDDINGS, LATENTS, VIDEO, SHEET, CONFIG)
@@ -205,7 +229,8 @@ class Tags:
         base.mkdir()
         for command in ([*STAGE1, f"--model_id={world.model}"], STAGE2, STAGE3):
             world.run(*command, cwd=base)
-        self._video = base / "run" / VIDEO
+        self._video = base / "tagged.mp4"
+        shutil.copyfile(base / "run" / VIDEO, self._video)
         text = tag(self._video)
         assert text
         self._document = json.loads(text)

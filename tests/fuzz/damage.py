@@ -322,14 +322,15 @@ def _damaged_header(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 
 def _damaged_metadata(rng: random.Random, content: bytes) -> tuple[bytes, str]:
     header, body = read_safetensors(content)
-    metadata = header.get("__metadata__") or {"format": "pt"}
+    metadata: dict[str, Json] = header.get("__metadata__") or {"format": "pt"}
     key = rng.choice(list(metadata))
     how = rng.randrange(4)
     if how == 0:
         values = ["", "x", "2", "\x1b[31m\n", "[" * 10_000, "null", "x" * 3_000_000, "\u202e", "{}"]
         metadata[key] = rng.choice(values)
     elif how == 1:
-        metadata[key] = rng.choice([None, 1, 1.5, [], {}, True, ["1"]])
+        wrong: list[Json] = [None, 1, 1.5, [], {}, True, ["1"]]
+        metadata[key] = rng.choice(wrong)
     elif how == 2:
         del metadata[key]
     else:

@@ -125,8 +125,9 @@ def _execute(argv: Sequence[str], cwd: Path, logs: Path, environment: dict[str, 
             flags = os.O_RDONLY if name is None else os.O_WRONLY | os.O_CREAT | os.O_APPEND
             os.dup2(os.open(logs / name if name else os.devnull, flags, 0o644), number)
         for number, mode in ((1, "stdout"), (2, "stderr")):
-            setattr(sys, mode, open(number, "w", encoding="utf-8", closefd=False))
-        sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
+            errors, lines = ("strict", False) if number == 1 else ("backslashreplace", True)
+            file = open(number, "w", 1 if lines else -1, "utf-8", errors, closefd=False)
+            setattr(sys, mode, file)
         os.environ |= environment
         os.chdir(cwd)
         sys.argv = [str(ROOT / argv[0]), *map(str, argv[1:])]
@@ -138,7 +139,7 @@ def _execute(argv: Sequence[str], cwd: Path, logs: Path, environment: dict[str, 
         except BaseException:
             traceback.print_exc()
             code = 1
-        threading._shutdown()  # joins threads, as the end of the interpreter does
+        threading._shutdown()  # type: ignore[attr-defined]  # joins threads, as the end of the interpreter does
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
@@ -161,11 +162,11 @@ class World:
         }
         for name in ("home", "tmp", "logs"):
             (root / name).mkdir()
-        self._logs = 0
+        self.number = 0  # of the latest run; its output is in logs/NUMBER
 
     def start(self, *argv: str, cwd: Path, environment: dict[str, str] | None = None) -> Run:
-        self._logs += 1
-        logs = self.root / "logs" / str(self._logs)
+        self.number += 1
+        logs = self.root / "logs" / str(self.number)
         logs.mkdir()
         return Run(argv, cwd, logs, environment or {})
 
@@ -358,8 +359,8 @@ def traceback_of(text: str) -> str:
         end = text[text.rindex("Traceback (most recent call last)") :]
         frames = [(Path(f).name, name) for f, _, name in _FRAME.findall(end) if str(ROOT) in f]
         place = f"{frames[-1][0]}:{frames[-1][1]}" if frames else "?"
-        names = re.findall(r"^([A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)?)\b", end, re.M)
-        return f"{names[-1] if names else '?'} in {place}"
+        unindented = [line for line in end.splitlines()[1:] if line and line[0] not in " \t"]
+        return f"{unindented[0].partition(':')[0] if unindented else '?'} in {place}"
     return "panic" if "panicked at" in text else ""
 
 

@@ -9,7 +9,14 @@ import shutil
 from pathlib import Path
 
 from tests.fuzz.damage import (
-    VALUES, at, damaged_safetensors, damaged_text, not_a_file, paths, replaced, tensor_bytes,
+    VALUES,
+    at,
+    damaged_safetensors,
+    damaged_text,
+    not_a_file,
+    paths,
+    replaced,
+    tensor_bytes,
 )  # fmt: skip
 from tests.fuzz.harness import DENOISE, PROMPT, Case, World, copy_tree, snapshot
 from tests.fuzz.stages import EMBEDDINGS, LATENTS, SHEET, VIDEO, ended_well

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 from tests.fuzz.damage import damaged_json, damaged_safetensors, not_a_file, paths, replaced
@@ -36,11 +37,10 @@ class Stages:
     """
 
     def __init__(self, world: World):
-        self._world = world
         self.stage1 = [*STAGE1, f"--model_id={world.model}"]
-        base = world.root / "stages"
+        base = Path(tempfile.mkdtemp(prefix="stages_", dir=world.root))
         work = base / "work"
-        work.mkdir(parents=True)
+        work.mkdir()
         run = work / "run"
         for command in (self.stage1, [*STAGE2, "--seed=7"], STAGE3):
             world.run(*command, cwd=work)
