@@ -8,4 +8,4 @@ import utils
 from stage3_vae_decoder import parse_arguments, run
 
 if __name__ == "__main__":
-    utils.run_main(lambda: run(parse_arguments(), "vae_flax"))
+    utils.run_main(lambda: run(parse_arguments(), "flax"))

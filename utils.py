@@ -1,19 +1,20 @@
-"""What the stages share: the common arguments, errors and progress.
+"""What every script's `main` needs: the shared arguments and the exit codes.
 
-Light on purpose: importing this costs milliseconds, so bad input is refused before torch, JAX or
-diffusers are loaded.
+Importing it takes milliseconds, so a script refuses bad arguments before it loads torch, JAX or
+diffusers.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from runtime import processes, stopping
 from runtime.errors import InputError, RunError, Stopped, checking_input
@@ -28,13 +29,12 @@ EXECUTABLES_VARIABLE = "COGVIDEOX_EXECUTABLES"
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's `main` with the project's exit codes.
+    """Runs a script's `main` and exits with the project's codes.
 
     0 done, 1 failed, 2 bad usage or input (one line on stderr), 130 interrupted, 143 terminated.
-    ValueError is what every check of input raises; anything else is a defect and shows its
-    traceback.
+    Any other exception is a defect and shows its traceback.
     """
-    # A terminated run unwinds, so that its temporary files are removed.
+    # Both signals raise, so that a terminated run removes its temporary files.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     sys.unraisablehook = _stop_again
@@ -54,7 +54,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 
 
 def _end(code: int, kind: str, reason: str) -> NoReturn:
-    """Says why this process ends, on stderr and to the other processes."""
+    """Exits; prints the reason on stderr and sends it to the other processes."""
     print(f"{kind}{reason}", file=sys.stderr)
     processes.fail(reason)
     sys.exit(code)
@@ -66,10 +66,10 @@ def _stop(number: int, _: object) -> NoReturn:
 
 
 def _stop_again(unraisable: Any) -> None:
-    """Repeats a signal whose exception was dropped.
+    """Raises a signal again whose exception Python dropped.
 
     Python drops exceptions in garbage collection callbacks, and JAX registers one: about half of
-    all signals were lost there while stage 2 was starting.
+    all signals were lost there while stage 2 started.
     """
     if isinstance(unraisable.exc_value, Stopped):
         number = unraisable.exc_value.number
@@ -144,11 +144,10 @@ def number(minimum: float, maximum: float) -> Callable[[str], float]:
     return parse
 
 
-def add_folders(parser: ArgumentParser) -> None:
+def add_output_dir(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--input_dir", type=Path, default=DEFAULT_FOLDER, help="folder of the stage before's files"
+        "--output_dir", type=Path, default=DEFAULT_FOLDER, help="folder for the stage files"
     )
-    parser.add_argument("--output_dir", type=Path, help="folder to write to (default: input_dir)")
 
 
 def add_model(parser: ArgumentParser, default: str | None) -> None:
@@ -156,32 +155,133 @@ def add_model(parser: ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "--model_id",
         default=default,
-        help=what if default else f"{what} (default: the one of the stage before)",
+        help=what if default else f"{what} (default: the model of the previous stage)",
     )
 
 
 def add_mesh(parser: ArgumentParser, axes: tuple[str, ...] = ("dp", "sp", "tp")) -> None:
     splits = {"dp": "the batch", "sp": "the tokens", "tp": "heads and MLP columns"}
     for axis in axes:
-        what = f"devices along {axis}, over which {splits[axis]} are split (default: what fits)"
+        what = f"devices along {axis}, which split {splits[axis]} (default: as many as fit)"
         parser.add_argument(f"--{axis}", type=integer(1), help=what)
+
+
+def add_prompt(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        help="what the video shows; repeat it for a batch of videos",
+    )
+
+
+def add_text(parser: ArgumentParser) -> None:
+    """Adds the arguments that only stage 1 has, except for the prompt."""
+    parser.add_argument(
+        "--negative_prompt", default="", help="what classifier-free guidance leads away from"
+    )
+    parser.add_argument(
+        "--max_sequence_length",
+        type=integer(1, 4096),
+        help="tokens per prompt (default: the model's, 226 for the published ones)",
+    )
+
+
+def add_denoising(parser: ArgumentParser) -> None:
+    """Adds the arguments that only stage 2 has, except for the profile."""
+    parser.add_argument(
+        "--num_inference_steps",
+        type=integer(1),
+        help="denoising steps (default: the model's, 50 for the published ones)",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=number(0, 1000),
+        help="classifier-free guidance; 1 or less turns it off (default: the model's, 6)",
+    )
+    parser.add_argument(
+        "--use_dynamic_cfg", action="store_true", help="vary the guidance scale with the timestep"
+    )
+    parser.add_argument(
+        "--scheduler", choices=("dpm", "ddim"), help="default: the one in the model's folder"
+    )
+    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--num_frames", "--frames", type=int, help="default: the model's")
+    parser.add_argument(
+        "--fps", type=integer(1, 240), help="frames per second (default: the model's)"
+    )
+    parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=42, help="of the noise")
+    add_allow_unsupported(parser)
+    add_attention(parser)
+    parser.add_argument(
+        "--checkpoint_every",
+        type=integer(1),
+        help="save the state of the loop after every so many steps; the same command resumes from "
+        "it (default: never)",
+    )
+
+
+def add_allow_unsupported(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow_unsupported",
+        action="store_true",
+        help="allow sizes and frame counts that the model was not trained for",
+    )
+
+
+def add_attention(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "splash", "cudnn", "reference"),
+        default="auto",
+        help="kernel; auto takes splash on TPU, cudnn on NVIDIA GPUs, reference on CPU",
+    )
+
+
+def add_profile(parser: ArgumentParser) -> None:
+    parser.add_argument("--profile", type=Path, help="write a JAX profile of the loop here")
+
+
+def add_output_video(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--output_video",
+        type=Path,
+        help=".mp4, .gif, .webp, .npy (float32, exact), or a folder of PNG frames "
+        "(default: output_video.mp4 in the folder of the latents)",
+    )
+
+
+def add_video(parser: ArgumentParser) -> None:
+    """Adds the arguments that only stage 3 has, except for the output."""
+    parser.add_argument(
+        "--quality", type=integer(0, 10), help="of .mp4 and .webp, 10 is best (default: 7)"
+    )
+    parser.add_argument(
+        "--no_metadata", action="store_true", help="leave the settings out of the mp4"
+    )
+
+
+def add_decoder(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--decoder", choices=("torchax", "flax"), default="torchax", help="VAE of stage 3"
+    )
 
 
 def add_distributed(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="one video on the devices of several hosts: start the same command on each. Outside "
-        "of TPU slices, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell the "
-        "processes of each other",
+        help="make one video on the devices of several hosts: start the same command on each. "
+        "Outside of TPU slices, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
 
 
 def join_processes(arguments: argparse.Namespace) -> None:
-    """With --distributed, joins the processes that run this command, once; the first one speaks.
+    """With --distributed, joins the processes that run this command. Only the first one prints.
 
     Raises:
-        InputError: they do not find each other, or were not started alike.
+        InputError: they do not find each other, or their arguments or library versions differ.
     """
     if not arguments.distributed or processes.count() > 1:
         return
@@ -206,16 +306,22 @@ def add_executables(parser: ArgumentParser) -> None:
         "--executables",
         type=Path,
         default=os.environ.get(EXECUTABLES_VARIABLE) or None,
-        help="folder of executables from compile_ahead.py; what it lacks is compiled "
-        f"(default: ${EXECUTABLES_VARIABLE}, else those that earlier runs kept in the cache)",
+        help="folder of executables from compile_ahead.py; missing ones are compiled "
+        f"(default: ${EXECUTABLES_VARIABLE}, or else what earlier runs kept in the cache)",
     )
 
 
-def check_executables(folder: Path | None) -> None:
-    """Refuses a folder of executables that is none.
+_Options = TypeVar("_Options")
 
-    Raises:
-        ValueError: naming it.
+
+def options(kind: type[_Options], arguments: argparse.Namespace, **changes: object) -> _Options:
+    """Makes a dataclass whose fields are the arguments of the same names.
+
+    Args:
+        kind: a dataclass; arguments that are no field of it are ignored.
+        changes: fields whose value is not the argument's.
     """
-    if folder and not os.path.isdir(folder):
-        raise ValueError(f"--executables {folder} is not a folder; compile_ahead.py makes it")
+    assert dataclasses.is_dataclass(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    values = {name: value for name, value in vars(arguments).items() if name in names}
+    return kind(**{**values, **changes})

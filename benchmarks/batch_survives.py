@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import batch
@@ -38,7 +37,7 @@ _SHAPES = [(32, 48, 5, 3), (48, 32, 9, 3), (32, 32, 9, 1), (32, 64, 5, 1), (48, 
 _OUTPUT_DIR = "batch"
 _IMPORTED = [
     "jobs.runner",
-    "jobs.workshop",
+    "stages.session",
     "cogvideox.denoising.program",
     "cogvideox.text.encoder",
 ]
@@ -106,7 +105,7 @@ def job_line(i: int) -> str:
     return json.dumps(job | {"scheduler": "ddim" if i % 3 == 0 else "dpm"}) + "\n"
 
 
-def start_batch(folder: Path, *more: str) -> BaseProcess:
+def start_batch(folder: Path, *more: str) -> multiprocessing.Process:
     folder.mkdir(exist_ok=True)
     process = _FORKS.Process(target=_batch, args=(folder, more))
     process.start()
@@ -125,7 +124,7 @@ def _batch(folder: Path, more: tuple[str, ...]) -> None:
     run_main(batch.main)
 
 
-def wait(process: BaseProcess, folder: Path) -> None:
+def wait(process: multiprocessing.Process, folder: Path) -> None:
     """Waits for a process that should end well."""
     process.join()
     if process.exitcode:

@@ -211,7 +211,8 @@ def compile_ahead(
 def write_embeddings(model: Path, folder: Path) -> None:
     """Stage 1's files, of random embeddings."""
     import numpy as np
-    import stage_files
+
+    from stages import files as stage_files
 
     config = json.loads((model / "transformer/config.json").read_text())
     shape = (1, config["max_text_seq_length"], config["text_embed_dim"])
@@ -239,13 +240,14 @@ def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
 
     import stage2_transformer as stage2
     from runtime.progress import Timings
+    from stages import denoise as stage
 
-    make_plan, denoise, result = stage2.make_plan, stage2.denoise, {}
+    check, denoise, result = stage.check, stage.denoise, {}
     log = None
 
-    def stamped_plan(*args: Any, **kwargs: Any) -> Any:
+    def stamped_check(*args: Any, **kwargs: Any) -> Any:
         stamp("arguments and stage file")
-        plan = make_plan(*args, **kwargs)
+        plan = check(*args, **kwargs)
         stamp("imports, devices, checks")
 
         from runtime.compilation import CompilationLog
@@ -276,7 +278,7 @@ def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
             if name == "load":
                 stamp("weights and prompts")
 
-    stage2.make_plan, stage2.denoise, stage2.Timings = stamped_plan, stamped_denoise, StampedTimings
+    stage.check, stage.denoise, stage.Timings = stamped_check, stamped_denoise, StampedTimings
     with contextlib.suppress(FirstStep):
         stage2.run(stage2.parse_arguments(stage_arguments))
 

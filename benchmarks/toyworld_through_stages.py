@@ -37,7 +37,10 @@ def generate(texts: list[str], seed: int, decoder: str, options: list[str]) -> l
         common = ["--input_dir", folder, "--dtype=float32"]
         stage2.run(stage2.parse_arguments([*common, f"--seed={seed}", *options]))
         video = Path(folder, "video.npy")
-        stage3.run(stage3.parse_arguments([*common, "--output_video", str(video)]), decoder)
+        stage3.run(
+            stage3.parse_arguments([*common, "--output_video", str(video)]),
+            decoder.removeprefix("vae_"),
+        )
         names = [video.with_stem(f"video-{i}") for i in range(len(texts))]
         return [np.load(name) for name in (names if len(texts) > 1 else [video])]
 

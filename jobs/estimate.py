@@ -9,8 +9,8 @@ from cogvideox.model.folder import ModelFolder
 from cogvideox.model.settings import latent_shape
 from cogvideox.transformer.flops import step_flops
 from jobs.records import STAGES, Job, JobState
-from jobs.workshop import Shape, shape_of
 from runtime.chips import DENOISING_FLOPS
+from stages.session import Shape
 
 # Bytes per pixel and frame of an mp4 of default quality. Noise takes more, drawings take less.
 _VIDEO_BYTES = 0.15
@@ -38,9 +38,9 @@ def describe(
     devices = jax.devices()
     pace = Pace(states, model, devices[0].device_kind, len(devices))
     lines, seconds, unknown, size = [], 0.0, 0, 0
-    shapes = list(dict.fromkeys(map(shape_of, jobs)))
+    shapes = list(dict.fromkeys(job.shape for job in jobs))
     for shape in shapes:
-        own = [job for job in jobs if shape_of(job) == shape]
+        own = [job for job in jobs if job.shape == shape]
         todo = [job for job in own if needs[job] in STAGES]
         times = [pace.seconds(job) for job in todo]
         known = [time for time in times if time is not None]

@@ -1,25 +1,20 @@
-"""Job files: a prompt a line, or JSON objects of stage arguments.
+"""Job files: one prompt per line, or one JSON object of settings per line.
 
-All that is wrong with a file is found at once. Light on purpose: neither torch nor JAX is
-imported before every line has been checked.
+Reading finds every problem of a file at once. It imports neither torch nor JAX.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import stage1_text_encoder as stage1
-import stage2_transformer as stage2
-import stage3_vae_decoder as stage3
 from runtime.errors import InputError
-from utils import ArgumentParser
+from stages.encode import check_prompts
 
 _MAX_FILE_BYTES = 64 << 20
 _MAX_LINE_BYTES = 256 << 10
@@ -30,40 +25,75 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 _SEEDS = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
 _SHORT = {"frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale"}
-# The stage arguments that a line may set, and their types in JSON; the stages check the values.
-_TYPES: dict[str, type] = {
+# The settings that a line may have, and their types in JSON.
+TYPES: dict[str, type] = {
     **{"prompt": str, "negative_prompt": str, "max_sequence_length": int},
     **{"height": int, "width": int, "num_frames": int, "fps": int, "allow_unsupported": bool},
     **{"num_inference_steps": int, "guidance_scale": float, "use_dynamic_cfg": bool},
     **{"scheduler": str, "seed": int, "quality": int, "no_metadata": bool},
 }
 _TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-_KEYS = sorted([*_TYPES, *_SHORT, "name", "seeds", "size"])
+_KEYS = sorted([*TYPES, *_SHORT, "name", "seeds", "size"])
+
+
+JsonSettings = Mapping[str, object]  # settings of a line by their full names
+
+
+@dataclasses.dataclass(frozen=True)
+class LineSettings:
+    """The checked settings of one video, by the names of the command line.
+
+    None takes the model's value.
+    """
+
+    prompt: str
+    negative_prompt: str
+    max_sequence_length: int | None
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    fps: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    use_dynamic_cfg: bool
+    scheduler: str | None
+    seed: int
+    allow_unsupported: bool
+    dtype: str
+    decoder: str
+    quality: int | None
+    no_metadata: bool
+
+
+# Checks the values of a line and fills in defaults; raises ValueError.
+Parse = Callable[[JsonSettings], LineSettings]
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One video that a line of the job file asks for."""
+    """One video of a job file.
 
-    number: int  # from 1
+    Attributes:
+        number: of the line, from 1.
+    """
+
+    number: int
     name: str | None
-    arguments: argparse.Namespace  # those of the stages; None where the model decides
+    settings: LineSettings
 
 
-def read_job_file(
-    path: Path, defaults: argparse.Namespace
-) -> tuple[list[Line], list[tuple[int, str]]]:
+def read_job_file(path: Path, parse: Parse) -> tuple[list[Line], list[tuple[int, str]]]:
     """Reads and checks every line of a job file.
 
     Args:
-        path: JSON lines if it ends in .jsonl or .ndjson, else a prompt a line.
-        defaults: the stages' arguments from the command line, which a line overrides.
+        path: JSON lines if it ends in .jsonl or .ndjson, else one prompt per line.
+        parse: checks the values of a line.
 
     Returns:
-        The videos in order, and what is wrong, by line number.
+        The videos in order, and the problems, each with its line number.
 
     Raises:
-        InputError: the file cannot be read, is empty, or too large.
+        InputError: the file is empty, too large, or cannot be read.
     """
     try:
         size = path.stat().st_size
@@ -72,13 +102,13 @@ def read_job_file(
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
-    parse = _from_json if path.suffix.lower() in _JSON_SUFFIXES else _from_text
+    read = _from_json if path.suffix.lower() in _JSON_SUFFIXES else _from_text
     lines, problems = [], []
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try:
-            settings = parse(_decode(raw))
+            settings = read(_decode(raw))
             if settings is not None:
-                lines += _expand(number, settings, defaults)
+                lines += _expand(number, settings, parse)
         except ValueError as error:
             problems.append((number, str(error)))
     if not lines and not problems:
@@ -102,7 +132,7 @@ def _from_text(text: str) -> dict[str, Any] | None:
 
 
 def _from_json(text: str) -> dict[str, Any] | None:
-    """The settings of a line by their full names, their types checked; None for an empty line."""
+    """Reads a line's settings by their full names, types checked; None for an empty line."""
     if not text:
         return None
     try:
@@ -128,8 +158,8 @@ def _from_json(text: str) -> dict[str, Any] | None:
         if {"height", "width"} & settings.keys():
             raise ValueError("size says height and width already")
         settings |= {"height": int(match[1]), "width": int(match[2])}
-    for key in settings.keys() & _TYPES.keys():
-        _check_type(key, settings[key], _TYPES[key])
+    for key in settings.keys() & TYPES.keys():
+        check_type(key, settings[key], TYPES[key])
     if "prompt" not in settings:
         raise ValueError("no prompt")
     return settings
@@ -147,9 +177,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _check_type(key: str, value: Any, expected: type) -> None:
+def check_type(key: str, value: Any, expected: type) -> None:
+    """Checks the type of a JSON value.
+
+    Raises:
+        ValueError: it is another one, or the number is too large.
+    """
     fits = type(value) is expected or (expected is float and type(value) is int)
-    # Large numbers break code that expects machine integers; 1e999 reads as infinity.
+    # Larger numbers overflow machine integers; 1e999 reads as infinity.
     if fits and type(value) in (int, float):
         fits = math.isfinite(value) and abs(value) <= 2**64
     if not fits:
@@ -157,8 +192,8 @@ def _check_type(key: str, value: Any, expected: type) -> None:
         raise ValueError(f"{key} is {shown}, not {_TYPE_NAMES[expected]}")
 
 
-def _expand(number: int, settings: dict[str, Any], defaults: argparse.Namespace) -> list[Line]:
-    """The videos of one line: one, or one a seed."""
+def _expand(number: int, settings: dict[str, Any], parse: Parse) -> list[Line]:
+    """Makes the videos of one line: one, or one per seed."""
     name, seeds = settings.pop("name", None), settings.pop("seeds", None)
     if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise ValueError(
@@ -166,11 +201,11 @@ def _expand(number: int, settings: dict[str, Any], defaults: argparse.Namespace)
             "letters, digits, - and _, the first one a letter or digit"
         )
     if seeds is None:
-        return [Line(number, name, _parse(settings, defaults))]
+        return [Line(number, name, _parse(settings, parse))]
     if "seed" in settings:
         raise ValueError("seed and seeds are both given")
     return [
-        Line(number, name and f"{name}-seed{seed}", _parse(settings | {"seed": seed}, defaults))
+        Line(number, name and f"{name}-seed{seed}", _parse(settings | {"seed": seed}, parse))
         for seed in _seeds(seeds)
     ]
 
@@ -184,38 +219,11 @@ def _seeds(seeds: Any) -> list[int] | range:
     if not isinstance(seeds, list) or not seeds or len(seeds) > _MAX_SEEDS:
         raise ValueError('seeds is neither a list of integers nor a range such as "1-4"')
     for seed in seeds:
-        _check_type("seeds", seed, int)
+        check_type("seeds", seed, int)
     return seeds
 
 
-class _LineParser(ArgumentParser):
-    """The stages' own parser and checks of values, with errors instead of exits."""
-
-    def __init__(self) -> None:
-        super().__init__("", "")
-        stage1.add_prompt(self)
-        for stage in (stage1, stage2, stage3):
-            stage.add_arguments(self)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-_PARSER = _LineParser()
-
-
-def _parse(settings: dict[str, Any], defaults: argparse.Namespace) -> argparse.Namespace:
-    """The defaults with a line's settings over them, checked as the command line's are."""
-
-    def arguments() -> Iterator[str]:
-        for key, value in settings.items():
-            if value is True:
-                yield f"--{key}"
-            elif value is not False:
-                yield f"--{key}={value}"
-
-    switched_off = {key: False for key, value in settings.items() if value is False}
-    start = argparse.Namespace(**vars(defaults) | {"prompt": None} | switched_off)
-    parsed = _PARSER.parse_args(list(arguments()), start)
-    stage1.check_prompts(parsed.prompt, parsed.negative_prompt)
+def _parse(settings: JsonSettings, parse: Parse) -> LineSettings:
+    parsed = parse(settings)
+    check_prompts([parsed.prompt], parsed.negative_prompt)
     return parsed

@@ -7,7 +7,6 @@ same paths on every machine.
 
 from __future__ import annotations
 
-import argparse
 import os
 import threading
 from collections.abc import Sequence
@@ -18,9 +17,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.options import BatchOptions
 from jobs.records import Job
 from jobs.runner import Counts, Ledger, Runner
 from runtime.errors import RunError
+from stages import files
 
 _POLL_SECONDS = 2.0
 # A worker that died this often while no job was finished is not started again.
@@ -37,16 +38,15 @@ class _Worker:
         os.chdir(folder)  # of the driver, so that relative paths mean the same
         self._stop = threading.Event()
 
-    def run(self, jobs: Sequence[Job], arguments: argparse.Namespace, rank: int) -> Counts:
+    def run(self, jobs: Sequence[Job], options: BatchOptions, rank: int) -> Counts:
         from cogvideox.model.folder import find_model
 
-        parts = ["tokenizer", "text_encoder", "transformer", "scheduler", "vae"]
-        model = find_model(arguments.model_id, parts)
+        model = find_model(options.model_id, files.MODEL_PARTS)
         if model.revision != jobs[0].revision:
             raise RunError(
-                f"{arguments.model_id} is {model.revision} here, {jobs[0].revision} on the driver"
+                f"{options.model_id} is {model.revision} here, {jobs[0].revision} on the driver"
             )
-        runner = Runner(jobs, model, arguments, self._stop, rank)
+        runner = Runner(jobs, model, options, self._stop, rank)
         runner.check()
         return runner.run()
 
@@ -64,20 +64,20 @@ def connect() -> None:
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env=environment)
 
 
-def run(jobs: Sequence[Job], arguments: argparse.Namespace, stop: threading.Event) -> Counts:
+def run(jobs: Sequence[Job], options: BatchOptions, stop: threading.Event) -> Counts:
     """Runs until no job is left or `stop` is set; lost workers are started again.
 
     Raises:
         RunError: a worker cannot work, or none stays alive.
     """
-    ledger = Ledger(arguments.output_dir, arguments.stages, arguments.retry_failed)
+    ledger = Ledger(options.output_dir, options.stages, options.retry_failed)
     workers: dict[Slot, tuple[Any, ray.ObjectRef]] = {}
     deaths, started, stopped = 0, 0, False
     counts = ledger.count(jobs)
     while True:
         if not stop.is_set() and counts.left and deaths < _DEATHS:
-            for slot in _slots(arguments.workers_per_node) - workers.keys():
-                workers[slot] = _start(slot, jobs, arguments, started)
+            for slot in _slots(options.workers_per_node) - workers.keys():
+                workers[slot] = _start(slot, jobs, options, started)
                 started += 1
         if not workers:
             break
@@ -113,12 +113,12 @@ def _slots(per_node: int) -> set[Slot]:
 
 
 def _start(
-    slot: Slot, jobs: Sequence[Job], arguments: argparse.Namespace, rank: int
+    slot: Slot, jobs: Sequence[Job], options: BatchOptions, rank: int
 ) -> tuple[Any, ray.ObjectRef]:
     """A worker on its machine, with its share of the accelerators there, and its running task."""
     node, _ = slot
     has = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == node)
-    share = {name: has.get(name, 0) // arguments.workers_per_node for name in ("TPU", "GPU")}
+    share = {name: has.get(name, 0) // options.workers_per_node for name in ("TPU", "GPU")}
     worker = (
         ray.remote(_Worker)
         .options(
@@ -130,4 +130,4 @@ def _start(
         )
         .remote(os.getcwd())
     )
-    return worker, worker.run.remote(list(jobs), arguments, rank)
+    return worker, worker.run.remote(list(jobs), options, rank)

@@ -24,22 +24,23 @@ from cogvideox.model.settings import DenoisingSettings
 from jobs.claims import is_claimed
 from runtime.errors import InputError
 from runtime.files import write_json
-from stages import files as stage_files
+from stages import files
+from stages.files import STAGES
+from stages.session import Shape
 
 JOB_FILE = "job.json"
-CONTACT_SHEET_FILE = f"{Path(stage_files.VIDEO_FILE).stem}_contact_sheet.png"
+CONTACT_SHEET_FILE = files.contact_sheet(Path(files.VIDEO_FILE)).name
 
-# What each stage leaves in a job's folder, beside its section in generation_config.json.
+# What each stage leaves in a job's folder, besides its section in generation_config.json.
 OUTPUTS = {
-    "stage1_text_encoder": (stage_files.EMBEDDINGS_FILE,),
-    "stage2_transformer": (stage_files.LATENTS_FILE,),
-    "stage3_vae_decoder": (stage_files.VIDEO_FILE, CONTACT_SHEET_FILE),
+    files.ENCODE: (files.EMBEDDINGS_FILE,),
+    files.DENOISE: (files.LATENTS_FILE,),
+    files.DECODE: (files.VIDEO_FILE, CONTACT_SHEET_FILE),
 }
-STAGES = tuple(OUTPUTS)
 INPUTS = {
-    "stage1_text_encoder": (),
-    "stage2_transformer": (stage_files.EMBEDDINGS_FILE,),
-    "stage3_vae_decoder": (stage_files.LATENTS_FILE,),
+    files.ENCODE: (),
+    files.DENOISE: (files.EMBEDDINGS_FILE,),
+    files.DECODE: (files.LATENTS_FILE,),
 }
 
 StageStatus = Literal["running", "done", "failed", "interrupted"]
@@ -68,6 +69,12 @@ class Job:
     def folder(self) -> str:
         """The name of the job's folder in the batch's."""
         return f"{self.name}-{self.id}"
+
+    @property
+    def shape(self) -> Shape:
+        """Jobs of one shape share their compiled programs."""
+        s = self.settings
+        return Shape(s.height, s.width, s.num_frames, s.guided, self.max_sequence_length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,11 @@
-"""One process's share of a batch: takes what is free, does it, records it.
+"""One process's share of a batch: claims free jobs, runs their stages, and records the results.
 
 Stage 1 runs for all jobs first, with one load of the text encoder. Then jobs are denoised, shape by
-shape, while a thread decodes the video before. Any number of processes may run this on one folder.
+shape, while a thread decodes the previous video. Any number of processes may work on one folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import threading
@@ -21,6 +20,7 @@ from cogvideox.model.folder import ModelFolder
 from jobs.claims import Claim, Claims, is_claimed
 from jobs.gallery import Gallery
 from jobs.mirror import Mirror
+from jobs.options import BatchOptions
 from jobs.records import (
     INPUTS,
     OUTPUTS,
@@ -32,14 +32,14 @@ from jobs.records import (
     worker_name,
     write_record,
 )
-from jobs.workshop import Shape, Workshop, shape_of
 from runtime.errors import InputError, RunError
 from runtime.files import write_json
-from stage2_transformer import StoppedBetweenSteps
-from stages import files as stage_files
+from stages import files
+from stages.denoise import StoppedBetweenSteps
+from stages.session import Session, Shape
 
 ENCODE, DENOISE, DECODE = STAGES
-# What a job may need beside one of its stages.
+# What a job may need besides one of its stages.
 DONE, FAILED, CONFIG = "done", "failed", "config"
 
 _DECODES_WAITING = 2
@@ -48,7 +48,7 @@ _POLL_SECONDS = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """How many of a batch's jobs are done (their wanted stages are), failed, and neither."""
+    """How many jobs of a batch are done (all wanted stages are), failed, and left."""
 
     done: int
     failed: int
@@ -56,13 +56,13 @@ class Counts:
 
 
 class Ledger:
-    """What each job needs next, by its records and the checksums of its files."""
+    """Tells what each job needs next, from its records and the checksums of its files."""
 
     def __init__(self, output_dir: Path, stages: Sequence[str], retry_failed: bool):
         """
         Args:
-            stages: those that are wanted.
-            retry_failed: forget failures that were recorded before now.
+            stages: the wanted ones.
+            retry_failed: ignore failures that were recorded before now.
         """
         self._output_dir = output_dir
         self._stages = stages
@@ -71,7 +71,7 @@ class Ledger:
         self._done: set[Job] = set()  # checked once a run
 
     def next(self, job: Job) -> str:
-        """The first wanted stage whose files do not check out; or CONFIG, FAILED or DONE."""
+        """The first wanted stage whose files are missing or differ; or CONFIG, FAILED or DONE."""
         if job in self._done:
             return DONE
         folder = self._output_dir / job.folder
@@ -88,7 +88,7 @@ class Ledger:
         return DONE
 
     def lacks(self, job: Job, stages: Sequence[str]) -> bool:
-        """Whether the files of some of these stages are not there, or do not check out."""
+        """Whether files of these stages are missing or differ from their records."""
         folder = self._output_dir / job.folder
         records = read_records(folder)
         return not all(self._is_good(folder, stage, records) for stage in stages)
@@ -99,10 +99,10 @@ class Ledger:
         return Counts(done, failed, len(jobs) - done - failed)
 
     def checksums(self, folder: Path, names: Sequence[str]) -> dict[str, str]:
-        """The sha256 of files by name; read again only if a file changed.
+        """The sha256 of files by name. A file is read again only if it changed.
 
         Raises:
-            FileNotFoundError: one is not there.
+            FileNotFoundError: a file is missing.
         """
         return {name: self._checksum(folder / name) for name in names}
 
@@ -114,7 +114,7 @@ class Ledger:
         return self._checksums[path][1]
 
     def _is_good(self, folder: Path, stage: str, records: dict[str, StageRecord]) -> bool:
-        """Whether a stage's files are those that it recorded, made of what is recorded now."""
+        """Whether a stage's files are the recorded ones, made from the files recorded now."""
         record = records.get(stage)
         if record is None or record.status != "done":
             return False
@@ -130,67 +130,73 @@ class Ledger:
 
 
 class Runner:
-    """Works on the jobs of a batch until none is left that it can do."""
+    """Works on the jobs of a batch until none is left."""
 
     def __init__(
         self,
         jobs: Sequence[Job],
         model: ModelFolder,
-        arguments: argparse.Namespace,
+        options: BatchOptions,
         stop: threading.Event,
         rank: int = 0,
     ):
         """
         Args:
-            arguments: of batch.py.
-            stop: set to end after what runs, or at a checkpoint.
-            rank: of this process among those started together; they begin with other shapes.
+            stop: ends the run after the running stage, or at a checkpoint.
+            rank: of this process among those started together; each begins with another shape.
         """
         self._jobs = jobs
-        self._output_dir = arguments.output_dir
+        self._options = options
+        self._output_dir = options.output_dir
         self._stop = stop
         self._abort = threading.Event()
         self._rank = rank
-        self._workshop = Workshop(model, arguments, stop, self._abort)
-        self._stages = arguments.stages
+        self._session = Session(model, stop, self._abort)
+        self._stages = options.stages
         self._gallery = Gallery(self._output_dir)
-        self.ledger = Ledger(self._output_dir, self._stages, arguments.retry_failed)
-        self._expiry = arguments.claim_expiry
-        self._mirror = Mirror(arguments.mirror, self._output_dir) if arguments.mirror else None
+        self.ledger = Ledger(self._output_dir, self._stages, options.retry_failed)
+        self._expiry = options.claim_expiry
+        self._mirror = Mirror(options.mirror, self._output_dir) if options.mirror else None
         self._unprepared: dict[tuple[str, Shape], Exception] = {}
         self._videos_since: float | None = None
         self._done_before = 0
 
     def check(self) -> None:
-        """Checks all that needs no weights; raises ValueError."""
-        self._workshop.check(self._jobs, self._stages)
+        """Checks everything that needs no weights.
+
+        Raises:
+            ValueError: a job cannot be computed.
+        """
+        requests = [self._options.request(job) for job in self._jobs]
+        self._session.check(requests, self._stages, self._output_dir)
 
     def fetch(self) -> None:
-        """Fetches from the mirror what this machine lacks."""
+        """Fetches files that this machine lacks from the mirror."""
         if self._mirror:
             fetched = self._mirror.pull(self._jobs)
             print(f"{fetched} file(s) fetched from the mirror")
 
     def copy(self) -> None:
-        """Copies to the mirror what is not there yet.
+        """Copies the files that the mirror lacks.
 
         Raises:
-            RunError: the mirror's file system refuses.
+            RunError: the mirror cannot be written.
         """
         for job in self._jobs if self._mirror else []:
             try:
                 self._mirror.push(job)
             except Exception as error:  # of any file system
                 raise RunError(
-                    f"{job.folder} was not copied to the mirror, the same command does it: {error}"
+                    f"{job.folder} was not copied to the mirror; the same command will retry: "
+                    f"{error}"
                 ) from error
 
     def mesh(self, shape: Shape) -> dict[str, int]:
-        """The mesh of a shape's transformer, once `check` has passed."""
-        return self._workshop.mesh(shape)
+        """The mesh of the transformer for a shape that `check` has passed."""
+        return self._session.mesh(shape)
 
     def run(self) -> Counts:
-        """Works until no job is left or `stop` is set; waits for jobs that others work on.
+        """Works until no job is left or `stop` is set; waits for jobs of other processes.
 
         Raises:
             RunError: the disk is full.
@@ -218,7 +224,7 @@ class Runner:
         return self.ledger.count(self._jobs)
 
     def _encode(self, jobs: Sequence[Job]) -> int:
-        """Stage 1 of all that are free; returns how many were worked on."""
+        """Runs stage 1 of all free jobs; returns how many it worked on."""
         worked = 0
         for job, claim in self._taken(jobs):
             need = self.ledger.next(job)
@@ -228,11 +234,11 @@ class Runner:
                 self._do(ENCODE, job, claim)
             worked += need in (CONFIG, ENCODE)
             self._finish(job, claim)
-        self._workshop.release_text_encoder()
+        self._session.release_text_encoder()
         return worked
 
     def _make_videos(self, jobs: Sequence[Job]) -> int:
-        """Stages 2 and 3 of all that are free; returns how many were worked on."""
+        """Runs stages 2 and 3 of all free jobs; returns how many it worked on."""
         worked = 0
         decodes: deque[Future] = deque()
         pool = ThreadPoolExecutor(1, "decode")
@@ -270,7 +276,7 @@ class Runner:
         try:
             if self._mirror:
                 self._mirror.push(job)
-        except Exception as error:  # of any file system; what is not copied now is copied later
+        except Exception as error:  # of any file system; the next copy retries
             print(f"warning: {job.folder} was not copied to the mirror: {error}")
         self._claims.release(claim)
 
@@ -291,7 +297,7 @@ class Runner:
         return f"{line} {each:.1f} s a video, ETA {eta}"
 
     def _taken(self, jobs: Sequence[Job] | Iterator[Job]) -> Iterator[tuple[Job, Claim]]:
-        """The jobs that no other process works on, each claimed."""
+        """Claims and yields the jobs that no other process works on."""
         for job in jobs:
             if self._stop.is_set():
                 return
@@ -302,10 +308,10 @@ class Runner:
                 yield job, claim
 
     def _by_shape(self, jobs: Sequence[Job]) -> Iterator[Job]:
-        """The jobs shape by shape; the shape that the fewest others work on comes next."""
+        """Yields the jobs shape by shape, next the shape that the fewest others work on."""
         groups: dict[Shape, list[Job]] = {}
         for job in jobs:
-            groups.setdefault(shape_of(job), []).append(job)
+            groups.setdefault(job.shape, []).append(job)
         order = list(groups)
         order = order[self._rank % len(order) :] + order[: self._rank % len(order)]
         while order:
@@ -319,7 +325,7 @@ class Runner:
             yield from groups[shape]
 
     def _do(self, stage: str, job: Job, claim: Claim) -> None:
-        """One stage of a claimed job, its record around it; a failure is recorded, not raised."""
+        """Runs one stage of a claimed job and writes its record; records a failure, not raises."""
         folder = self._output_dir / job.folder
         self._restore_config(job)
         earlier = read_records(folder).get(stage)
@@ -345,36 +351,37 @@ class Runner:
         if self._claims.holds(claim):
             write_record(folder, dataclasses.replace(record, **end))
         else:
-            print(f"warning: {job.folder} was taken over by another process while this one slept")
+            print(f"warning: another process has taken over {job.folder}; this one was too slow")
 
     def _work(self, stage: str, job: Job) -> dict:
-        """Runs a stage; returns what its record says in the end."""
-        folder, key = self._output_dir / job.folder, (stage, shape_of(job))
-        if key in self._unprepared:  # what did not compile once will not the next time
+        """Runs a stage; returns the last fields of its record."""
+        folder, key = self._output_dir / job.folder, (stage, job.shape)
+        request = self._options.request(job)
+        if key in self._unprepared:  # preparing would fail again
             raise self._unprepared[key]
         try:
-            self._workshop.prepare(stage, job)
+            self._session.prepare(stage, request)
         except Exception as error:
             self._unprepared[key] = error
             raise
         start = time.perf_counter()
-        self._workshop.run(stage, job)
+        self._session.run(stage, request)
         return {
             "status": "done",
             "seconds": round(time.perf_counter() - start, 4),
             "inputs": self.ledger.checksums(folder, INPUTS[stage]),
             "outputs": self.ledger.checksums(folder, OUTPUTS[stage]),
-            "section": stage_files.read_config(folder)[stage],
+            "section": files.read_config(folder)[stage],
         }
 
     def _restore_config(self, job: Job) -> None:
-        """Writes generation_config.json from the records if it was damaged or deleted."""
+        """Writes generation_config.json from the records if it is damaged or missing."""
         folder = self._output_dir / job.folder
         records = read_records(folder)
         if not _config_is_good(folder, records):
             sections = {r.stage: r.section for r in records.values() if r.status == "done"}
-            version = {"format_version": stage_files.FORMAT_VERSION}
-            write_json(folder / stage_files.CONFIG_FILE, version | sections)
+            version = {"format_version": files.FORMAT_VERSION}
+            write_json(folder / files.CONFIG_FILE, version | sections)
 
 
 def _config_is_good(folder: Path, records: dict[str, StageRecord]) -> bool:
@@ -382,7 +389,7 @@ def _config_is_good(folder: Path, records: dict[str, StageRecord]) -> bool:
     if not sections:
         return True
     try:
-        config = stage_files.read_config(folder)
+        config = files.read_config(folder)
     except InputError:
         return False
     return all(config.get(stage) == section for stage, section in sections.items())

@@ -1,6 +1,6 @@
-"""The files between the stages: names, what they say of themselves, and their checks.
+"""The files between the stages: their names, their metadata, and checks of both.
 
-Light on purpose, as utils.py is: bad input is refused before torch, JAX or diffusers are loaded.
+Importing it loads neither torch, JAX nor diffusers, so bad input is refused first.
 """
 
 from __future__ import annotations
@@ -29,19 +29,30 @@ FORMAT_VERSION = "1"
 CONFIG_FILE = "generation_config.json"
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
 LATENTS_FILE = "stage2_latents.safetensors"
+CHECKPOINT_FILE = "stage2_checkpoint.safetensors"
 VIDEO_FILE = "output_video.mp4"
+
+# The stages in their order: the names of the scripts, of the sections in generation_config.json,
+# and in the stage files' metadata.
+ENCODE = "stage1_text_encoder"
+DENOISE = "stage2_transformer"
+DECODE = "stage3_vae_decoder"
+STAGES = (ENCODE, DENOISE, DECODE)
+
+# The sub-folders of a model that the three stages load.
+MODEL_PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 
 
 _FINGERPRINT_LENGTH = 16
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """A short hash of everything that decides a stage's output."""
+    """Hashes the settings that decide a stage's output, to 16 hexadecimal digits."""
     return hash_json(settings)[:_FINGERPRINT_LENGTH]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The sections that earlier stages recorded in `folder`.
+    """Reads the sections that earlier stages recorded in `folder`.
 
     Raises:
         InputError: the file is missing, broken, or of another format version.
@@ -50,7 +61,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; run the stage before") from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; run the previous stage first"
+        ) from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     version = config.get("format_version") if isinstance(config, dict) else None
@@ -60,10 +73,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def record_section(folder: Path, stage: str, section: Mapping[str, Any], inherited: Path) -> None:
-    """Writes a stage's section into the config of `folder`; every other section stays.
+    """Writes a stage's section into the config of `folder`; keeps every other section.
 
     Args:
-        inherited: the folder whose config holds the sections of the stages before.
+        inherited: the folder whose config holds the sections of earlier stages.
     """
     config: dict[str, Any] = {"format_version": FORMAT_VERSION}
     for source in (folder, inherited):
@@ -73,34 +86,50 @@ def record_section(folder: Path, stage: str, section: Mapping[str, Any], inherit
 
 
 def make_section(settings: Mapping[str, Any], **made_with: Any) -> dict[str, Any]:
-    """A config section: the settings that decide the output, their fingerprint, what made it."""
+    """Makes a section of generation_config.json.
+
+    Args:
+        settings: everything that decides the output.
+        made_with: facts that do not decide it, such as the mesh.
+
+    Returns:
+        The settings, their fingerprint, and `made_with` together with the library versions.
+    """
     made_with["versions"] = versions()
     return {**settings, "fingerprint": fingerprint(settings), "made_with": made_with}
 
 
 def is_whole(section: Mapping[str, Any]) -> bool:
-    """Whether a section's settings are those that it was made with, by its fingerprint."""
+    """Whether the fingerprint of a section is that of its settings."""
     settings = {k: v for k, v in section.items() if k not in ("fingerprint", "made_with")}
     return section.get("fingerprint") == fingerprint(settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class StageFile:
-    """A stage's tensors on disk, checked against the config beside them."""
+    """A stage's tensors on disk, checked against the config beside them.
+
+    Attributes:
+        section: of the stage that wrote the file, from generation_config.json.
+    """
 
     path: Path
-    section: dict[str, Any]  # what its stage recorded in generation_config.json
+    section: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
 
 
 def write_stage_file(
     path: Path, stage: str, tensors: Mapping[str, Any], section: Mapping[str, Any], **extra: str
 ) -> None:
-    """Writes numpy `tensors` with the metadata that lets the next stage trust them."""
+    """Writes numpy `tensors` with the metadata that the next stage checks.
+
+    Args:
+        extra: more metadata.
+    """
     import numpy as np
     from safetensors.numpy import save
 
-    # safetensors writes the memory as it lies, whatever the strides.
+    # safetensors ignores strides and writes the memory in its order.
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     stamp = {
@@ -118,9 +147,9 @@ def write_stage_file(
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:
-    """A safetensors file whose metadata, written in random order, is sorted.
+    """Sorts the metadata of a safetensors file, which safetensors writes in random order.
 
-    Equal runs then write equal files, and a checksum tells whether two are.
+    Equal runs then write equal files, whose checksums can be compared.
     """
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -136,8 +165,8 @@ def open_stage_file(
     """Checks a stage file's header; reads no tensor.
 
     Raises:
-        InputError: it is missing, truncated, not of `stage`, of another format version, or not
-            what the config beside it describes.
+        InputError: the file is missing, truncated, of another stage or format version, or not
+            the one that the config beside it describes.
     """
     path = folder / name
     again = f"run {stage}.py again"
@@ -149,7 +178,7 @@ def open_stage_file(
             shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(
-            f"{path} is truncated or no safetensors file ({error}); {again}"
+            f"{path} is truncated or not a safetensors file ({error}); {again}"
         ) from error
     if stamp.get("stage") != stage or set(shapes) != tensor_names:
         raise InputError(f"{path} was not written by {stage}.py; {again}")
@@ -167,20 +196,21 @@ def open_stage_file(
 
 
 def read_tensors(file: StageFile) -> dict[str, Any]:
-    """The tensors of a checked stage file, as numpy arrays."""
+    """Reads the tensors of a checked stage file."""
     from safetensors.numpy import load_file
 
     return load_file(file.path)
 
 
 def find_same_model(model_id: str | None, made_from: StageFile, parts: list[str]) -> Any:
-    """The model of the stage before; another one, if named, is refused.
+    """Finds the model that a stage file was made with.
 
     Args:
-        parts: the sub-folders this stage loads.
+        model_id: what the user named; None takes the recorded model.
+        parts: the sub-folders that this stage loads.
 
     Raises:
-        ValueError: `model_id` names another model, or the model is not to be found.
+        ValueError: `model_id` names another model, or the model does not exist.
     """
     from cogvideox.model.folder import find_model
 
@@ -196,35 +226,53 @@ def find_same_model(model_id: str | None, made_from: StageFile, parts: list[str]
 def check_inputs_are_current(
     file: StageFile, config: Mapping[str, Any], key: str, stage: str
 ) -> None:
-    """Refuses a file whose own input (`key` in its section) was made anew by `stage` since.
+    """Checks that `stage` has not run again since it made the input of `file`.
+
+    Args:
+        key: names the input's fingerprint in the section of `file`.
 
     Raises:
         InputError: the file is stale.
     """
     if file.section[key] != config.get(stage, {}).get("fingerprint"):
         raise InputError(
-            f"{file.path} is stale: {stage}.py ran again since; run the stage after it, too"
+            f"{file.path} is stale: {stage}.py ran again since; run the next stage again, too"
         )
 
 
 def numbered(path: Path, count: int) -> list[Path]:
-    """`path` itself, or for a batch one path a video: video-0.mp4, video-1.mp4, ..."""
+    """Returns `path`, or one path per video of a batch: video-0.mp4, video-1.mp4, ..."""
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
 
 
+def contact_sheet(video: Path) -> Path:
+    """Returns the path of a video's contact sheet."""
+    return video.with_name(f"{video.stem}_contact_sheet.png")
+
+
+def check_executables(folder: Path | None) -> None:
+    """Checks the folder of --executables.
+
+    Raises:
+        ValueError: it is not a folder.
+    """
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f"--executables {folder} is not a folder; compile_ahead.py makes it")
+
+
 def check_output_folder(folder: Path, *names: str, needed_bytes: int = 1 << 30) -> None:
-    """Refuses a folder that cannot be made, written to, or is short of space.
+    """Checks that a folder can be made and written, and has enough space.
 
     Args:
         names: the files that will be written there.
 
     Raises:
-        ValueError: saying which.
+        ValueError: naming the folder and the reason.
     """
     if not processes.is_first():
-        return  # it writes nothing
+        return  # other processes write nothing
     # os.path.exists, unlike Path.exists, is false for names that no file system takes.
     existing = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if any(len(part.encode()) > 255 for part in folder.absolute().parts):
@@ -244,7 +292,7 @@ def check_output_folder(folder: Path, *names: str, needed_bytes: int = 1 << 30) 
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A CPU torch tensor as numpy; bfloat16 as ml_dtypes has it."""
+    """Converts a torch tensor on the CPU to numpy, bfloat16 to that of ml_dtypes."""
     import ml_dtypes
     import torch
 
@@ -254,7 +302,11 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def check_finite(tensors: Mapping[str, Any], stage: str) -> None:
-    """Raises RunError if a stage made NaN or infinity; it is never written, never replaced."""
+    """Checks a stage's output before it is written.
+
+    Raises:
+        RunError: it holds NaN or infinity.
+    """
     import numpy as np
 
     for name, tensor in tensors.items():
@@ -264,3 +316,9 @@ def check_finite(tensors: Mapping[str, Any], stage: str) -> None:
                 f"{stage}: {bad} of {tensor.size} values of {name} are NaN or infinite; "
                 "nothing was written"
             )
+
+
+def prompts(config: Mapping[str, Any]) -> list[str]:
+    """The prompts of a batch, from the sections of generation_config.json."""
+    prompt = config[ENCODE]["prompt"]
+    return [prompt] if isinstance(prompt, str) else prompt

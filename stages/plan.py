@@ -77,11 +77,11 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """A size to plan for.
+class Target:
+    """The programs of one size on one machine.
 
     Attributes:
-        latents: what is decoded, [B, C, T, H, W].
+        latents: what stage 3 decodes, [B, C, T, H, W].
         denoiser: on the mesh to compile; None leaves stage 2 out.
         decoder: None leaves stage 3 out.
     """
@@ -91,9 +91,16 @@ class Request:
     denoiser: Denoiser | None
     decoder: Decoder | None
 
+    @property
+    def device(self) -> jax.Device:
+        """The first device of the machine."""
+        program = self.denoiser or self.decoder
+        assert program is not None
+        return program.mesh.devices.flat[0]
+
 
 def make_plans(
-    requests: Sequence[Request], *, compile_all: bool, threads: int
+    targets: Sequence[Target], *, compile_all: bool, threads: int
 ) -> Iterator[dict[str, Any]]:
     """What a video of each size would take on one machine, as JSON values.
 
@@ -107,30 +114,30 @@ def make_plans(
     pool = ThreadPoolExecutor(threads)
     try:
         compiler = _Compiler(pool)
-        for i, request in enumerate(requests):
-            if request.denoiser is not None:
-                others = _other_meshes(request.denoiser) if compile_all else []
-                for denoiser in (request.denoiser, *others):
+        for i, target in enumerate(targets):
+            if target.denoiser is not None:
+                others = _other_meshes(target.denoiser) if compile_all else []
+                for denoiser in (target.denoiser, *others):
                     compiler.start(denoiser.program)
-            if request.decoder is not None and (compile_all or i == 0):
-                for program in _decoder_programs(request):
+            if target.decoder is not None and (compile_all or i == 0):
+                for program in _decoder_programs(target):
                     compiler.start(program)
-        for request in requests:
-            plan = _plan_step(request, compiler, compile_all)
-            if request.decoder is not None:
+        for target in targets:
+            plan = _plan_step(target, compiler, compile_all)
+            if target.decoder is not None:
                 if known is None or compile_all:
-                    estimate = _estimate_decode(request, compiler)
+                    estimate = _estimate_decode(target, compiler)
                 else:
-                    estimate = derive_decode(request.decoder, request.latents, *known)
+                    estimate = derive_decode(target.decoder, target.latents, *known)
                 if estimate.hbm:  # nothing can be derived from a program that was refused
-                    known = known or (estimate, request.latents)
-                mesh = request.decoder.mesh
+                    known = known or (estimate, target.latents)
+                mesh = target.decoder.mesh
                 described = estimate.describe(mesh.devices.flat[0])
                 plan["decode"] = {"mesh": dict(mesh.shape), **described}
             parts = [plan.get("best_step"), plan.get("decode")]
             if all(part and part["fits"] and part["seconds"] is not None for part in parts):
                 step, decode = (part["seconds"] for part in parts)
-                steps = request.settings.num_inference_steps
+                steps = target.settings.num_inference_steps
                 plan["video_seconds"] = round(steps * step + decode, 1)
             yield plan
     finally:
@@ -161,8 +168,8 @@ class _Compiler:
             return None
 
 
-def _plan_step(request: Request, compiler: _Compiler, compile_all: bool) -> dict[str, Any]:
-    settings, denoiser = request.settings, request.denoiser
+def _plan_step(target: Target, compiler: _Compiler, compile_all: bool) -> dict[str, Any]:
+    settings, denoiser = target.settings, target.denoiser
     size = f"{settings.height}x{settings.width}x{settings.num_frames}"
     plan = {"size": size, "steps": settings.num_inference_steps}
     if denoiser is None:
@@ -264,11 +271,11 @@ def derive_step(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Est
     return Estimate("derived", fits, hbm, cycles, _received(denoiser))
 
 
-def _estimate_decode(request: Request, compiler: _Compiler) -> Estimate:
+def _estimate_decode(target: Target, compiler: _Compiler) -> Estimate:
     """The decode, compiled."""
-    decoder, latents = request.decoder, request.latents
+    decoder, latents = target.decoder, target.latents
     device = decoder.mesh.devices.flat[0]
-    compiled = [compiler.result(program) for program in _decoder_programs(request)]
+    compiled = [compiler.result(program) for program in _decoder_programs(target)]
     if None in compiled:
         return Estimate("compiled", False, {}, None, None)
     arrays = decoder.abstract_weights.values()
@@ -323,8 +330,8 @@ def derive_decode(
     return Estimate("derived", fits, hbm, cycles, received)
 
 
-def _decoder_programs(request: Request) -> list[Program]:
-    return request.decoder.programs(request.latents, output="uint8")
+def _decoder_programs(target: Target) -> list[Program]:
+    return target.decoder.programs(target.latents, output="uint8")
 
 
 def _capacity(device: jax.Device) -> float:

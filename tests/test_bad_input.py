@@ -13,6 +13,7 @@ import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 import utils
 from cogvideox.model.folder import find_model
+from stages import denoise
 from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
@@ -67,7 +68,7 @@ def refusal(capsys, stage, *arguments: object) -> str:
 
     def main():
         parsed = stage.parse_arguments(list(map(str, arguments)))
-        stage.run(parsed, "vae_torchax") if stage is stage3 else stage.run(parsed)
+        stage.run(parsed)
 
     with pytest.raises(SystemExit) as exit_:
         utils.run_main(main)
@@ -254,13 +255,13 @@ def test_configs_from_before_a_key_existed(models, tmp_path):
         values = json.loads(config.read_text())
         kept = {k: v for k, v in values.items() if k.startswith("_") or k in _NEEDED}
         config.write_text(json.dumps(kept))
-    plan = stage2.make_plan(
-        stage2.parse_arguments(["--dtype", "float32", "--allow_unsupported"]),
+    checked = denoise.check(
+        denoise.DenoiseOptions(tmp_path, tmp_path, "float32", seed=0, allow_unsupported=True),
         find_model(str(folder), ["transformer"]),
         batch=1,
         tokens=226,
     )
-    assert plan.denoiser.config.patch_size_t is None
+    assert checked.denoiser.config.patch_size_t is None
 
 
 def test_image_to_video_model(models, files, tmp_path, capsys):

@@ -54,18 +54,20 @@ def test_killed_after_any_step(scheduler, dtype, folder, tmp_path, monkeypatch, 
         with pytest.raises(Killed):
             run(folder, tmp_path / "parts", scheduler, dtype, "--checkpoint_every=1")
         said = capsys.readouterr().out
-        assert ("going on" in said) == (done > 1), said
+        assert ("resuming" in said) == (done > 1), said
     parts = run(folder, tmp_path / "parts", scheduler, dtype, "--checkpoint_every=1")
     assert parts.dtype == whole.dtype and parts.tobytes() == whole.tobytes()
-    assert not (tmp_path / "parts" / stage2.CHECKPOINT_FILE).exists()
+    assert not (tmp_path / "parts" / stage_files.CHECKPOINT_FILE).exists()
 
 
 def test_other_runs_and_damaged_checkpoints_are_not_gone_on_from(folder, tmp_path, capsys):
-    tmp_path.joinpath(stage2.CHECKPOINT_FILE).write_bytes(b"no checkpoint")
+    tmp_path.joinpath(stage_files.CHECKPOINT_FILE).write_bytes(b"no checkpoint")
     run(folder, tmp_path, "ddim", "float32", "--checkpoint_every=3")
     assert "not going on" in capsys.readouterr().out
     state = np.zeros((1, 1), np.float32)
     checkpoint = loop_checkpoint.LoopCheckpoint(2, state, state)
-    loop_checkpoint.write_checkpoint(tmp_path / stage2.CHECKPOINT_FILE, checkpoint, "another run")
+    loop_checkpoint.write_checkpoint(
+        tmp_path / stage_files.CHECKPOINT_FILE, checkpoint, "another run"
+    )
     run(folder, tmp_path, "ddim", "float32", "--checkpoint_every=3")
     assert "another run" in capsys.readouterr().out

@@ -16,6 +16,7 @@ import stage3_vae_decoder as stage3
 import utils
 from cogvideox.model.folder import stored_tensors
 from runtime.errors import InputError, RunError
+from stages.files import check_executables
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,9 @@ def test_later_processes_compile_nothing_and_make_the_same_bits(model, configs, 
         ("vae_flax", "stage3_vae_decoder_flax"),
     ):
         video = ["--input_dir", str(plain), FLOAT, "--output_video"]
-        stage3.run(stage3.parse_arguments([*video, str(plain / f"{name}.npy")]), name)
+        stage3.run(
+            stage3.parse_arguments([*video, str(plain / f"{name}.npy")]), name.removeprefix("vae_")
+        )
         out = run_script(f"{script}.py", *video, tmp_path / f"{name}.npy", *ahead)
         assert f"{name}_first: executable " in out and f"{name}_later: executable " in out
         assert "stage 3: 0 compilations, 0 cache hits" in out
@@ -181,17 +184,18 @@ def test_a_stage_refuses_a_folder_that_is_none(tmp_path, capsys):
     arguments = stage2.parse_arguments(["--executables", str(tmp_path / "none")])
     assert str(arguments.executables).endswith("none")
     with pytest.raises(ValueError, match="none is not a folder"):
-        utils.check_executables(arguments.executables)
+        check_executables(arguments.executables)
 
 
 FINGERPRINTS = """
 import json, sys
-import compile_ahead
+import compile_ahead, utils
+from stages import ahead
 found = {}
 for extra in json.loads(sys.argv[2]):
     arguments = ["--model_id", sys.argv[1], "--topology", "v6e-8", "--plan", *extra]
     arguments = compile_ahead.parse_arguments(arguments)
-    (target,) = compile_ahead.make_targets(arguments)
+    (target,) = ahead.make_targets(utils.options(ahead.AheadOptions, arguments))
     decoder = target.decoder.programs(target.latents, output=arguments.frames)
     programs = [target.denoiser.program, *decoder]
     found[" ".join(extra)] = {program.name: program.fingerprint for program in programs}

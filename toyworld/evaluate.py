@@ -63,8 +63,7 @@ def generate(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[rows]],
                 max_sequence_length=pipeline.transformer.config.max_text_seq_length,
                 output_type="np",
-                return_dict=False,
-            )[0]
+            ).frames
         )
     return np.concatenate(videos)
 

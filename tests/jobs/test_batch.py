@@ -20,10 +20,10 @@ import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 from cogvideox.denoising.program import Denoiser
 from cogvideox.text import encoder as text_encoder
-from jobs import workshop
 from jobs.gallery import Gallery
 from jobs.records import OUTPUTS, STAGES, read_batch, write_record
 from runtime.errors import RunError, Stopped
+from stages import denoise, session
 from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
@@ -100,8 +100,8 @@ def counted(calls, monkeypatch):
     count(text_encoder, "load_text_encoder")
     count(Denoiser, "load")
     count(Denoiser, "compile")
-    for name in ("_embed", "_denoise", "_decode"):
-        count(workshop.Workshop, name)
+    for name in ("_encode", "_denoise", "_decode"):
+        count(session.Session, name)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,9 @@ def job_folder(folder: Path, start: str) -> Path:
 
 def test_loads_and_compiles_once(model, tmp_path, calls, capsys):
     assert run(model, tmp_path) == 0
-    assert calls == Counter(load_text_encoder=1, load=1, compile=2, _embed=3, _denoise=3, _decode=3)
+    assert calls == Counter(
+        load_text_encoder=1, load=1, compile=2, _encode=3, _denoise=3, _decode=3
+    )
     said = capsys.readouterr().out
     assert "[3 done, 0 failed, 0 left]" in said and "ETA" in said
     assert "3 done" in table(tmp_path, capsys)
@@ -153,7 +155,7 @@ def test_a_job_equals_the_stages_by_hand(model, whole, tmp_path, monkeypatch):
     ))  # fmt: skip
     stage3.run(stage3.parse_arguments(
         [f"--input_dir={folder}", *common, "--dp=1", "--tp=1"]
-    ), "vae_torchax")  # fmt: skip
+    ), "torchax")  # fmt: skip
     by_hand = outputs(tmp_path)
     assert len(by_hand) == 5
     assert by_hand.items() <= outputs(whole).items()
@@ -173,7 +175,7 @@ def test_what_is_damaged_is_made_again_from_the_last_good_stage(model, copy, who
     (job_folder(copy, "a-red") / stage_files.CONFIG_FILE).write_text("{")
     (job_folder(copy, "a-red") / stage_files.EMBEDDINGS_FILE).unlink()
     assert run(model, copy) == 0
-    assert (calls["_embed"], calls["_denoise"], calls["_decode"]) == (1, 1, 1)
+    assert (calls["_encode"], calls["_denoise"], calls["_decode"]) == (1, 1, 1)
     assert outputs(copy) == outputs(whole)
 
 
@@ -195,15 +197,15 @@ def test_a_changed_line_is_a_new_job(model, copy, calls, capsys):
 
 
 def test_one_failure_ends_no_other_job(model, whole, tmp_path, calls, capsys, monkeypatch):
-    denoise = workshop.Workshop._denoise
+    run_stage = session.Session._denoise
 
-    def fail_blue(self, job):
-        if "blue" in job.prompt:
+    def fail_blue(self, request):
+        if "blue" in request.encode.prompt[0]:
             raise RuntimeError("the chip melted\nat noon")
-        denoise(self, job)
+        run_stage(self, request)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workshop.Workshop, "_denoise", fail_blue)
+        patch.setattr(session.Session, "_denoise", fail_blue)
         assert run(model, tmp_path) == 3
     said = table(tmp_path, capsys)
     assert "2 done, 1 failed" in said and "RuntimeError: the chip melted at noon" in said
@@ -214,17 +216,17 @@ def test_one_failure_ends_no_other_job(model, whole, tmp_path, calls, capsys, mo
 
 
 def test_the_gallery_follows_every_failure(model, tmp_path, monkeypatch):
-    embed, seen = workshop.Workshop._embed, []
+    run_stage, seen = session.Session._encode, []
 
-    def fail_blue(self, job):
-        if "blue" in job.prompt:
+    def fail_blue(self, request):
+        if "blue" in request.encode.prompt[0]:
             raise RuntimeError("no memory")
-        embed(self, job)
+        run_stage(self, request)
 
     def update(self, *, now=False):
         seen.append(Counter(state.status for state in read_batch(tmp_path / "out")))
 
-    monkeypatch.setattr(workshop.Workshop, "_embed", fail_blue)
+    monkeypatch.setattr(session.Session, "_encode", fail_blue)
     monkeypatch.setattr(Gallery, "update", update)
     assert run(model, tmp_path, "--stages=1") == 3
     assert seen[0] == Counter(pending=3)
@@ -252,7 +254,7 @@ def test_the_plan(model, copy, tmp_path, capsys):
 
 def test_stopping_saves_the_loop_and_the_records(model, whole, tmp_path, capsys, monkeypatch):
     """As a signal does in the second step of the first video."""
-    write, saved = stage2.Checkpoints.__init__, []
+    write, saved = denoise.Checkpoints.__init__, []
 
     def stop_in_step_two(self, folder, section, every, stop):
         def stop_now():
@@ -264,12 +266,12 @@ def test_stopping_saves_the_loop_and_the_records(model, whole, tmp_path, capsys,
         write(self, folder, section, every, stop_now)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage2.Checkpoints, "__init__", stop_in_step_two)
+        patch.setattr(denoise.Checkpoints, "__init__", stop_in_step_two)
         with pytest.raises(Stopped, match="terminated"):
             run(model, tmp_path, "--checkpoint_every=10")
     state = next(s for s in read_batch(tmp_path / "out") if s.job.name == "kite")
     assert state.status == "interrupted"
-    assert (state.folder / stage2.CHECKPOINT_FILE).exists()
+    assert (state.folder / stage_files.CHECKPOINT_FILE).exists()
     capsys.readouterr()
     assert run(model, tmp_path, "--checkpoint_every=10") == 0
     assert "2 of 3 steps done" in capsys.readouterr().out
@@ -328,7 +330,7 @@ def test_a_mirror_outlives_the_machine(model, whole, tmp_path, calls, capsys):
     assert run(model, first, "--only=kite", mirror) == 0
     calls.clear()
     assert run(model, second, mirror) == 0
-    assert (calls["_embed"], calls["_denoise"], calls["_decode"]) == (0, 0, 2)
+    assert (calls["_encode"], calls["_denoise"], calls["_decode"]) == (0, 0, 2)
     assert outputs(second) == outputs(whole)
     assert "was not copied" not in capsys.readouterr().out
 

@@ -7,6 +7,8 @@ import pytest
 
 import batch
 import utils
+from jobs.batch import read_jobs
+from jobs.options import BatchOptions
 
 MODEL = Path(__file__).parents[2] / "models/toyworld"
 GOOD = {"prompt": "A red kite"}
@@ -132,7 +134,7 @@ def test_what_does_not_fit_the_batch(tmp_path: Path, capsys):
     jobs.write_text("A red kite")
     out = tmp_path / "out"
     assert "--only blue*" in refusal(capsys, jobs, out, "--only=blue*")
-    assert "lack what the stages before make" in refusal(capsys, jobs, out, "--stages=3")
+    assert "lack the files of earlier stages" in refusal(capsys, jobs, out, "--stages=3")
     assert "--mirror" in refusal(capsys, jobs, out, "--mirror=gs://bucket")
     assert "nope" in refusal(capsys, jobs, out, "--mirror=nope://bucket")
     assert "2,1" in refusal(capsys, jobs, out, "--stages=2,1")
@@ -142,7 +144,9 @@ def test_what_does_not_fit_the_batch(tmp_path: Path, capsys):
 def read(tmp_path: Path, name: str, content: bytes, *more: str) -> list:
     (tmp_path / name).write_bytes(content)
     where = [str(tmp_path / name), f"--output_dir={tmp_path}", f"--model_id={MODEL}"]
-    _, jobs = batch._read_jobs(batch.parse_arguments([*where, *more]))
+    arguments = batch.parse_arguments([*where, *more])
+    options = utils.options(BatchOptions, arguments)
+    _, jobs = read_jobs(options, batch.line_parser(arguments))
     return jobs
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import batch
 import generate
 from cogvideox.video.writing import open_video_writer
 from jobs import rerun
@@ -37,7 +38,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def again(*arguments: object) -> None:
-    rerun.run(rerun.parse_arguments([*map(str, arguments), "--dp", "1", "--sp", "1", "--tp", "1"]))
+    batch.rerun(batch.parse_rerun([*map(str, arguments), "--dp", "1", "--sp", "1", "--tp", "1"]))
 
 
 def frames(video: Path) -> np.ndarray:
@@ -67,10 +68,10 @@ def test_settings_beside_the_video(made, tmp_path):
     (folder / "a-0.mp4").unlink()
     with open_video_writer(folder / "a-0.mp4", fps=5, num_frames=1) as writer:
         writer.write(np.zeros((1, 48, 80, 3), np.uint8))
-    arguments = rerun.parse_arguments([str(folder / "a-0.mp4")])
-    recipe = rerun.read_recipe(arguments.video)
-    assert recipe.source == folder / stage_files.CONFIG_FILE and recipe.decoder == "flax"
-    first, second, third = rerun.stage_arguments(recipe, arguments, tmp_path / "out")
+    options = rerun.RerunOptions(folder / "a-0.mp4")
+    provenance = rerun.read_provenance(options.video)
+    assert provenance.source == folder / stage_files.CONFIG_FILE and provenance.decoder == "flax"
+    first, second, third = rerun.stage_options(provenance, options, tmp_path / "out")
     assert first.prompt == [PROMPT, "A blue dog"] and first.negative_prompt == "-blurry"
     assert (second.seed, second.guidance_scale, second.use_dynamic_cfg) == (0, 3.3, True)
     assert third.output_video == tmp_path / "out" / "a.mp4" and third.no_metadata

@@ -41,7 +41,7 @@ def in_two_processes(model: Path, folder: Path) -> None:
     stage2.run(stage2.parse_arguments(arguments))
     arguments = ["--input_dir", str(folder / "dp2_tp4"), "--dtype", "float32", both]
     arguments += ["--output_video", str(folder / "dp2_tp4" / "flax.npy")]
-    stage3.run(stage3.parse_arguments(arguments), "vae_flax")
+    stage3.run(stage3.parse_arguments(arguments), "flax")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_frames_equal_those_of_one_process(decoder, folder):
 
 
 def test_the_second_process_leaves_no_file(folder):
-    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob(stage2.CHECKPOINT_FILE))
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob(stage_files.CHECKPOINT_FILE))
 
 
 if __name__ == "__main__":

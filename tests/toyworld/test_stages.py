@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("decoder", ["vae_torchax", "vae_flax"])
+@pytest.mark.parametrize("decoder", ["torchax", "flax"])
 def test_videos_show_what_the_captions_say(decoder, folder):
     video = folder / f"{decoder}.npy"
     arguments = ["--input_dir", str(folder), "--output_video", str(video), "--dtype=float32"]

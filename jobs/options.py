@@ -1,0 +1,90 @@
+"""Options of a batch, which all of its jobs share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.records import Job
+from stages.decode import DecodeOptions
+from stages.denoise import DenoiseOptions
+from stages.encode import EncodeOptions
+from stages.session import VideoRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOptions:
+    """Options of batch.py, by the names of the command line.
+
+    Attributes:
+        jobs: the job file.
+        stages: names of the stages to run, in their order.
+        only: patterns of job names, folders or ids; None selects every job.
+        claim_expiry: seconds after which others take over the job of a lost machine.
+        mirror: URL of a copy of the folder; None keeps none.
+        engine: "local" or "ray".
+        workers_per_node: of the Ray engine.
+    """
+
+    jobs: Path
+    output_dir: Path
+    stages: Sequence[str]
+    model_id: str
+    dtype: str
+    decoder: str
+    attention: str
+    checkpoint_every: int | None
+    dp: int | None
+    sp: int | None
+    tp: int | None
+    executables: Path | None
+    only: Sequence[str] | None
+    dry_run: bool
+    retry_failed: bool
+    claim_expiry: float
+    mirror: str | None
+    engine: str
+    workers_per_node: int
+
+    def request(self, job: Job) -> VideoRequest:
+        """The options of each stage for one job; the stages read and write its folder."""
+        folder = self.output_dir / job.folder
+        return VideoRequest(
+            settings=job.settings,
+            encode=EncodeOptions(
+                prompt=[job.prompt],
+                model_id=self.model_id,
+                dtype=job.dtype,
+                output_dir=folder,
+                negative_prompt=job.negative_prompt,
+                max_sequence_length=job.max_sequence_length,
+            ),
+            denoise=DenoiseOptions(
+                input_dir=folder,
+                output_dir=folder,
+                dtype=job.dtype,
+                model_id=self.model_id,
+                **dataclasses.asdict(job.settings),
+                allow_unsupported=True,  # the job was checked when it was made
+                attention=self.attention,
+                checkpoint_every=self.checkpoint_every,
+                dp=self.dp,
+                sp=self.sp,
+                tp=self.tp,
+                executables=self.executables,
+            ),
+            decode=DecodeOptions(
+                input_dir=folder,
+                dtype=job.dtype,
+                decoder=job.decoder,
+                model_id=self.model_id,
+                fps=job.settings.fps,
+                quality=job.quality,
+                no_metadata=job.no_metadata,
+                dp=self.dp,
+                tp=self.tp,
+                executables=self.executables,
+            ),
+            text_tokens=job.max_sequence_length,
+        )

@@ -1,0 +1,374 @@
+"""Stage 2: embeddings to latents, the denoising loop of the transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime import processes
+from runtime.devices import start_jax
+from runtime.errors import checking_input
+from runtime.progress import Timings, progress
+from stages import files
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import jax
+    import numpy as np
+
+    from cogvideox.denoising.program import Denoiser, LoopState
+    from cogvideox.denoising.scheduler import Schedule
+    from cogvideox.model.folder import ModelFolder, StoredTensor
+    from cogvideox.model.settings import DenoisingSettings, LatentShape
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiseOptions:
+    """Options of stage 2, by the names of the command line.
+
+    None takes the model's value, and for the mesh axes the sizes that fit.
+
+    Attributes:
+        model_id: None takes the model that made the embeddings.
+        allow_unsupported: also compute sizes that the model was not trained for.
+        attention: "auto", "splash", "cudnn" or "reference".
+        checkpoint_every: steps between two saves of the loop's state; None saves none.
+        dtype: "bfloat16" or "float32".
+        executables: a folder from compile_ahead.py; missing programs are compiled.
+        profile: a folder for a JAX profile of the loop.
+    """
+
+    input_dir: Path
+    output_dir: Path
+    dtype: str
+    seed: int
+    model_id: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    use_dynamic_cfg: bool = False
+    scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    allow_unsupported: bool = False
+    attention: str = "auto"
+    checkpoint_every: int | None = None
+    dp: int | None = None
+    sp: int | None = None
+    tp: int | None = None
+    executables: Path | None = None
+    profile: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoisingRun:
+    """A checked run: what to denoise, with which program, on which devices.
+
+    Attributes:
+        padding_frames: leading latent frames that `drop_padding` removes.
+    """
+
+    settings: DenoisingSettings
+    padding_frames: int
+    denoiser: Denoiser
+    schedule: Schedule
+
+    @property
+    def latents_shape(self) -> tuple[int, ...]:
+        """[B, C, T, H, W], the latents as stage 2 saves and stage 3 decodes them."""
+        return saved_shape(self.denoiser.latents, self.padding_frames)
+
+
+def saved_shape(latents: LatentShape, padding_frames: int) -> tuple[int, ...]:
+    """The shape [B, C, T, H, W] that `drop_padding` returns."""
+    batch, frames, channels, height, width = latents.sizes
+    return batch, channels, frames - padding_frames, height, width
+
+
+def drop_padding(latents: np.ndarray, padding_frames: int) -> np.ndarray:
+    """Removes the padding from diffusers' [B, T, C, H, W]; returns [B, C, T, H, W] for the VAE."""
+    return latents[:, padding_frames:].swapaxes(1, 2)
+
+
+def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) -> DenoisingRun:
+    """Checks everything that needs no weights: sizes, steps, mesh, attention, weight headers.
+
+    Args:
+        batch: number of prompts.
+        tokens: per prompt.
+
+    Raises:
+        ValueError: an option cannot be computed; the message names the nearest value that can.
+    """
+    from cogvideox.model.settings import DenoisingSettings, complete_settings, latent_shape
+
+    fields = dataclasses.fields(DenoisingSettings)
+    wishes = {field.name: getattr(options, field.name) for field in fields}
+    settings = complete_settings(wishes, model, any_size=options.allow_unsupported)
+    latents, padding = latent_shape(settings, model, batch)
+    with ThreadPoolExecutor(1) as background:
+        # Starting the devices takes seconds; imports and checks that do not depend on them run
+        # meanwhile.
+        starting = background.submit(start_jax, options.dtype)
+        from cogvideox.denoising.scheduler import make_schedule
+        from cogvideox.model.folder import stored_tensors
+        from cogvideox.transformer.parameters import check_weights
+
+        weights = stored_tensors(model.path / "transformer")
+        check_weights(model.transformer, weights)
+        schedule = make_schedule(settings, model.scheduler)
+        starting.result()
+
+    import jax
+
+    denoiser = make_denoiser(
+        model,
+        weights,
+        latents,
+        tokens,
+        guided=settings.guided,
+        dtype=options.dtype,
+        attention=options.attention,
+        mesh=(options.dp, options.sp, options.tp),
+        devices=jax.devices(),
+    )
+    return DenoisingRun(settings, padding, denoiser, schedule)
+
+
+def make_denoiser(
+    model: ModelFolder,
+    weights: Mapping[str, StoredTensor],
+    latents: LatentShape,
+    tokens: int,
+    *,
+    guided: bool,
+    dtype: str,
+    attention: str,
+    mesh: tuple[int | None, int | None, int | None],
+    devices: Sequence[jax.Device],
+) -> Denoiser:
+    """Makes the program for `devices`.
+
+    Args:
+        weights: headers of the weight files; may be empty if nothing will be loaded.
+        attention: the kernel, as in DenoiseOptions.
+        mesh: sizes of dp, sp and tp; None takes what fits.
+
+    Raises:
+        ValueError: no such mesh fits, or the devices cannot run that attention.
+    """
+    from cogvideox.denoising.program import Denoiser
+    from cogvideox.transformer.attention import choose_attention
+    from runtime.mesh import choose_mesh, make_mesh
+
+    config = model.transformer
+    kernel = choose_attention(attention, devices[0].platform, dtype)
+    sizes = choose_mesh(
+        *mesh,
+        batch=latents.batch * (2 if guided else 1),
+        num_heads=config.num_attention_heads,
+        num_devices=len(devices),
+    )
+    return Denoiser(
+        config=config,
+        weights=weights,
+        latents=latents,
+        text_tokens=tokens,
+        guided=guided,
+        dtype=dtype,
+        mesh=make_mesh(sizes, devices),
+        attention=kernel,
+    )
+
+
+def run(options: DenoiseOptions) -> None:
+    """Runs stage 2: checks, loads and compiles at once, denoises, and writes the latents."""
+    from cogvideox.denoising.noise import drawing_beside
+
+    with drawing_beside():
+        _run(options)
+
+
+def _run(options: DenoiseOptions) -> None:
+    timings, output_dir = Timings(), options.output_dir
+    inputs = [files.CONFIG_FILE, files.EMBEDDINGS_FILE]
+    options = dataclasses.replace(
+        options, input_dir=processes.folder_of_first(options.input_dir, inputs)
+    )
+    with checking_input():
+        embeddings, model = open_embeddings(options.input_dir, options.model_id)
+        files.check_executables(options.executables)
+        files.check_output_folder(output_dir, files.LATENTS_FILE)
+        if options.profile:
+            files.check_output_folder(options.profile)
+        batch, tokens, _ = embeddings.shapes["prompt_embeds"]
+        checked = check(options, model, batch, tokens)
+    denoiser = checked.denoiser
+    mesh, attention = dict(denoiser.mesh.shape), denoiser.attention.name
+    print(f"{checked.settings.describe()}\nmesh {mesh}, attention {attention}, {options.dtype}")
+
+    from runtime.compilation import CompilationLog
+
+    compilations = CompilationLog()
+    with ThreadPoolExecutor(1) as background:
+        compiling = background.submit(denoiser.compile, options.executables)
+        with timings.phase("load"):
+            parameters = denoiser.load(options.executables)
+            prompt_embeds = denoiser.prompt_embeds(files.read_tensors(embeddings))
+        with timings.phase("compile"):  # the part that loading did not hide
+            step = compiling.result()
+    print(f"stage 2: {compilations.sentence()}")
+
+    section = denoising_section(checked, model, embeddings)
+    with timings.phase("run"), _profile(options.profile):
+        folder = processes.folder_of_first(output_dir, [files.CHECKPOINT_FILE])
+        checkpoints = Checkpoints(folder, section, options.checkpoint_every)
+        latents = denoise(checked, step, parameters, prompt_embeds, checkpoints)
+    if not processes.is_first():
+        return
+    with timings.phase("save"):
+        path = save(latents, section, options.input_dir, output_dir)
+    print(f"{path}: latents {list(latents.shape)}")
+    timings.report(output_dir / "stage2_timings.json", compilation=compilations.summary())
+
+
+def open_embeddings(input_dir: Path, model_id: str | None) -> tuple[files.StageFile, ModelFolder]:
+    """Checks the header of stage 1's file; reads no tensor.
+
+    Returns:
+        The file, and the model that it was made with.
+
+    Raises:
+        ValueError: the file cannot be used, or was made with another model than `model_id`.
+    """
+    from cogvideox.model.settings import text_tokens
+
+    names = {"prompt_embeds", "negative_prompt_embeds"}
+    config = files.read_config(input_dir)
+    file = files.open_stage_file(input_dir, files.EMBEDDINGS_FILE, files.ENCODE, config, names)
+    model = files.find_same_model(model_id, file, ["transformer", "scheduler"])
+    transformer = model.transformer
+    shape = file.shapes["prompt_embeds"]
+    if len(shape) != 3 or 0 in shape or file.shapes["negative_prompt_embeds"] != shape:
+        raise ValueError(f"{file.path} does not hold two equal [batch, tokens, width] tensors")
+    _, tokens, width = shape
+    text_tokens(tokens, transformer)
+    if width != transformer.text_embed_dim:
+        raise ValueError(
+            f"{file.path} holds embeddings of width {width}; the model takes "
+            f"{transformer.text_embed_dim}"
+        )
+    return file, model
+
+
+def _profile(folder: Path | None) -> AbstractContextManager[object]:
+    import jax
+
+    return jax.profiler.trace(folder) if folder and processes.is_first() else nullcontext()
+
+
+def denoising_section(
+    run: DenoisingRun, model: ModelFolder, embeddings: files.StageFile
+) -> dict[str, Any]:
+    """The section of stage 2 in generation_config.json."""
+    import jax
+
+    return files.make_section(
+        {
+            "model_id": model.model_id,
+            "revision": model.revision,
+            "embeddings": embeddings.section["fingerprint"],
+            **dataclasses.asdict(run.settings),
+            "dtype": run.denoiser.dtype,
+        },
+        mesh=dict(run.denoiser.mesh.shape),
+        attention=run.denoiser.attention.name,
+        device=jax.devices()[0].device_kind,
+        guidance_scales=list(run.schedule.guidance_scales),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Where and when to save the state of the loop, from which a killed run resumes.
+
+    Attributes:
+        section: of this run in generation_config.json; checkpoints of other runs are ignored.
+        every: steps between two saves; None neither saves nor reads a checkpoint.
+        stop: called after each step; if it returns True, the loop saves its state and ends.
+    """
+
+    folder: Path
+    section: dict[str, Any]
+    every: int | None
+    stop: Callable[[], bool] = lambda: False
+
+    @property
+    def path(self) -> Path:
+        return self.folder / files.CHECKPOINT_FILE
+
+
+class StoppedBetweenSteps(Exception):
+    """`Checkpoints.stop` returned True."""
+
+
+Bar = Callable[..., "Iterable[LoopState]"]
+
+
+def denoise(
+    run: DenoisingRun,
+    step: Callable,
+    parameters: dict[str, jax.Array],
+    prompt_embeds: jax.Array,
+    checkpoints: Checkpoints,
+    bar: Bar = progress,
+) -> np.ndarray:
+    """Runs the loop, from a checkpoint if there is one.
+
+    Args:
+        step: the compiled program.
+        bar: shows progress; called as `runtime.progress.progress` is.
+
+    Returns:
+        Latents [B, C, T, H, W] without the padding frames, on the host.
+
+    Raises:
+        StoppedBetweenSteps: `checkpoints.stop` returned True.
+    """
+    from cogvideox.denoising.loop_checkpoint import read_checkpoint, write_checkpoint
+
+    fingerprint, total = checkpoints.section["fingerprint"], len(run.schedule.timesteps)
+    start = read_checkpoint(checkpoints.path, fingerprint) if checkpoints.every else None
+    if start:
+        print(f"resuming from {checkpoints.path}, {start.steps} of {total} steps done")
+    states = run.denoiser.run(
+        step, parameters, prompt_embeds, run.schedule, run.settings.seed, start
+    )
+    initial = start.steps if start else 0
+    for state in bar(states, total=total, initial=initial, what="denoising"):
+        stop = checkpoints.stop() and state.steps < total
+        if checkpoints.every and state.steps < total:
+            if stop or state.steps % checkpoints.every == 0:
+                checkpoint = run.denoiser.to_host(state)
+                if processes.is_first():
+                    write_checkpoint(checkpoints.path, checkpoint, fingerprint)
+        if stop:
+            raise StoppedBetweenSteps
+    return drop_padding(run.denoiser.to_host(state).latents, run.padding_frames)
+
+
+def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_dir: Path) -> Path:
+    """Writes the latents and this stage's section, and removes the checkpoint."""
+    tensors = {"latents": latents}
+    files.check_finite(tensors, files.DENOISE)
+    path = output_dir / files.LATENTS_FILE
+    files.write_stage_file(path, files.DENOISE, tensors, section, vae_scaling_applied="false")
+    files.record_section(output_dir, files.DENOISE, section, inherited=input_dir)
+    (output_dir / files.CHECKPOINT_FILE).unlink(missing_ok=True)
+    return path

@@ -1,0 +1,151 @@
+"""Stage 1: prompts to embeddings, with the model's T5 encoder on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import checking_input
+from runtime.progress import Timings
+from stages import files
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cogvideox.model.folder import ModelFolder
+    from cogvideox.text.encoder import TextEncoder
+
+_MAX_CHARACTERS = 20_000
+_CLASSES = {
+    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+    "text_encoder": ("T5EncoderModel",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeOptions:
+    """Options of stage 1, by the names of the command line.
+
+    Attributes:
+        prompt: one per video of the batch.
+        max_sequence_length: tokens per prompt; None takes the model's.
+        dtype: "bfloat16" or "float32".
+    """
+
+    prompt: Sequence[str]
+    model_id: str
+    dtype: str
+    output_dir: Path
+    negative_prompt: str = ""
+    max_sequence_length: int | None = None
+
+
+def check_prompts(prompts: Sequence[str], negative_prompt: str) -> None:
+    """Checks the texts of a batch.
+
+    Raises:
+        ValueError: a prompt is empty, too long, or not valid Unicode.
+    """
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("--prompt is empty; describe what the video shows")
+    if sum(map(len, prompts)) > _MAX_CHARACTERS or len(negative_prompt) > _MAX_CHARACTERS:
+        raise ValueError("--prompt or --negative_prompt is longer than 20,000 characters")
+    for text in (*prompts, negative_prompt):
+        if "\0" in text:
+            raise ValueError("--prompt or --negative_prompt contains a NUL character")
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("--prompt or --negative_prompt is not valid UTF-8")
+
+
+def check(options: EncodeOptions) -> tuple[ModelFolder, int]:
+    """Checks everything that needs no weights.
+
+    Returns:
+        The model, and the tokens per prompt.
+
+    Raises:
+        ValueError: the prompts, the output folder or the model cannot be used.
+    """
+    from cogvideox.model.config import read_json
+    from cogvideox.model.folder import find_model, stored_tensors
+    from cogvideox.model.settings import text_tokens
+
+    check_prompts(options.prompt, options.negative_prompt)
+    files.check_output_folder(options.output_dir, files.EMBEDDINGS_FILE)
+    model = find_model(options.model_id, ["tokenizer", "text_encoder"])
+    for part, known in _CLASSES.items():
+        if model.component_class(part) not in known:
+            raise ValueError(
+                f"the model's {part} is a {model.component_class(part)}, not a {known[0]}"
+            )
+    read_json(model.path / "text_encoder" / "config.json")
+    read_json(model.path / "tokenizer" / "tokenizer_config.json")
+    stored_tensors(model.path / "text_encoder")
+    return model, text_tokens(options.max_sequence_length, model.transformer)
+
+
+def run(options: EncodeOptions) -> None:
+    """Runs stage 1: checks, loads the text encoder, encodes, and writes the embeddings."""
+    with checking_input():
+        model, tokens = check(options)
+
+        from cogvideox.text.encoder import check_weights, load_text_encoder
+
+        check_weights(model)
+
+    timings = Timings()
+    with timings.phase("load"):
+        import torch
+
+        text_encoder = load_text_encoder(model, getattr(torch, options.dtype))
+    with timings.phase("run"):
+        tensors = embed(text_encoder, options, tokens)
+    with timings.phase("save"):
+        path = save(tensors, options, model, tokens)
+    print(f"{path}: {len(options.prompt)} prompt(s) of {tokens} tokens")
+    timings.report(options.output_dir / "stage1_timings.json")
+
+
+def embed(text_encoder: TextEncoder, options: EncodeOptions, tokens: int) -> dict[str, np.ndarray]:
+    """Encodes the prompts; prints a warning about words that do not fit into `tokens`.
+
+    Returns:
+        `prompt_embeds` and `negative_prompt_embeds`, each [B, tokens, text_dim].
+    """
+    from cogvideox.text.encoder import encode
+
+    prompt_embeds, dropped = encode(text_encoder, list(options.prompt), tokens)
+    negatives = [options.negative_prompt] * len(options.prompt)
+    negative_prompt_embeds, negative_dropped = encode(text_encoder, negatives, tokens)
+    lost = {"prompt": "; ".join(filter(None, dropped)), "negative_prompt": negative_dropped[0]}
+    for name, words in lost.items():
+        if words:
+            print(f"warning: --{name} is longer than {tokens} tokens; dropped: {words!r}")
+    return {
+        "prompt_embeds": files.to_numpy(prompt_embeds),
+        "negative_prompt_embeds": files.to_numpy(negative_prompt_embeds),
+    }
+
+
+def save(
+    tensors: dict[str, np.ndarray], options: EncodeOptions, model: ModelFolder, tokens: int
+) -> Path:
+    """Writes the embeddings and this stage's section into `options.output_dir`."""
+    prompts = list(options.prompt)
+    section = files.make_section(
+        {
+            "model_id": model.model_id,
+            "revision": model.revision,
+            "prompt": prompts if len(prompts) > 1 else prompts[0],
+            "negative_prompt": options.negative_prompt,
+            "max_sequence_length": tokens,
+            "dtype": options.dtype,
+        }
+    )
+    path = options.output_dir / files.EMBEDDINGS_FILE
+    files.check_finite(tensors, files.ENCODE)
+    files.write_stage_file(path, files.ENCODE, tensors, section)
+    files.record_section(options.output_dir, files.ENCODE, section, inherited=options.output_dir)
+    return path

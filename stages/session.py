@@ -1,0 +1,223 @@
+"""Weights and programs that stay loaded for many requests.
+
+A stage script loads, runs once and ends. A `Session` runs the same stages for one request after
+another: it loads each part of the model once and compiles each shape once. The work is that of the
+stage modules, so a request's files are byte for byte those of the scripts run with the same options
+in the same folder. A batch uses one session per process; a server would share one among its
+clients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from stages import decode, denoise, encode, files
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+    from cogvideox.denoising.program import LoopState
+    from cogvideox.model.folder import ModelFolder
+    from cogvideox.model.settings import DenoisingSettings
+    from cogvideox.text.encoder import TextEncoder
+    from cogvideox.vae.decode import Decoder
+
+
+class Shape(NamedTuple):
+    """What the compiled programs depend on. Requests of one shape share them."""
+
+    height: int
+    width: int
+    num_frames: int
+    guided: bool
+    text_tokens: int
+
+    def __str__(self) -> str:
+        guidance = "" if self.guided else ", no guidance"
+        return f"{self.height}x{self.width}x{self.num_frames}{guidance}"
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoRequest:
+    """One video to make: checked settings, and the options of its three stages.
+
+    The requests of one session agree in dtype, mesh, attention, decoder and executables.
+    """
+
+    settings: DenoisingSettings
+    encode: encode.EncodeOptions
+    denoise: denoise.DenoiseOptions
+    decode: decode.DecodeOptions
+    text_tokens: int
+
+    @property
+    def shape(self) -> Shape:
+        s = self.settings
+        return Shape(s.height, s.width, s.num_frames, s.guided, self.text_tokens)
+
+
+class Session:
+    """What is loaded and compiled for one model, and the stages of a request as methods.
+
+    `prepare` and `run` of stage 2 may run in one thread while those of stage 3 run in another.
+    """
+
+    def __init__(self, model: ModelFolder, stop: threading.Event, abort: threading.Event):
+        """
+        Args:
+            stop: ends denoising after the current step, with a checkpoint if they are on.
+            abort: also ends decoding.
+        """
+        self._model = model
+        self._stop = stop
+        self._abort = abort
+        self._text_encoder: TextEncoder | None = None
+        self._runs: dict[Shape, denoise.DenoisingRun] = {}
+        self._parameters: tuple[jax.sharding.Mesh, dict[str, jax.Array]] | None = None
+        self._step: tuple[Shape, Callable] | None = None
+        self._decoder: tuple[jax.sharding.Mesh, Decoder] | None = None
+
+    def check(self, requests: Sequence[VideoRequest], stages: Sequence[str], folder: Path) -> None:
+        """Checks everything that the stages check before they load weights, once per shape.
+
+        Args:
+            folder: where the folders of the requests are.
+
+        Raises:
+            ValueError: a request cannot be computed.
+        """
+        if files.ENCODE in stages:
+            from cogvideox.text.encoder import check_weights
+
+            encode.check(requests[0].encode)
+            check_weights(self._model)
+        for shape, request in {request.shape: request for request in reversed(requests)}.items():
+            run = denoise.check(request.denoise, self._model, 1, request.text_tokens)
+            self._runs[shape] = run
+            decoding = dataclasses.replace(request.decode, input_dir=folder)
+            decode.check(decoding, self._model, run.latents_shape, request.settings.fps)
+
+    def mesh(self, shape: Shape) -> dict[str, int]:
+        """The mesh of the transformer for a shape that `check` has passed."""
+        return dict(self._runs[shape].denoiser.mesh.shape)
+
+    def prepare(self, stage: str, request: VideoRequest) -> None:
+        """Loads and compiles what `run` needs and is not there yet."""
+        {
+            files.ENCODE: self._prepare_encoder,
+            files.DENOISE: self._prepare_transformer,
+            files.DECODE: self._prepare_decoder,
+        }[stage](request)
+
+    def run(self, stage: str, request: VideoRequest) -> None:
+        """Writes the files of one stage of a request, after `prepare`.
+
+        Raises:
+            denoise.StoppedBetweenSteps: `stop` or `abort` was set.
+        """
+        {files.ENCODE: self._encode, files.DENOISE: self._denoise, files.DECODE: self._decode}[
+            stage
+        ](request)
+
+    def release_text_encoder(self) -> None:
+        """Frees the memory of T5, 9.5 GB for the published models."""
+        self._text_encoder = None
+
+    def _prepare_encoder(self, request: VideoRequest) -> None:
+        if self._text_encoder is None:
+            import torch
+
+            from cogvideox.text.encoder import load_text_encoder
+
+            print("loading the text encoder")
+            dtype = getattr(torch, request.encode.dtype)
+            self._text_encoder = load_text_encoder(self._model, dtype)
+
+    def _encode(self, request: VideoRequest) -> None:
+        # One prompt at a time: the bits of an embedding depend on the size of its batch.
+        assert self._text_encoder is not None
+        tensors = encode.embed(self._text_encoder, request.encode, request.text_tokens)
+        encode.save(tensors, request.encode, self._model, request.text_tokens)
+
+    def _prepare_transformer(self, request: VideoRequest) -> None:
+        shape = request.shape
+        denoiser = self._runs[shape].denoiser
+        if self._parameters is None or self._parameters[0] != denoiser.mesh:
+            print(f"loading the transformer, mesh {self.mesh(shape)}")
+            self._parameters = None  # first, so that the devices never hold two
+            self._parameters = denoiser.mesh, denoiser.load()
+        if self._step is None or self._step[0] != shape:
+            from runtime.compilation import CompilationLog
+
+            log, self._step = CompilationLog(), None
+            self._step = shape, denoiser.compile(request.denoise.executables)
+            print(f"{shape}: {log.sentence()}")
+
+    def _denoise(self, request: VideoRequest) -> None:
+        from cogvideox.denoising.scheduler import make_schedule
+
+        assert self._step is not None and self._parameters is not None
+        options = request.denoise
+        run = dataclasses.replace(
+            self._runs[request.shape],
+            settings=request.settings,
+            schedule=make_schedule(request.settings, self._model.scheduler),
+        )
+        embeddings, _ = denoise.open_embeddings(options.input_dir, options.model_id)
+        prompt_embeds = run.denoiser.prompt_embeds(files.read_tensors(embeddings))
+        section = denoise.denoising_section(run, self._model, embeddings)
+        checkpoints = denoise.Checkpoints(
+            options.output_dir, section, options.checkpoint_every, self._stop.is_set
+        )
+        (_, step), (_, parameters) = self._step, self._parameters
+        latents = denoise.denoise(run, step, parameters, prompt_embeds, checkpoints, _step_bar)
+        denoise.save(latents, section, options.input_dir, options.output_dir)
+
+    def _prepare_decoder(self, request: VideoRequest) -> None:
+        options = request.decode
+        if self._decoder is None:
+            import jax
+
+            print("loading the VAE decoder")
+            mesh = decode.make_mesh(options, jax.devices())
+            decoder = decode.make_decoder(options, self._model, mesh)
+            decoder.load(self._model.path / "vae")
+            self._decoder = mesh, decoder
+        _, decoder = self._decoder
+        _, latents_file = decode.open_latents(options.input_dir)
+        shape = latents_file.shapes["latents"]
+        output = decode.pixel_dtype(decode.video_paths(options, shape[0]))
+        decoder.compile(shape, output=output, executables=options.executables)
+
+    def _decode(self, request: VideoRequest) -> None:
+        assert self._decoder is not None
+        (mesh, decoder), options = self._decoder, request.decode
+        config, latents_file = decode.open_latents(options.input_dir)
+        latents = files.read_tensors(latents_file)["latents"]
+        videos = decode.video_paths(options, len(latents))
+        section = decode.decoding_section(options, self._model, latents_file, videos, mesh)
+        num_frames = decode.num_frames(self._model, latents.shape)
+        batches = decoder.decode(latents, output=decode.pixel_dtype(videos))
+        config = {**config, files.DECODE: section}
+        decode.write_videos(self._until_aborted(batches), num_frames, videos, options, config)
+        files.record_section(options.input_dir, files.DECODE, section, inherited=options.input_dir)
+
+    def _until_aborted(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for batch in batches:
+            if self._abort.is_set():
+                raise denoise.StoppedBetweenSteps
+            yield batch
+
+
+def _step_bar(
+    states: Iterable[LoopState], *, total: int, initial: int, what: str
+) -> Iterable[LoopState]:
+    """Shows a progress bar of steps on a terminal, none in a log file."""
+    from tqdm import tqdm
+
+    return tqdm(states, total=total, initial=initial, desc=what, leave=False, disable=None)
