@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
                 if arguments.pull or arguments.push:
                     raise ValueError("--plan writes nothing; leave --pull and --push out")
                 targets = ahead.make_targets(options)
-            plans = ahead.make_plans(options, targets)
+            plans = ahead.plan_sizes(options, targets)
         from stages.plan import table
 
         print(json.dumps(plans, indent=2) if arguments.json else table(plans))

@@ -1,10 +1,10 @@
-"""Claims: which process works on a job, on a folder that several machines may share.
+"""Claims decide which process works on a job, in a folder that several machines may share.
 
-The claims of a job are numbered files in one folder, and the highest number counts. A process takes
-a job by making the next number, which link(2) lets only one process do, and keeps it by touching
-the file. The job is free again when its claim is released, too old, or of a dead process of this
-machine. Numbers never come back, so a process that was taken for dead and wakes up finds a higher
-one than its own.
+The claims of a job are numbered files in one folder; the highest number is valid. A process claims
+a job by creating the next number with link(2), which succeeds for one process only, and keeps it by
+touching the file. The job is free again when its claim is released, expired, or held by a dead
+process of this machine. Numbers are never reused, so a process that slept past the expiry finds a
+higher number than its own.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ from typing import Any
 from runtime.errors import RunError
 
 CLAIMS_FOLDER = "claims"
-DEFAULT_EXPIRY = 120.0  # seconds without a sign of life; signs come four times as often
+DEFAULT_EXPIRY = 120.0  # seconds without a touch; claims are touched four times as often
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One taken job."""
+    """A claimed job."""
 
     path: Path  # JOB/claims/NUMBER
 
 
 class Claims:
-    """The claims that this process holds; a thread keeps them alive. Use it in a `with`."""
+    """The claims of this process, a context manager. A thread touches their files."""
 
     def __init__(self, expiry: float = DEFAULT_EXPIRY):
-        """Args: expiry: seconds without a sign of life after which others may take over."""
+        """
+        Args:
+            expiry: seconds without a touch after which others may take over.
+        """
         self._expiry = expiry
         self._held: set[Claim] = set()
         self._closed = threading.Event()
@@ -53,10 +56,10 @@ class Claims:
             self.release(claim)
 
     def take(self, job_folder: Path) -> Claim | None:
-        """Takes the job of this folder, or returns None because another process has it.
+        """Claims the job of a folder; returns None if another process has it.
 
         Raises:
-            RunError: the file system, such as that of a mounted bucket, has no hard links.
+            RunError: the file system has no hard links, as that of a mounted bucket.
         """
         folder = job_folder / CLAIMS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ class Claims:
         temporary = folder / f".{uuid.uuid4().hex}"
         try:
             temporary.write_text(json.dumps(_this_process() | {"expiry": self._expiry}), "utf-8")
-            # The file server's clock: those of the machines may differ by minutes.
+            # The file server's clock; the clocks of the machines may differ by minutes.
             now = temporary.stat().st_mtime
             if latest and _is_alive(folder / str(latest), now):
                 return None
@@ -72,7 +75,7 @@ class Claims:
             try:
                 os.link(temporary, claim.path)
             except FileExistsError:
-                # Over NFS a link that was made can be reported so when the first reply was lost.
+                # NFS also reports this for a link that it made if the first reply was lost.
                 if temporary.stat().st_nlink != 2:
                     return None
             except OSError as error:
@@ -83,7 +86,7 @@ class Claims:
         return claim
 
     def holds(self, claim: Claim) -> bool:
-        """Whether the job is still this process's; not so after it slept past the expiry."""
+        """Whether the claim is still valid; it is not after this process slept past the expiry."""
         return claim in self._held and _latest(claim.path.parent) == int(claim.path.name)
 
     def release(self, claim: Claim) -> None:
@@ -98,12 +101,12 @@ class Claims:
                 try:
                     os.utime(claim.path)
                 except OSError as error:
-                    # The next sign of life may get through; `holds` tells whether it came too late.
-                    print(f"warning: {claim.path} could not be kept alive: {error}")
+                    # The next touch may succeed; `holds` tells if it came too late.
+                    print(f"warning: cannot touch {claim.path}: {error}")
 
 
 def is_claimed(job_folder: Path, now: float) -> bool:
-    """Whether a living process works on the job; `now` in seconds since 1970."""
+    """Whether a living process has claimed the job; `now` in seconds since 1970."""
     folder = job_folder / CLAIMS_FOLDER
     latest = _latest(folder) if folder.is_dir() else 0
     return latest > 0 and _is_alive(folder / str(latest), now)
@@ -135,7 +138,7 @@ def _this_process() -> dict[str, Any]:
 
 @cache
 def _machine() -> str:
-    """This boot of this machine and, in it, the namespace that process numbers belong to."""
+    """Identifies the boot of this machine and the namespace of its process ids."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 

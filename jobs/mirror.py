@@ -1,8 +1,8 @@
-"""A copy of a batch's folder behind an fsspec URL, such as a bucket that outlives the machine.
+"""A copy of a batch's folder at an fsspec URL, such as a bucket that outlives the machine.
 
-Files are copied when a job pauses or ends, its records last, and fetched at the start of a run if
-this machine lacks them. A file that was copied badly does not match its record's checksum, and is
-made again like any other damaged file.
+Files are copied when a job pauses or ends, the records last. A run first fetches the files that
+this machine lacks. A damaged copy does not match the checksum in its record, so its stage runs
+again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Mirror:
     def __init__(self, url: str, output_dir: Path):
         """
         Raises:
-            ValueError: no such kind of URL, or its package is not installed.
+            ValueError: the kind of URL is unknown, or its package is not installed.
         """
         try:
             self._files, self._root = url_to_fs(url)
@@ -36,7 +36,7 @@ class Mirror:
         self._lock = threading.Lock()
 
     def pull(self, jobs: Sequence[Job]) -> int:
-        """Fetches the files of these jobs that are missing here; returns how many."""
+        """Fetches the files of these jobs that this machine lacks; returns how many."""
         there = self._files.find(self._root, detail=True) if self._files.exists(self._root) else {}
         wanted, fetched = {job.folder for job in jobs}, 0
         prefix = self._root.rstrip("/") + "/"
@@ -54,7 +54,7 @@ class Mirror:
         return fetched
 
     def push(self, job: Job) -> None:
-        """Copies what changed in a job's folder."""
+        """Copies the files that changed in a job's folder."""
         folder = self._output_dir / job.folder
         paths = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
         with self._lock:

@@ -1,8 +1,7 @@
-"""A batch over a Ray cluster: one worker a machine, all on one shared output folder.
+"""Runs a batch on a Ray cluster: workers on every machine share one output folder.
 
-Ray starts the workers and sees which are lost; who works on what is settled by the same claims as
-between processes that were started by hand. The project, the model and the output folder lie at the
-same paths on every machine.
+Ray starts the workers and reports lost ones. The workers claim jobs as processes started by hand
+do. The project, the model and the output folder must have the same paths on every machine.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from runtime.errors import RunError
 from stages import files
 
 _POLL_SECONDS = 2.0
-# A worker that died this often while no job was finished is not started again.
+# Lost workers in a row, with no job finished between them, after which none is started again.
 _DEATHS = 3
 _ROOT = Path(__file__).resolve().parents[1]
 
-Slot = tuple[str, int]  # a machine's Ray id, and a number on it
+Slot = tuple[str, int]  # the Ray id of a machine, and a number of a worker on it
 
 
 class _Worker:
     """A process on a machine of the cluster; `run` and `stop` are called from two threads."""
 
     def __init__(self, folder: str) -> None:
-        os.chdir(folder)  # of the driver, so that relative paths mean the same
+        os.chdir(folder)  # the driver's, so that relative paths mean the same
         self._stop = threading.Event()
 
     def run(self, jobs: Sequence[Job], options: BatchOptions, rank: int) -> Counts:
@@ -57,18 +56,18 @@ class _Worker:
 def connect() -> None:
     """Connects to the cluster of RAY_ADDRESS or of this machine, or starts one on this machine.
 
-    Ray installs signal handlers of its own here.
+    Ray installs its own signal handlers in this call.
     """
     environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
-    # With the workers' output come all of libtpu's logs of the machine; it stays in Ray's folder.
+    # The workers' output, with all of libtpu's logs, stays in Ray's folder.
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env=environment)
 
 
 def run(jobs: Sequence[Job], options: BatchOptions, stop: threading.Event) -> Counts:
-    """Runs until no job is left or `stop` is set; lost workers are started again.
+    """Runs until no job is left or `stop` is set; replaces lost workers.
 
     Raises:
-        RunError: a worker cannot work, or none stays alive.
+        RunError: a worker failed, or too many were lost in a row.
     """
     ledger = Ledger(options.output_dir, options.stages, options.retry_failed)
     workers: dict[Slot, tuple[Any, ray.ObjectRef]] = {}
@@ -95,7 +94,7 @@ def run(jobs: Sequence[Job], options: BatchOptions, stop: threading.Event) -> Co
             try:
                 ray.get(ref)
             except RayTaskError as error:
-                raise RunError(f"a worker cannot work: {error.cause}") from error
+                raise RunError(f"a worker failed: {error.cause}") from error
             except RayError as error:
                 deaths = deaths + 1 if counts.left == left else 1
                 print(f"warning: a worker was lost: {' '.join(str(error).split())[:200]}")
@@ -107,7 +106,7 @@ def run(jobs: Sequence[Job], options: BatchOptions, stop: threading.Event) -> Co
 
 
 def _slots(per_node: int) -> set[Slot]:
-    """Where workers can be: machines that came back or joined later, too."""
+    """The slots of all machines that are alive now, also of those that joined later."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     return {(node, i) for node in nodes for i in range(per_node)}
 
@@ -115,7 +114,7 @@ def _slots(per_node: int) -> set[Slot]:
 def _start(
     slot: Slot, jobs: Sequence[Job], options: BatchOptions, rank: int
 ) -> tuple[Any, ray.ObjectRef]:
-    """A worker on its machine, with its share of the accelerators there, and its running task."""
+    """Starts a worker with its share of the machine's accelerators; returns it and its task."""
     node, _ = slot
     has = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == node)
     share = {name: has.get(name, 0) // options.workers_per_node for name in ("TPU", "GPU")}

@@ -1,12 +1,12 @@
-"""A batch's folder on disk: what each job is, and what became of each of its stages.
+"""A batch's folder on disk: its jobs, and a record of each of their stages.
 
     DIR/NAME-ID/job.json                          the job, written before any work
-                stage1_record.json, stage2_..., stage3_...   what became of the stage
-                the stages' own files, as the stage scripts write them
+                stage1_record.json, stage2_..., stage3_...   status and checksums of the stage
+                the stage files, as the stage scripts write them
                 claims/                           see claims.py
 
-Every file is written atomically. A record says "running" from before its stage starts until it
-ends, so a record that says so without a living claim is of a process that was killed.
+Every file is written atomically. A record says "running" from before its stage starts until the
+stage ends. If it says so without a valid claim, the process was killed.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class StageRecord:
-    """What became of one stage of one job."""
+    """The status and results of one stage of one job."""
 
     stage: str  # a key of OUTPUTS
     status: StageStatus
-    attempt: int  # 1 for the first time that the stage was begun
+    attempt: int  # from 1
     worker: str  # host:process
     started: float  # seconds since 1970
-    seconds: float = 0.0  # from start to end, without what other jobs share (loading, compiling)
+    seconds: float = 0.0  # without loading and compiling, which other jobs share
     error: str | None = None  # one line
     traceback: str | None = None
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)  # file name -> sha256
@@ -100,7 +100,7 @@ class JobState:
 
     job: Job
     folder: Path
-    records: dict[str, StageRecord]  # by stage; a stage that was never begun has none
+    records: dict[str, StageRecord]  # by stage; a stage that never started has none
     claimed: bool  # a living process works on it
 
     @property

@@ -182,7 +182,9 @@ class Runner:
         Raises:
             RunError: the mirror cannot be written.
         """
-        for job in self._jobs if self._mirror else []:
+        if self._mirror is None:
+            return
+        for job in self._jobs:
             try:
                 self._mirror.push(job)
             except Exception as error:  # of any file system

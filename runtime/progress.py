@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 def progress(
-    items: "Iterable[Item] | None" = None,
+    items: "Iterable[Item]" = (),
     *,
     total: int,
     what: str,

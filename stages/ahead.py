@@ -75,7 +75,7 @@ def compile_sizes(options: AheadOptions, folder: Path, targets: Sequence[Target]
         _move("push", options.push, folder)
 
 
-def make_plans(options: AheadOptions, targets: Sequence[Target]) -> list[dict[str, Any]]:
+def plan_sizes(options: AheadOptions, targets: Sequence[Target]) -> list[dict[str, Any]]:
     """Plans every size: memory and time, as JSON values."""
     from stages import plan
 

@@ -128,9 +128,12 @@ def make_decoder(options: DecodeOptions, model: ModelFolder, mesh: jax.sharding.
     Raises:
         ValueError: the VAE's config cannot be decoded.
     """
+    import jax.numpy as jnp
+
     from cogvideox.vae import decode
 
-    return decode.make_decoder(program_name(options.decoder), model.vae, mesh, options.dtype)
+    dtype = jnp.dtype(options.dtype)
+    return decode.make_decoder(program_name(options.decoder), model.vae, mesh, dtype)
 
 
 def program_name(decoder: str) -> str:

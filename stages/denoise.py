@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-    from cogvideox.denoising.program import Denoiser, LoopState
+    from cogvideox.denoising.program import Denoiser
     from cogvideox.denoising.scheduler import Schedule
     from cogvideox.model.folder import ModelFolder, StoredTensor
     from cogvideox.model.settings import DenoisingSettings, LatentShape
@@ -318,7 +318,7 @@ class StoppedBetweenSteps(Exception):
     """`Checkpoints.stop` returned True."""
 
 
-Bar = Callable[..., "Iterable[LoopState]"]
+Bar = Callable[..., Iterable[Any]]
 
 
 def denoise(

@@ -1,9 +1,9 @@
-"""How much memory and time a video would take, before anything runs: the compiler's estimates.
+"""Plans the memory and time of a video from the compiler's estimates, before anything runs.
 
-A mesh is either compiled, or derived from one of the same size that was. Seconds are the cycles
-that the compiler schedules over the chip's clock; bytes that chips exchange are counted beside them
-and cost at least their time on the links. Only chips in `runtime.chips.PLANNED` have estimates of
-time; for others the memory alone is told.
+The program of a mesh is either compiled, or its figures are derived from a compiled program on as
+many chips. Seconds of compute are the compiler's cycles over the chip's clock. Seconds of
+communication are the bytes received over the speed of the links. Only chips in
+`runtime.chips.PLANNED` have estimates of time; for others the plan holds the memory alone.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from runtime.hlo_costs import memory, read_costs
 from runtime.mesh import fitting_meshes, make_mesh
 from runtime.programs import Program
 
-# Pallas kernels carry no estimate of XLA's. These rates are what their schedules come to at
+# XLA has no estimate for Pallas kernels. These rates come from their schedules at
 # 768x1360x81 on v6e-8 (benchmarks/transformer_step.py, benchmarks/vae_decode.py); at 720x1280x81
-# attention comes to 0.6% less. Attention: 31.48M cycles, 12 heads of 45,106 tokens.
+# attention takes 0.6% less. Attention: 31.48M cycles, 12 heads of 45,106 tokens.
 _CYCLES_PER_SCORE = 31.48e6 / (12 * 45_106**2)
 # The decoder of the published VAEs: 644M cycles, 21 latent frames of 96 x 22 columns on each chip.
 _PUBLISHED_VAE = (128, 256, 256, 512)
@@ -34,14 +34,14 @@ _CYCLES_PER_LATENT = 644.2e6 / (21 * 96 * 22)
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """One program set on one mesh, per chip.
+    """Memory and time of one stage on one mesh, per chip.
 
     Attributes:
         source: "compiled" or "derived".
-        fits: whether the memory holds it.
-        hbm: bytes by kind; empty where the compiler refused the program for its size.
-        cycles: scheduled, None where there is no estimate for the device.
-        received: bytes from other chips.
+        fits: whether it fits into the memory.
+        hbm: bytes by kind; empty if the compiler found the program too large.
+        cycles: of the compiler's schedule; None if the device has no estimate.
+        received: bytes from other chips; None if the device has no estimate.
     """
 
     source: str
@@ -51,7 +51,7 @@ class Estimate:
     received: int | None
 
     def describe(self, device: jax.Device) -> dict[str, Any]:
-        """As JSON values, with the seconds on that chip.
+        """Returns JSON values, with the seconds on that chip.
 
         `seconds` counts compute and then communication at the links' full speed, as if nothing
         overlapped.
@@ -63,7 +63,7 @@ class Estimate:
             "seconds": None,
         }
         chip = PLANNED.get(device.device_kind)
-        if chip is None or self.cycles is None:
+        if chip is None or self.cycles is None or self.received is None:
             return described
         compute = self.cycles / chip.clock_hz
         communication = self.received / chip.link_bytes_per_second
@@ -102,12 +102,12 @@ class Target:
 def make_plans(
     targets: Sequence[Target], *, compile_all: bool, threads: int
 ) -> Iterator[dict[str, Any]]:
-    """What a video of each size would take on one machine, as JSON values.
+    """Plans a video of each size on one machine; yields JSON values.
 
-    One mesh a size and the decoder of the first size are compiled, the rest is derived.
+    Compiles one mesh per size and the decoder of the first size, and derives the rest.
 
     Args:
-        compile_all: compiles every mesh and every decoder instead.
+        compile_all: compile every mesh and every decoder instead.
         threads: programs to compile at once.
     """
     known: tuple[Estimate, tuple[int, ...]] | None = None
@@ -120,32 +120,31 @@ def make_plans(
                 for denoiser in (target.denoiser, *others):
                     compiler.start(denoiser.program)
             if target.decoder is not None and (compile_all or i == 0):
-                for program in _decoder_programs(target):
+                for program in _decoder_programs(target.decoder, target.latents):
                     compiler.start(program)
         for target in targets:
             plan = _plan_step(target, compiler, compile_all)
             if target.decoder is not None:
                 if known is None or compile_all:
-                    estimate = _estimate_decode(target, compiler)
+                    estimate = _estimate_decode(target.decoder, target.latents, compiler)
                 else:
                     estimate = derive_decode(target.decoder, target.latents, *known)
-                if estimate.hbm:  # nothing can be derived from a program that was refused
+                if estimate.hbm:  # nothing can be derived from a program that is too large
                     known = known or (estimate, target.latents)
                 mesh = target.decoder.mesh
                 described = estimate.describe(mesh.devices.flat[0])
                 plan["decode"] = {"mesh": dict(mesh.shape), **described}
-            parts = [plan.get("best_step"), plan.get("decode")]
-            if all(part and part["fits"] and part["seconds"] is not None for part in parts):
-                step, decode = (part["seconds"] for part in parts)
+            step, decode = plan.get("best_step"), plan.get("decode")
+            if step and decode and decode["fits"] and decode["seconds"] is not None:
                 steps = target.settings.num_inference_steps
-                plan["video_seconds"] = round(steps * step + decode, 1)
+                plan["video_seconds"] = round(steps * step["seconds"] + decode["seconds"], 1)
             yield plan
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 class _Compiler:
-    """Compiles in threads, holding no lock of Python's, what this thread lowers meanwhile."""
+    """Compiles programs in threads while the calling thread lowers the next ones."""
 
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool = pool
@@ -158,7 +157,7 @@ class _Compiler:
             self._started[name] = self._pool.submit(program.lower().compile, options)
 
     def result(self, program: Program) -> jax.stages.Compiled | None:
-        """The program compiled, None where the compiler finds it too large for the memory."""
+        """The compiled program; None if it is too large for the memory."""
         self.start(program)
         try:
             return self._started[program.manifest_name].result()
@@ -171,14 +170,14 @@ class _Compiler:
 def _plan_step(target: Target, compiler: _Compiler, compile_all: bool) -> dict[str, Any]:
     settings, denoiser = target.settings, target.denoiser
     size = f"{settings.height}x{settings.width}x{settings.num_frames}"
-    plan = {"size": size, "steps": settings.num_inference_steps}
+    plan: dict[str, Any] = {"size": size, "steps": settings.num_inference_steps}
     if denoiser is None:
         return plan
     device = denoiser.mesh.devices.flat[0]
     own = _estimate_step(denoiser, compiler)
     rows = [{"mesh": dict(denoiser.mesh.shape), **own.describe(device)}]
     for other in _other_meshes(denoiser):
-        # Nothing can be derived from a program that the compiler refused.
+        # Nothing can be derived from a program that is too large.
         derived = own.hbm and not compile_all
         estimate = derive_step(other, own, denoiser) if derived else _estimate_step(other, compiler)
         rows.append({"mesh": dict(other.mesh.shape), **estimate.describe(device)})
@@ -188,7 +187,7 @@ def _plan_step(target: Target, compiler: _Compiler, compile_all: bool) -> dict[s
 
 
 def table(plans: Sequence[Mapping[str, Any]]) -> str:
-    """Plans for people."""
+    """Formats plans as a table."""
     lines = [f"{'size':<14}{'what':<8}{'mesh':<20}{'fits':<6}{'GB a chip':>10}{'weights':>9}"
              f"{'inputs':>8}{'temp.':>7}{'seconds':>10}  source"]  # fmt: skip
     for plan in plans:
@@ -232,7 +231,7 @@ def _other_meshes(denoiser: Denoiser) -> list[Denoiser]:
 
 
 def _estimate_step(denoiser: Denoiser, compiler: _Compiler) -> Estimate:
-    """A denoising step, compiled."""
+    """Compiles a denoising step and reads its estimates."""
     device = denoiser.mesh.devices.flat[0]
     compiled = compiler.result(denoiser.program)
     if compiled is None:
@@ -240,19 +239,19 @@ def _estimate_step(denoiser: Denoiser, compiler: _Compiler) -> Estimate:
     hbm = _split_weights(memory(compiled), _weight_bytes(denoiser))
     if device.device_kind not in PLANNED:
         return Estimate("compiled", hbm["total"] <= _capacity(device), hbm, None, None)
-    costs = read_costs(compiled.as_text())
+    costs = read_costs(_text(compiled))
     cycles = sum(costs.cycles.values())
     if costs.kernel_calls:
-        cycles += denoiser.config.num_layers * _kernel_cycles(denoiser)
+        cycles += int(denoiser.config.num_layers * _kernel_cycles(denoiser))
     received = sum(costs.collective_bytes.values())
     return Estimate("compiled", hbm["total"] <= _capacity(device), hbm, cycles, received)
 
 
 def derive_step(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Estimate:
-    """The same step on another mesh.
+    """Derives the estimates of a step from those of the same step on another mesh.
 
-    The work is shared evenly by every mesh, so cycles and temporaries go by the number of chips;
-    weights and the bytes exchanged are counted exactly. With tp each chip also holds the gathered
+    Every mesh shares the work evenly, so cycles and temporaries scale with the number of chips.
+    Weights and exchanged bytes are counted exactly. With tp each chip also holds the gathered
     tokens of its samples.
     """
     fewer = known_for.mesh.size / denoiser.mesh.size
@@ -271,22 +270,23 @@ def derive_step(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Est
     return Estimate("derived", fits, hbm, cycles, _received(denoiser))
 
 
-def _estimate_decode(target: Target, compiler: _Compiler) -> Estimate:
-    """The decode, compiled."""
-    decoder, latents = target.decoder, target.latents
+def _estimate_decode(decoder: Decoder, latents: tuple[int, ...], compiler: _Compiler) -> Estimate:
+    """Compiles the decoder for latents [B, C, T, H, W] and reads its estimates."""
     device = decoder.mesh.devices.flat[0]
-    compiled = [compiler.result(program) for program in _decoder_programs(target)]
-    if None in compiled:
+    programs = _decoder_programs(decoder, latents)
+    results = [compiler.result(program) for program in programs]
+    compiled = [result for result in results if result is not None]
+    if len(compiled) < len(programs):
         return Estimate("compiled", False, {}, None, None)
     arrays = decoder.abstract_weights.values()
     weights = sum(array.size * array.dtype.itemsize for array in arrays)
-    # Between two batches nothing but the caches stays, and they are arguments.
+    # Between two batches only the caches stay in memory, and they are arguments.
     hbm = max((memory(program) for program in compiled), key=lambda hbm: hbm["total"])
     hbm = _split_weights(hbm, weights)
     fits = hbm["total"] <= _capacity(device)
     if device.device_kind not in PLANNED:
         return Estimate("compiled", fits, hbm, None, None)
-    costs = [read_costs(program.as_text()) for program in compiled]
+    costs = [read_costs(_text(program)) for program in compiled]
     runs = (1, len(frame_batches(latents[2])) - 1)
     cycles = sum(n * sum(cost.cycles.values()) for n, cost in zip(runs, costs, strict=False))
     received = sum(
@@ -304,10 +304,9 @@ def _estimate_decode(target: Target, compiler: _Compiler) -> Estimate:
 def derive_decode(
     decoder: Decoder, latents: tuple[int, ...], known: Estimate, known_for: tuple[int, ...]
 ) -> Estimate:
-    """The decode of another size on the same mesh.
+    """Derives the estimates of a decode from those of another size on the same mesh.
 
-    All work is by the latent, in columns that each chip has whole; memory by the latents of a
-    batch of frames.
+    Cycles scale with the latents of the columns on a chip, memory with those of one frame.
     """
 
     def columns(shape: tuple[int, ...]) -> int:
@@ -323,26 +322,33 @@ def derive_decode(
     }
     hbm["total"] = sum(hbm.values())
     cycles = None if known.cycles is None else int(known.cycles * area * length)
-    # What neighbours exchange is columns, whatever the width.
+    # Neighbours exchange one column each, whatever the width.
     heights = latents[0] * latents[3] / (known_for[0] * known_for[3])
     received = None if known.received is None else int(known.received * heights * length)
     fits = hbm["total"] <= _capacity(decoder.mesh.devices.flat[0])
     return Estimate("derived", fits, hbm, cycles, received)
 
 
-def _decoder_programs(target: Target) -> list[Program]:
-    return target.decoder.programs(target.latents, output="uint8")
+def _decoder_programs(decoder: Decoder, latents: tuple[int, ...]) -> list[Program]:
+    return decoder.programs(latents, output="uint8")
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """The optimized HLO of a program."""
+    text = compiled.as_text()
+    assert text is not None
+    return text
 
 
 def _capacity(device: jax.Device) -> float:
-    """Bytes of a device's memory; without limit where the backend tells none, as for CPUs."""
+    """Bytes of a device's memory; infinite if the backend does not report it, as for CPUs."""
     if device.device_kind in PLANNED:
         return PLANNED[device.device_kind].hbm_bytes
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def _split_weights(hbm: dict[str, int], weights: int) -> dict[str, int]:
-    """The arguments as weights and other inputs."""
+    """Splits the bytes of the arguments into weights and other inputs."""
     rest = {name: size for name, size in hbm.items() if name != "arguments"}
     return {"weights": weights, "inputs": hbm["arguments"] - weights, **rest}
 
@@ -362,7 +368,7 @@ def _samples(denoiser: Denoiser) -> int:
 
 
 def _tokens_bytes(denoiser: Denoiser) -> int:
-    """Tokens of a dp group, all channels: what an sp shard holds after a gather over tp."""
+    """Bytes of the tokens that an sp shard of a dp group holds after a gather over tp."""
     config = denoiser.config
     width = config.width
     item = jax.numpy.dtype(denoiser.dtype).itemsize
@@ -372,7 +378,7 @@ def _tokens_bytes(denoiser: Denoiser) -> int:
 def _received(denoiser: Denoiser) -> int:
     """Bytes a chip receives in a step; tests/cogvideox/transformer/test_collectives.py counts them.
 
-    Over sp, q, k, v and the output change hands; over tp, the tokens are gathered twice and summed
+    Over sp, q, k, v and the output are exchanged. Over tp, the tokens are gathered twice and summed
     twice.
     """
     sp, tp = denoiser.mesh.shape["sp"], denoiser.mesh.shape["tp"]
@@ -388,7 +394,7 @@ def _kernel_cycles(denoiser: Denoiser) -> float:
     shards = denoiser.mesh.shape["sp"] * denoiser.mesh.shape["tp"]
     heads = _samples(denoiser) * denoiser.config.num_attention_heads // shards
     attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE
-    # The four norms, and with sp the kernels that join and part its shards, wait for memory.
+    # Memory limits the four norms and, with sp, the two kernels that join and split its shards.
     kernels = 6 if denoiser.mesh.shape["sp"] > 1 else 4
     moved = kernels * 2 * _tokens_bytes(denoiser) // denoiser.mesh.shape["tp"]
     return attention + moved / chip.hbm_bytes_per_second * chip.clock_hz
