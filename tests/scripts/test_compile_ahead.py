@@ -19,7 +19,7 @@ from runtime.errors import InputError, RunError
 from stages.files import check_executables
 from tests.tiny_models import save_tiny_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZE = ("--height=64", "--width=80", "--num_frames=17")
 FLOAT = "--dtype=float32"
 
