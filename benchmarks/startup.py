@@ -68,7 +68,7 @@ def make_model(arguments: argparse.Namespace) -> None:
     from published_models import TRANSFORMERS
     from safetensors.numpy import save_file
 
-    from cogvideox.transformer.parameters import parameter_shapes
+    from cogvideox.transformer.parameters import stored_shapes
 
     config = TRANSFORMERS[arguments.model]
     if arguments.layers:
@@ -108,7 +108,7 @@ def make_model(arguments: argparse.Namespace) -> None:
         return np.resize((noise * scale).astype(ml_dtypes.bfloat16), shape)
 
     shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in stored_shapes(config).items():
         if sum(2 * int(np.prod(s)) for s in shards[-1].values()) > 4 << 30:
             shards.append({})
         shards[-1][name] = shape

@@ -53,14 +53,14 @@ def main() -> None:
             print(f"{name:<28}{value}")
 
 
-def make_denoiser(arguments: argparse.Namespace, devices: Any, attention: str) -> Any:
+def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
     """The stages' own Denoiser for the asked model, size and mesh."""
     import jax
     from published_models import TRANSFORMERS
 
     from cogvideox.denoising.program import Denoiser
     from cogvideox.model.settings import LatentShape
-    from cogvideox.transformer.attention import KERNELS
+    from cogvideox.transformer.backends import choose_backend
     from runtime.mesh import AXES, choose_mesh
 
     config = TRANSFORMERS[arguments.model]
@@ -83,7 +83,7 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any, attention: str) -
         guided=True,
         dtype="bfloat16",
         mesh=mesh,
-        attention=KERNELS[attention],
+        attention=choose_backend("auto", devices.flat[0].platform, "bfloat16"),
     )
 
 
@@ -98,7 +98,7 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     from runtime.topology import machine_devices
 
-    denoiser = make_denoiser(arguments, machine_devices(arguments.topology), "splash")
+    denoiser = make_denoiser(arguments, machine_devices(arguments.topology))
     from runtime import hlo_costs
     from runtime.executables import compile_all
 
@@ -146,8 +146,8 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     from attention_kernel import row
     from kernel_schedule import measure
 
-    from cogvideox.transformer.modulated_norm import grid
-    from cogvideox.transformer.tpu.token_shards import Tiles
+    from cogvideox.transformer.backends.tpu.modulated_norm import grid
+    from cogvideox.transformer.backends.tpu.token_shards import Tiles
 
     config, shape = denoiser.config, dict(denoiser.mesh.shape)
     head_dim, shards = config.attention_head_dim, shape["sp"]
@@ -181,11 +181,11 @@ def lower_kernel(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int
     import jax
     import jax.numpy as jnp
 
-    from cogvideox.transformer.modulated_norm import norm_and_modulate_tpu
-    from cogvideox.transformer.tpu.token_shards import (
-        join_values_tpu,
-        norm_and_rotate_tpu,
-        part_tokens_tpu,
+    from cogvideox.transformer.backends.tpu.modulated_norm import norm_and_modulate
+    from cogvideox.transformer.backends.tpu.token_shards import (
+        join_values,
+        norm_and_rotate,
+        part_tokens,
     )
 
     def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -193,18 +193,18 @@ def lower_kernel(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int
 
     if kind == "norm1":
         parameters = abstract((shape[0], 2, shape[-1]), jnp.float32)
-        function = jax.jit(norm_and_modulate_tpu, static_argnums=4)
+        function = jax.jit(norm_and_modulate, static_argnums=4)
         x, text_rows = abstract(shape, jnp.bfloat16), abstract((), jnp.int32)
         return function.lower(x, parameters, parameters, text_rows, 1e-5)
     batch, shards, rows, tokens = shape
     if kind == "join_v":
-        return jax.jit(join_values_tpu).lower(abstract(shape, jnp.bfloat16))
+        return jax.jit(join_values).lower(abstract(shape, jnp.bfloat16))
     if kind == "part_output":
         joined = abstract((batch, rows, shards * tokens), jnp.bfloat16)
-        return jax.jit(part_tokens_tpu, static_argnums=1).lower(joined, shards)
+        return jax.jit(part_tokens, static_argnums=1).lower(joined, shards)
     norm = abstract((head_dim,), jnp.float32)
     table = abstract((head_dim // 2, shards * tokens), jnp.float32)
-    function = jax.jit(norm_and_rotate_tpu, static_argnames="transposed")
+    function = jax.jit(norm_and_rotate, static_argnames="transposed")
     return function.lower(
         abstract(shape, jnp.bfloat16), norm, norm, (table, table), transposed=kind == "norm_k"
     )
@@ -216,12 +216,11 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from cogvideox.denoising.scheduler import make_schedule
+    from cogvideox.model.config import SchedulerConfig
     from cogvideox.model.settings import DenoisingSettings
-    from cogvideox.transformer.attention import choose_attention
     from cogvideox.transformer.parameters import abstract_parameters
 
-    attention = choose_attention("auto", jax.default_backend(), "bfloat16").name
-    denoiser = make_denoiser(arguments, np.asarray(jax.devices()), attention)
+    denoiser = make_denoiser(arguments, np.asarray(jax.devices()))
     abstract = abstract_parameters(denoiser.config, denoiser.mesh, np.dtype("bfloat16"))
     parameters = random_parameters(abstract)
     start = time.perf_counter()
@@ -236,13 +235,13 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     schedule = make_schedule(
         settings,
-        {
-            "beta_schedule": "scaled_linear",
-            "prediction_type": "v_prediction",
-            "rescale_betas_zero_snr": True,
-            "snr_shift_scale": 1.0,
-            "timestep_spacing": "trailing",
-        },
+        SchedulerConfig(
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=1.0,
+            timestep_spacing="trailing",
+        ),
     )
     # The first step pays for the first touch of everything and is not counted.
     stamps = []
@@ -259,7 +258,7 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "size": arguments.size,
         "mesh": dict(denoiser.mesh.shape),
-        "attention": attention,
+        "attention": denoiser.attention.name,
         "seconds_per_step": round(seconds, 4),
         "compile_seconds": round(compile_seconds, 1),
         "peak_bytes": stats.get("peak_bytes_in_use"),

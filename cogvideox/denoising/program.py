@@ -24,8 +24,8 @@ from cogvideox.denoising.scheduler import Schedule, StepCoefficients, step
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.folder import StoredTensor
 from cogvideox.model.settings import LatentShape
-from cogvideox.transformer.attention import AttentionKernel, padded_tokens
-from cogvideox.transformer.block import row_indices
+from cogvideox.transformer.backends.base import Backend
+from cogvideox.transformer.collectives import row_indices
 from cogvideox.transformer.loading import load_parameters, stack_programs
 from cogvideox.transformer.parameters import abstract_parameters
 from cogvideox.transformer.tokens import TokenLayout, positions
@@ -78,7 +78,7 @@ class Denoiser:
     guided: bool  # classifier-free guidance; doubles the transformer's batch
     dtype: str
     mesh: jax.sharding.Mesh
-    attention: AttentionKernel
+    attention: Backend
 
     @property
     def layout(self) -> TokenLayout:
@@ -88,7 +88,7 @@ class Denoiser:
             self.text_tokens, padded=0,
         )  # fmt: skip
         shards = self.mesh.shape["sp"] * self.mesh.shape["tp"]
-        padded = padded_tokens(layout.tokens, self.attention, shards)
+        padded = self.attention.padded_tokens(layout.tokens, shards)
         return dataclasses.replace(layout, padded=padded)
 
     @cached_property

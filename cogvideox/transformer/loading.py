@@ -8,7 +8,6 @@ little of it and use that again.
 import collections
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,31 +20,25 @@ from jax.sharding import PartitionSpec as P
 
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.folder import StoredTensor
-from cogvideox.transformer.block import GATED
-from cogvideox.transformer.parameters import parameter_shapes, stack_shapes
-from cogvideox.transformer.qk_norm import rotary_halves
-from cogvideox.transformer.sharding import parameter_specs
+from cogvideox.transformer.norms import rotary_halves
+from cogvideox.transformer.parameters import BLOCKS, parameter_table, stored_names
 from runtime import stopping
 from runtime.executables import find_or_compile
 from runtime.programs import Program, machine_fields
 
-# The rows of these are reordered: each shard needs both halves of its gates, and rotary pairs lie
-# half a head apart (see cogvideox/transformer/block.py).
 # What is traced into the stacking programs, relative to the project.
 SOURCES = ("cogvideox/transformer/loading.py",)
 
-_GATED = re.compile(r"transformer_blocks\.ff\.net\.0\.proj\.(weight|bias)")
-_ROTATED = re.compile(r"transformer_blocks\.attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)")
 # Layers on their way at once, and the parameters that they may belong to.
 _READERS, _PARAMETERS = 8, 2
 # Layers of less travel stacked: a program to stack each would cost more than it saves.
 STACKED_ON_DEVICES_BYTES = 1 << 20
 
-# A part of a stored tensor, its rows in the order that the block wants.
-RowOrder = Callable[[np.ndarray, tuple[slice, ...]], np.ndarray]
+# Reads a part of a stored tensor, its rows in the order of `Parameter.row_order`.
+RowReader = Callable[[np.ndarray, tuple[slice, ...]], np.ndarray]
 
 
-def _in_order(tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+def _stored_order(tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
     return tensor[index]
 
 
@@ -54,7 +47,7 @@ def _rotary_order(head_dim: int, tensor: np.ndarray, index: tuple[slice, ...]) -
 
 
 def _gated_order(tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-    """Of a shard's rows, one half from each half of the tensor."""
+    """Takes half of a shard's rows from each half of the tensor."""
     start, stop, _ = index[0].indices(tensor.shape[0])
     middle = tensor.shape[0] // 2
     halves = [slice(first + start // 2, first + stop // 2) for first in (0, middle)]
@@ -64,15 +57,13 @@ def _gated_order(tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
 def stack_programs(
     config: TransformerConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype
 ) -> dict[str, Program]:
-    """By parameter, the program that stacks its layers; those of one shape and place share one."""
-    shapes = stack_shapes(parameter_shapes(config), config.num_layers)
-    specs = parameter_specs(shapes)
+    """The program that stacks a parameter's layers, by parameter; equal shapes share a program."""
     surroundings = machine_fields(mesh, (), SOURCES)
     axes = "".join(f"-{axis}{size}" for axis, size in mesh.shape.items())
     programs, shared = {}, {}
-    for name, shape in shapes.items():
-        layer, spec = shape[1:], specs[name]
-        stacked = name.startswith("transformer_blocks.")
+    for name, parameter in parameter_table(config).items():
+        shape, spec = parameter.shape, parameter.spec
+        layer, stacked = shape[1:], name.startswith(BLOCKS)
         if not stacked or math.prod(layer) * dtype.itemsize < STACKED_ON_DEVICES_BYTES:
             continue
         if (shape, spec) not in shared:
@@ -113,19 +104,15 @@ def load_parameters(
         executables: folder of artifacts, which may hold the `stack_programs`.
 
     Returns:
-        The stacked parameters by name, placed as the sharding table says, in `dtype`.
+        The stacked parameters by name, placed as the table says, in `dtype`.
     """
-    shapes = stack_shapes(parameter_shapes(config), config.num_layers)
-    specs = parameter_specs(shapes)
+    table = parameter_table(config)
     programs = stack_programs(config, mesh, dtype)
-
-    def order(name: str) -> RowOrder:
-        if _ROTATED.fullmatch(name):
-            return functools.partial(_rotary_order, config.attention_head_dim)
-        if _GATED.fullmatch(name) and config.activation_fn in GATED:
-            return _gated_order
-        return _in_order
-
+    readers_of_rows: dict[str, RowReader] = {
+        "stored": _stored_order,
+        "rotary": functools.partial(_rotary_order, config.attention_head_dim),
+        "gated": _gated_order,
+    }
     loaded: dict[str, jax.Array] = {}
     on_the_way: collections.deque[tuple[str, list[Future]]] = collections.deque()
     with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as compiler:
@@ -138,22 +125,27 @@ def load_parameters(
             loaded[name] = stacks.result()[program.name](*arrays) if program else arrays[0]
 
         # The largest first: the last transfer is the one that nothing hides.
-        for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
-            sources, sharding = _sources(name, stored), NamedSharding(mesh, specs[name])
+        for name in sorted(table, key=lambda name: -math.prod(table[name].shape)):
+            parameter = table[name]
+            sources = [stored[source] for source in stored_names(name, parameter)]
+            sharding, rows = (
+                NamedSharding(mesh, parameter.spec),
+                readers_of_rows[parameter.row_order],
+            )
             if name in programs:
-                sharding = NamedSharding(mesh, P(*specs[name][1:]))
+                sharding = NamedSharding(mesh, P(*parameter.spec[1:]))
                 alone = [[source] for source in sources]
                 read = functools.partial(_load, stacked=False, kept=False)
             else:
                 alone = [sources]
-                read = functools.partial(_load, stacked=name not in stored, kept=True)
-            parts = [readers.submit(read, layers, sharding, dtype, order(name)) for layers in alone]
+                read = functools.partial(_load, stacked=name.startswith(BLOCKS), kept=True)
+            parts = [readers.submit(read, layers, sharding, dtype, rows) for layers in alone]
             on_the_way.append((name, parts))
             if len(on_the_way) == _PARAMETERS:
                 finish()
         while on_the_way:
             finish()
-    return {name: loaded[name] for name in shapes}
+    return {name: loaded[name] for name in table}
 
 
 def _stacks(
@@ -170,22 +162,11 @@ def _stacks(
     return dict(zip(different, found, strict=True))
 
 
-def _sources(name: str, stored: Mapping[str, StoredTensor]) -> list[StoredTensor]:
-    """The stored tensor of a parameter, or those of all its layers in order."""
-    if name in stored:
-        return [stored[name]]
-    prefix, rest = name.split(".", 1)
-    layers = []
-    while (layer := stored.get(f"{prefix}.{len(layers)}.{rest}")) is not None:
-        layers.append(layer)
-    return layers
-
-
 def _load(
     layers: list[StoredTensor],
     sharding: NamedSharding,
     dtype: jnp.dtype,
-    order: RowOrder,
+    read_rows: RowReader,
     *,
     stacked: bool,
     kept: bool,
@@ -203,9 +184,9 @@ def _load(
     for bounds, devices in holders.items():
         index = tuple(slice(*bound) for bound in bounds)
         if stacked:
-            shard = np.stack([order(layer.mapped(), index[1:]) for layer in layers])
+            shard = np.stack([read_rows(layer.mapped(), index[1:]) for layer in layers])
         else:
-            shard = order(layers[0].mapped(), index)
+            shard = read_rows(layers[0].mapped(), index)
         shard = np.array(shard, dtype) if kept else np.ascontiguousarray(shard, dtype)
         placed += [jax.device_put(shard, device) for device in devices]
     array = jax.make_array_from_single_device_arrays(shape, sharding, placed)

@@ -1,46 +1,25 @@
-"""The diffusers transformer through TorchAx: one forward, of parameters that are arguments.
+"""The whole transformer, top to bottom: diffusers' module through TorchAx, its blocks in JAX.
 
-The module is diffusers' own CogVideoXTransformer3DModel, built without weights. Its blocks are
-replaced by one JAX block (cogvideox/transformer/block.py) that `lax.scan` runs over stacked weights
-of the same names, so that the compiler sees a single block however deep the model is.
+The module is diffusers' own CogVideoXTransformer3DModel, built without weights; they are arguments.
+Its blocks are replaced by one JAX block (cogvideox/transformer/block.py) that `lax.scan` runs over
+stacked parameters of the same names, so that the compiler sees a single block however deep the
+model is.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import diffusers
 import jax
 import jax.numpy as jnp
 import torch
-import torchax.interop
+from torchax.interop import call_jax, call_torch
 
 from cogvideox.model.config import TransformerConfig
-from cogvideox.transformer.attention import AttentionKernel
-from cogvideox.transformer.block import Block, text_rows_first
+from cogvideox.transformer.backends.base import Backend
+from cogvideox.transformer.block import Block
+from cogvideox.transformer.collectives import text_rows_first
 from cogvideox.transformer.tokens import TokenLayout
-
-
-class StackedBlocks(torch.nn.Module):
-    """All transformer blocks as one `lax.scan` of a JAX block over stacked parameters.
-
-    It stands in diffusers' module where the blocks were, with the names of their parameters.
-    """
-
-    def __init__(self, blocks: torch.nn.ModuleList, block: Block):
-        super().__init__()
-        for name, child in blocks[0].named_children():
-            self.add_module(name, child)
-        self._block = block
-
-    def forward(self, hidden_states: torch.Tensor, *shared: Any) -> torch.Tensor:
-        """Tokens [b, s, E] through all blocks; `shared` goes to every `Block` call."""
-
-        def scan(stacked, x, *shared):
-            return jax.lax.scan(lambda x, layer: (self._block(x, layer, *shared), None), x, stacked)
-
-        stacked = dict(self.named_parameters())
-        return torchax.interop.call_jax(scan, stacked, hidden_states, *shared)[0]
 
 
 class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
@@ -51,9 +30,9 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
 
     @classmethod
     def abstract(
-        cls, config: TransformerConfig, layout: TokenLayout, kernel: AttentionKernel
+        cls, config: TransformerConfig, layout: TokenLayout, backend: Backend
     ) -> "TokenTransformer":
-        """The module on the meta device."""
+        """Builds the module on the meta device."""
         with torch.device("meta"):
             module = cls(**dataclasses.asdict(config)).eval()
         block = Block(
@@ -62,9 +41,9 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
             activation=config.activation_fn,
             text_tokens=layout.text,
             tokens=layout.tokens,
-            kernel=kernel,
+            backend=backend,
         )
-        module.transformer_blocks = StackedBlocks(module.transformer_blocks, block)
+        module.transformer_blocks = StackedBlocks(module.transformer_blocks[0], block)
         return module
 
     def forward(
@@ -86,17 +65,48 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
         Returns:
             [b, s, C], of no meaning in text and padding rows.
         """
-        temb = self.time_embedding(self.time_proj(timestep).to(tokens.dtype))
-        projection = self.patch_embed.proj  # a strided convolution in 1.0, a linear layer in 1.5
-        weight = projection.weight.flatten(1)
-        video = torch.nn.functional.linear(tokens, weight, projection.bias)
-        text = self.patch_embed.text_proj(encoder_hidden_states)
-        hidden_states = torchax.interop.call_jax(text_rows_first, text, video)
-        if embedding is not None:
-            hidden_states = hidden_states + embedding.to(hidden_states.dtype)
-        hidden_states = self.transformer_blocks(hidden_states, temb, rotary)
-        hidden_states = self.norm_out(self.norm_final(hidden_states), temb=temb)
-        return self.proj_out(hidden_states)
+        with jax.named_scope("embed"):
+            temb = self.time_embedding(self.time_proj(timestep).to(tokens.dtype))
+            patch = self.patch_embed.proj  # a strided convolution in 1.0, a linear layer in 1.5
+            video = torch.nn.functional.linear(tokens, patch.weight.flatten(1), patch.bias)
+            text = self.patch_embed.text_proj(encoder_hidden_states)
+            hidden_states = call_jax(text_rows_first, text, video)
+            if embedding is not None:
+                hidden_states = hidden_states + embedding.to(hidden_states.dtype)
+        with jax.named_scope("blocks"):
+            hidden_states = self.transformer_blocks(hidden_states, temb, rotary)
+        with jax.named_scope("project_out"):
+            hidden_states = self.norm_final(hidden_states)
+            hidden_states = self.norm_out(hidden_states, temb=temb)
+            return self.proj_out(hidden_states)
+
+
+class StackedBlocks(torch.nn.Module):
+    """All transformer blocks as one `lax.scan` of a JAX block over stacked parameters.
+
+    It replaces diffusers' list of blocks and has the names of one block's parameters.
+    """
+
+    def __init__(self, first: torch.nn.Module, block: Block) -> None:
+        super().__init__()
+        for name, child in first.named_children():
+            self.add_module(name, child)
+        self._block = block
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Runs tokens [b, s, E] through all blocks; see `Block.__call__`."""
+
+        def scan(stacked, x, temb, rotary):
+            return jax.lax.scan(
+                lambda x, layer: (self._block(x, layer, temb, rotary), None), x, stacked
+            )
+
+        return call_jax(scan, dict(self.named_parameters()), hidden_states, temb, rotary)[0]
 
 
 def predict(
@@ -105,15 +115,13 @@ def predict(
     tokens: jax.Array,
     prompt_embeds: jax.Array,
     timestep: jax.Array,
-    positions: Mapping[str, Any],
+    positions: Mapping[str, object],
 ) -> jax.Array:
-    """`TokenTransformer.forward` on JAX arrays; `timestep` [] is the whole batch's."""
+    """Runs `TokenTransformer.forward` on JAX arrays; `timestep` [] is the whole batch's."""
 
     def forward(parameters, *arguments, **positions):
         with torch.no_grad():
             return torch.func.functional_call(module, parameters, arguments, positions)
 
     timesteps = jnp.full(tokens.shape[0], timestep)
-    return torchax.interop.call_torch(
-        forward, dict(parameters), tokens, prompt_embeds, timesteps, **positions
-    )
+    return call_torch(forward, dict(parameters), tokens, prompt_embeds, timesteps, **positions)

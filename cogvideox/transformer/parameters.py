@@ -1,100 +1,164 @@
-"""The transformer's parameters: their shapes, their places and their checks.
+"""The table of the transformer's parameters, which serves checks, loading, sharding and compiling.
 
 Needs neither torch nor diffusers, whose imports would take longer than reading the weights.
 """
 
-import re
+import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.folder import StoredTensor, check_names_and_shapes
-from cogvideox.transformer.block import ACTIVATIONS, GATED
-from cogvideox.transformer.sharding import parameter_specs
+from cogvideox.transformer.activations import ACTIVATIONS, GATED
 
-_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+BLOCKS = "transformer_blocks."  # names in the table have no block number after it
+
+# torch's linear layers compute x @ W.T with W [out, in]. Column parallel splits the outputs (W's
+# first axis and the bias), row parallel the inputs (W's second axis). A column parallel layer
+# followed by a row parallel one needs a single all-reduce, after the second (Megatron-LM,
+# arXiv 1909.08053).
+_Split = Literal["column", "row", "none"]
+_SPECS: dict[_Split, tuple[P, P]] = {  # of weight and bias
+    "column": (P("tp", None), P("tp")),
+    "row": (P(None, "tp"), P(None)),
+    "none": (P(), P()),
+}
 
 
-def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the checkpoint by name, from the config alone.
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter; those of the blocks are stacked along a leading axis [L].
+
+    Attributes:
+        shape: with the axis L.
+        spec: axes of the mesh that split it.
+        row_order: order of its rows in memory. "rotary": pairs half a head apart, see
+            `norms.rotary_halves`. "gated": both halves of a shard's columns, see
+            `activations.GATED`. "stored": as in the file.
+        quantizable: it may be stored in fewer bits; it is a factor of a product in `linear`.
+        lora: a LoRA may be added to it.
+    """
+
+    shape: tuple[int, ...]
+    spec: P
+    row_order: Literal["stored", "rotary", "gated"] = "stored"
+    quantizable: bool = False
+    lora: bool = False
+
+
+def parameter_table(config: TransformerConfig) -> dict[str, Parameter]:
+    """Every parameter by diffusers' name, without the number of its block.
 
     Source: diffusers' CogVideoXTransformer3DModel, whose state_dict a test compares.
     """
-    width = config.width
-    time, affine = config.time_embed_dim, config.norm_elementwise_affine
+    width, time, affine = config.width, config.time_embed_dim, config.norm_elementwise_affine
     patch, patch_t = config.patch_size, config.patch_size_t
-    shapes: dict[str, tuple[int, ...]] = {}
+    table: dict[str, Parameter] = {}
 
-    def linear(name: str, out: int, inputs: int, bias: bool = True) -> None:
-        shapes[f"{name}.weight"] = (out, inputs)
+    def linear(
+        name: str,
+        out: int,
+        inputs: int,
+        split: _Split = "none",
+        *,
+        bias: bool = True,
+        row_order: Literal["stored", "rotary", "gated"] = "stored",
+    ) -> None:
+        layers = (config.num_layers,) if name.startswith(BLOCKS) else ()
+        stacked = (None,) * len(layers)
+        weight_spec, bias_spec = (P(*stacked, *spec) for spec in _SPECS[split])
+        table[f"{name}.weight"] = Parameter(
+            (*layers, out, inputs), weight_spec, row_order, quantizable=bool(layers), lora=True
+        )
         if bias:
-            shapes[f"{name}.bias"] = (out,)
+            table[f"{name}.bias"] = Parameter((*layers, out), bias_spec, row_order)
 
-    def norm(name: str, size: int, elementwise: bool) -> None:
-        if elementwise:
-            shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (size,)
+    def norm(name: str, size: int, row_order: Literal["stored", "rotary"] = "stored") -> None:
+        layers = (config.num_layers,) if name.startswith(BLOCKS) else ()
+        for kind in ("weight", "bias"):
+            table[f"{name}.{kind}"] = Parameter((*layers, size), P(), row_order)
 
+    # Token-wise work at the model's ends, on tensors that every shard holds whole.
     if patch_t is None:
-        shapes["patch_embed.proj.weight"] = (width, config.in_channels, patch, patch)
+        shape = (width, config.in_channels, patch, patch)
+        table["patch_embed.proj.weight"] = Parameter(shape, P(), lora=True)
         if config.patch_bias:
-            shapes["patch_embed.proj.bias"] = (width,)
+            table["patch_embed.proj.bias"] = Parameter((width,), P())
     else:
         linear("patch_embed.proj", width, config.in_channels * patch * patch * patch_t)
     linear("patch_embed.text_proj", width, config.text_embed_dim)
     linear("time_embedding.linear_1", time, width)
     linear("time_embedding.linear_2", time, time)
-    hidden = 4 * width
-    for layer in range(config.num_layers):
-        block = f"transformer_blocks.{layer}"
-        for number in (1, 2):
-            linear(f"{block}.norm{number}.linear", 6 * width, time)
-            norm(f"{block}.norm{number}.norm", width, affine)
-        for name in ("norm_q", "norm_k"):
-            norm(f"{block}.attn1.{name}", config.attention_head_dim, True)
-        for name in ("to_q", "to_k", "to_v"):
-            linear(f"{block}.attn1.{name}", width, width, config.attention_bias)
-        linear(f"{block}.attn1.to_out.0", width, width)
-        gated = config.activation_fn in GATED
-        linear(f"{block}.ff.net.0.proj", 2 * hidden if gated else hidden, width)
-        linear(f"{block}.ff.net.2", width, hidden)
-    norm("norm_final", width, affine)
+    # The heads are split over tp from the q/k/v projections to the output projection, the MLP's
+    # hidden width from its first to its second layer.
+    for number in (1, 2):
+        # 14% of the 5B model's weights; their outputs are gathered, [B, 6E] each.
+        linear(f"{BLOCKS}norm{number}.linear", 6 * width, time, "column")
+        if affine:
+            norm(f"{BLOCKS}norm{number}.norm", width)
+    for name in ("norm_q", "norm_k"):
+        norm(f"{BLOCKS}attn1.{name}", config.attention_head_dim, "rotary")
+    for name in ("to_q", "to_k"):
+        linear(
+            f"{BLOCKS}attn1.{name}", width, width, "column",
+            bias=config.attention_bias, row_order="rotary",
+        )  # fmt: skip
+    linear(f"{BLOCKS}attn1.to_v", width, width, "column", bias=config.attention_bias)
+    linear(f"{BLOCKS}attn1.to_out.0", width, width, "row")
+    if config.activation_fn in GATED:
+        linear(f"{BLOCKS}ff.net.0.proj", 8 * width, width, "column", row_order="gated")
+    else:
+        linear(f"{BLOCKS}ff.net.0.proj", 4 * width, width, "column")
+    linear(f"{BLOCKS}ff.net.2", width, 4 * width, "row")
+    if affine:
+        norm("norm_final", width)
     linear("norm_out.linear", 2 * width, time)
-    norm("norm_out.norm", width, affine)
+    if affine:
+        norm("norm_out.norm", width)
     linear("proj_out", config.out_channels * patch * patch * (patch_t or 1), width)
+    return table
+
+
+def stored_names(name: str, parameter: Parameter) -> list[str]:
+    """The names in the safetensors files: one, or one for each block."""
+    if not name.startswith(BLOCKS):
+        return [name]
+    rest = name.removeprefix(BLOCKS)
+    return [f"{BLOCKS}{layer}.{rest}" for layer in range(parameter.shape[0])]
+
+
+def stored_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in the safetensors files, by name, from the config alone."""
+    shapes = {}
+    for name, parameter in parameter_table(config).items():
+        shape = parameter.shape[1:] if name.startswith(BLOCKS) else parameter.shape
+        shapes |= dict.fromkeys(stored_names(name, parameter), shape)
     return shapes
-
-
-def stack_shapes(shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> dict[str, tuple]:
-    """Checkpoint shapes to those of the stacked parameters: blocks gain a leading axis [L]."""
-    stacked = {}
-    for name, shape in shapes.items():
-        match = _BLOCK.fullmatch(name)
-        if match:
-            stacked[f"transformer_blocks.{match[2]}"] = (num_layers, *shape)
-        else:
-            stacked[name] = shape
-    return stacked
 
 
 def abstract_parameters(
     config: TransformerConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The stacked parameters as `weight_loading` places them, without any weight."""
-    shapes = stack_shapes(parameter_shapes(config), config.num_layers)
+    """The parameters as `loading.load_parameters` places them, without any weight."""
     return {
-        name: jax.ShapeDtypeStruct(shapes[name], dtype, sharding=NamedSharding(mesh, spec))
-        for name, spec in parameter_specs(shapes).items()
+        name: jax.ShapeDtypeStruct(
+            parameter.shape, dtype, sharding=NamedSharding(mesh, parameter.spec)
+        )
+        for name, parameter in parameter_table(config).items()
     }
 
 
 def check_weights(config: TransformerConfig, stored: Mapping[str, StoredTensor]) -> None:
-    """Holds the files' headers against the config's module and the sharding table.
+    """Checks the headers of the safetensors files against the config.
 
     Raises:
-        ValueError: listing every missing, extra or misshapen weight, or every gap in the table.
+        ValueError: the config names an unknown activation or cannot make video from text; or
+            listing every missing, extra or misshapen weight.
     """
     if config.activation_fn not in ACTIVATIONS:
         raise ValueError(
@@ -106,6 +170,4 @@ def check_weights(config: TransformerConfig, stored: Mapping[str, StoredTensor])
             f"the transformer makes {config.out_channels} channels of {config.in_channels}; "
             "text-to-video models have as many out as in"
         )
-    shapes = parameter_shapes(config)
-    check_names_and_shapes(stored, shapes, what="the transformer")
-    parameter_specs(stack_shapes(shapes, config.num_layers))
+    check_names_and_shapes(stored, stored_shapes(config), what="the transformer")

@@ -15,7 +15,7 @@ from cogvideox.denoising.scheduler import make_schedule
 from cogvideox.model.folder import find_model, stored_tensors
 from cogvideox.model.settings import DenoisingSettings, LatentShape
 from cogvideox.transformer import loading as weight_loading
-from cogvideox.transformer.attention import KERNELS
+from cogvideox.transformer.backends import CpuBackend
 from runtime.mesh import choose_mesh, fitting_meshes, make_mesh
 from tests.tiny_models import save_tiny_model
 
@@ -34,7 +34,7 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
         guided=True,
         dtype="float32",
         mesh=mesh,
-        attention=KERNELS["reference"],
+        attention=CpuBackend(),
     )
     parameters = denoiser.load()
     texts = np.random.default_rng(0).normal(size=(2, 1, TOKENS, 32))

@@ -9,7 +9,7 @@ import pytest
 from cogvideox.denoising.program import Denoiser
 from cogvideox.model.folder import find_model
 from cogvideox.model.settings import LatentShape
-from cogvideox.transformer.attention import KERNELS
+from cogvideox.transformer.backends import CpuBackend
 from runtime.mesh import make_mesh
 from tests.tiny_models import save_tiny_model
 
@@ -42,7 +42,7 @@ def test_collectives_of_a_block(shape, model):
         guided=True,
         dtype="float32",
         mesh=make_mesh(shape),
-        attention=KERNELS["reference"],
+        attention=CpuBackend(),
     )
     found = collections.Counter(_COLLECTIVE.findall(_loop_body(denoiser.compile().as_text())))
     assert found == NEEDED[shape]

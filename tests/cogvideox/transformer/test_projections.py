@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cogvideox.transformer import projections as exchange
+from cogvideox.transformer import projections
 
 BATCH, TOKENS, WIDTH, ROWS = 2, 48, 96, 192
 TOKENS_OF_SHARDS, HEADS_OF_SHARDS = P(None, "sp", None), P(None, None, "sp")
@@ -35,31 +35,21 @@ def test_projection(shards, biased):
     x, weight, bias = random((BATCH, TOKENS, WIDTH), (ROWS, WIDTH), (ROWS,))
     expected = x @ weight.T + (bias if biased else 0)
 
-    def others(x, weight, bias):
-        out = exchange.project(jnp.swapaxes(x, 1, 2), weight, bias if biased else None)
-        return exchange.in_order(out)
+    def project(x, weight, bias):
+        out = projections.project(jnp.swapaxes(x, 1, 2), weight, bias if biased else None)
+        return projections.in_order(out)
 
-    def tpu(x, weight, bias):
-        out = exchange.project_tpu(jnp.swapaxes(x, 1, 2), weight, bias if biased else None)
-        return jnp.swapaxes(out, 2, 3).reshape(BATCH, TOKENS, -1)
-
-    for function in (others, tpu):
-        specs = (TOKENS_OF_SHARDS, P(), P())
-        out = over(shards, function, (x, weight, bias), specs, HEADS_OF_SHARDS)
-        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4)
+    specs = (TOKENS_OF_SHARDS, P(), P())
+    out = over(shards, project, (x, weight, bias), specs, HEADS_OF_SHARDS)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_projection_of_the_output(shards):
     x, weight = random((BATCH, TOKENS, ROWS), (WIDTH, ROWS))
 
-    def others(x, weight):
-        return exchange.project_out(exchange.own_first(x), weight)
+    def project_out(x, weight):
+        return projections.project_out(projections.own_first(x), weight)
 
-    def tpu(x, weight):
-        parts = jnp.swapaxes(x.reshape(BATCH, shards, -1, x.shape[-1]), 2, 3)
-        return exchange.project_out_tpu(parts, weight)
-
-    for function in (others, tpu):
-        out = over(shards, function, (x, weight), (HEADS_OF_SHARDS, P()), TOKENS_OF_SHARDS)
-        np.testing.assert_allclose(out, x @ weight.T, rtol=0, atol=1e-4)
+    out = over(shards, project_out, (x, weight), (HEADS_OF_SHARDS, P()), TOKENS_OF_SHARDS)
+    np.testing.assert_allclose(out, x @ weight.T, rtol=0, atol=1e-4)

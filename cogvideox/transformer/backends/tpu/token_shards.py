@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cogvideox.transformer.qk_norm import Rotary, norm_heads
+from cogvideox.transformer.norms import Rotary, norm_heads
 
 # What is in registers at once: 128 rows (the lanes of a transposed tile) by this many tokens.
 _ROWS, _CHUNK = 128, 1280
@@ -89,7 +89,7 @@ class Tiles:
         )(*operands)
 
 
-def norm_and_rotate_tpu(
+def norm_and_rotate(
     x: jax.Array,
     weight: jax.Array,
     bias: jax.Array,
@@ -146,7 +146,7 @@ def _norm_kernel(x_ref, weight_ref, bias_ref, *refs, transposed: bool) -> None:
     _by_chunks(x_ref.shape[-1], chunk)
 
 
-def join_values_tpu(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+def join_values(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Joins tokens that lie in shards, and finds each row's largest magnitude on the way.
 
     Args:
@@ -186,7 +186,7 @@ def _join_kernel(x_ref, out_ref, largest_ref) -> None:
     jax.lax.fori_loop(0, x_ref.shape[-1] // _LANES, column, None)
 
 
-def part_tokens_tpu(x: jax.Array, shards: int, *, interpret: bool = False) -> jax.Array:
+def part_tokens(x: jax.Array, shards: int, *, interpret: bool = False) -> jax.Array:
     """[b, R, S] to the tokens of each shard, [b, shards, R, S / shards]: the reverse of joining."""
     batch, rows, tokens = x.shape
     tiles = Tiles(batch, shards, rows, tokens // shards)

@@ -1,10 +1,10 @@
-"""The parts of the backends' kernels that run anywhere."""
+"""The part of the GPU's attention that runs anywhere."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cogvideox.transformer.attention import add_keys
+from cogvideox.transformer.backends.gpu import add_keys
 
 
 def test_keys_added_outside_the_kernel():

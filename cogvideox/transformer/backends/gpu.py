@@ -1,0 +1,62 @@
+"""The GPU's backend: cuDNN's attention, the rest by XLA."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from cogvideox.transformer.backends.base import Bounds
+from cogvideox.transformer.backends.xla import XlaBackend
+
+_TILE = 128  # of keys
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuBackend(XlaBackend):
+    """cuDNN's attention, in bfloat16 (`--attention cudnn`)."""
+
+    name = "cudnn"
+    token_multiple = _TILE
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, bounds: Bounds
+    ) -> jax.Array:
+        """Runs cuDNN on whole tiles of keys and adds the last few outside.
+
+        cuDNN is slow where the keys end inside a tile: on an H200 a block of 2 x 48 heads x 45,106
+        tokens takes 119.9 ms in one call (116.6 with the keys padded and masked), 110.4 this way.
+        """
+        rows = q.shape
+        q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
+        attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        whole = keys - keys % _TILE
+        if whole in (0, keys):
+            out = attend(q, k[:, :keys], v[:, :keys])
+        else:
+            out, log_total = attend(q, k[:, :whole], v[:, :whole], return_residual=True)
+            out = add_keys(out, log_total, q, k[:, whole:keys], v[:, whole:keys])
+        return out.reshape(rows)
+
+
+def add_keys(
+    out: jax.Array, log_total: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """Extends softmax attention over some keys, exactly, by a few more.
+
+    Args:
+        out: attention over the keys so far [B, S, N, D].
+        log_total: logarithm of its softmax denominators [B, S, N] float32.
+        q: [B, S, N, D].
+        k, v: the further keys and values [B, K, N, D]; scores of [B, S, N, K] are materialised.
+    """
+    scores = jnp.einsum("bsnd,bknd->bsnk", q, k, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(q.shape[-1])
+    highest = jnp.maximum(scores.max(-1), log_total)[..., None]
+    weights, so_far = jnp.exp(scores - highest), jnp.exp(log_total[..., None] - highest)
+    total = so_far + weights.sum(-1, keepdims=True)
+    added = jnp.einsum(
+        "bsnk,bknd->bsnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return ((out.astype(jnp.float32) * so_far + added) / total).astype(q.dtype)

@@ -1,0 +1,107 @@
+"""The TPU's backend: Pallas kernels for attention, the norms and the exchange over sp."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from cogvideox.transformer.backends.base import Backend, Bounds
+from cogvideox.transformer.backends.tpu.modulated_norm import norm_and_modulate
+from cogvideox.transformer.backends.tpu.token_shards import (
+    join_values,
+    norm_and_rotate,
+    part_tokens,
+)
+from cogvideox.transformer.linear import linear_to_tokens_first, linear_tokens_last
+from cogvideox.transformer.norms import Rotary
+from splash_attention import BlockSizes, query_scale, sequence_minor_attention
+from splash_attention.block_sizes import chip_named, choose_block_sizes, current_chip
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuBackend(Backend):
+    """Splash attention on a TPU core (`--attention splash`).
+
+    Its layout has the tokens last, in the order of the sequence: q, v and the output [b, R, S]; k
+    alone [b, S, R]. The kernel multiplies these without a transpose, and with D = 64 last a TPU
+    would pad every row to 128 lanes. `project` leaves the tokens of each shard in an array of their
+    own, [b, shards, R, s], as the all-to-all delivers them; the norm of q and k, and `values`, join
+    them on the way.
+
+    Attributes:
+        interpret: runs all kernels in TPU interpret mode, on any hardware.
+        chip: v5e, v5p or v6e, which decides the tiles; the chip compiled for if None.
+    """
+
+    interpret: bool = False
+    chip: str | None = None
+
+    name = "splash"
+    token_multiple = 128  # lanes: a shorter last tile would be padded in every array
+
+    def norm_and_modulate(
+        self, x: jax.Array, scale: jax.Array, shift: jax.Array, text_rows: jax.Array, eps: float
+    ) -> jax.Array:
+        return norm_and_modulate(x, scale, shift, text_rows, eps, interpret=self.interpret)
+
+    def project(self, modulated: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        out = linear_tokens_last(modulated, weight)
+        out = out if bias is None else out + bias[:, None]
+        return _all_to_all(out.reshape(out.shape[0], jax.lax.axis_size("sp"), -1, out.shape[-1]))
+
+    def queries(
+        self, q: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None
+    ) -> jax.Array:
+        return norm_and_rotate(q, weight, bias, rotary, interpret=self.interpret)
+
+    def keys(
+        self, k: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None
+    ) -> jax.Array:
+        return norm_and_rotate(k, weight, bias, rotary, transposed=True, interpret=self.interpret)
+
+    def values(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if v.shape[1] > 1:
+            return join_values(v, interpret=self.interpret)
+        return v[:, 0], jnp.abs(v[:, 0]).max(-1)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, bounds: Bounds
+    ) -> jax.Array:
+        q, v = (x.reshape(x.shape[0], -1, head_dim, x.shape[-1]) for x in (q, v))
+        sizes = None
+        if self.chip is not None:
+            sizes = self._block_sizes(head_dim, q.shape[-1], keys, q.dtype)
+        out = sequence_minor_attention(
+            *(q, k, v),
+            kv_len=keys,
+            largest_score=jnp.broadcast_to(bounds.scores, q.shape[:2]),
+            largest_value=bounds.values.reshape(*q.shape[:2], head_dim).max(-1),
+            block_sizes=sizes,
+            interpret=self.interpret,
+        )
+        return out.reshape(out.shape[0], -1, out.shape[-1])
+
+    def project_out(self, out: jax.Array, weight: jax.Array) -> jax.Array:
+        shards = jax.lax.axis_size("sp")
+        if shards == 1:
+            parts = out[:, None]
+        else:
+            parts = part_tokens(out, shards, interpret=self.interpret)
+        parts = _all_to_all(parts)
+        return linear_to_tokens_first(parts.reshape(parts.shape[0], -1, parts.shape[-1]), weight)
+
+    def query_scale(self, head_dim: int) -> float:
+        return query_scale(head_dim)
+
+    def block_sizes(self, head_dim: int, queries: int, keys: int, dtype: str) -> dict[str, int]:
+        return dataclasses.asdict(self._block_sizes(head_dim, queries, keys, jnp.dtype(dtype)))
+
+    def _block_sizes(self, head_dim: int, queries: int, keys: int, dtype: jnp.dtype) -> BlockSizes:
+        chip = chip_named(self.chip) if self.chip else current_chip(interpret=self.interpret)
+        return choose_block_sizes(chip, head_dim, queries, keys, dtype)
+
+
+def _all_to_all(x: jax.Array) -> jax.Array:
+    """All-to-all over sp along axis 1, which has one entry a shard."""
+    # XLA's CPU backend keeps a collective of a single device as a copy.
+    return x if jax.lax.axis_size("sp") == 1 else jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)

@@ -1,1 +1,0 @@
-"""Pallas TPU kernels of the transformer."""
