@@ -164,11 +164,11 @@ def make_denoiser(
         ValueError: no such mesh fits, or the devices cannot run that attention.
     """
     from cogvideox.denoising.program import Denoiser
-    from cogvideox.transformer.attention import choose_attention
+    from cogvideox.transformer.backends import choose_backend
     from runtime.mesh import choose_mesh, make_mesh
 
     config = model.transformer
-    kernel = choose_attention(attention, devices[0].platform, dtype)
+    backend = choose_backend(attention, devices[0].platform, dtype)
     sizes = choose_mesh(
         *mesh,
         batch=latents.batch * (2 if guided else 1),
@@ -183,7 +183,7 @@ def make_denoiser(
         guided=guided,
         dtype=dtype,
         mesh=make_mesh(sizes, devices),
-        attention=kernel,
+        attention=backend,
     )
 
 
