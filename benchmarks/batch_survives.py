@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import batch
@@ -105,7 +106,7 @@ def job_line(i: int) -> str:
     return json.dumps(job | {"scheduler": "ddim" if i % 3 == 0 else "dpm"}) + "\n"
 
 
-def start_batch(folder: Path, *more: str) -> multiprocessing.Process:
+def start_batch(folder: Path, *more: str) -> BaseProcess:
     folder.mkdir(exist_ok=True)
     process = _FORKS.Process(target=_batch, args=(folder, more))
     process.start()
@@ -124,7 +125,7 @@ def _batch(folder: Path, more: tuple[str, ...]) -> None:
     run_main(batch.main)
 
 
-def wait(process: multiprocessing.Process, folder: Path) -> None:
+def wait(process: BaseProcess, folder: Path) -> None:
     """Waits for a process that should end well."""
     process.join()
     if process.exitcode:

@@ -38,8 +38,8 @@ def find_or_compile(
     named = folder is not None
     folder = folder or kept_folder(devices)
     found: dict[str, jax.stages.Compiled] = {}
-    for program in programs if folder else ():
-        executable = _find(program, folder, devices, named=named)
+    for program in programs:
+        executable = _find(program, folder, devices, named=named) if folder else None
         if executable is not None:
             found[program.name] = executable
     missing = [program for program in programs if program.name not in found]

@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for all tests, whatever the machine, and one compilation cache."""
+"""Eight fake CPU devices for all tests, whatever the machine, and one compilation cache a run."""
 
 import os
 
@@ -53,7 +53,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """A compilation cache of this run's own, shared by the scripts that the tests start."""
-    folder = tmp_path_factory.mktemp("jax_cache")
+    """A compilation cache of this run's own, shared by all workers and by the scripts they start.
+
+    Workers of pytest-xdist have folders beside each other.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "jax_cache"
+    folder.mkdir(exist_ok=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     return folder

@@ -63,7 +63,8 @@ def generate(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[rows]],
                 max_sequence_length=pipeline.transformer.config.max_text_seq_length,
                 output_type="np",
-            ).frames
+                return_dict=False,
+            )[0]
         )
     return np.concatenate(videos)
 

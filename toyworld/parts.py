@@ -9,6 +9,7 @@ import random
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TypeVar
 
 import sentencepiece
 import torch
@@ -20,10 +21,13 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from toyworld.captions import all_things, draw_scene, full_caption, partial_caption
 from toyworld.world import FRAMES, HEIGHT, WIDTH
+
+Part = TypeVar("Part", bound=torch.nn.Module)
 
 MAX_TOKENS = 32
 LATENT_CHANNELS = 12
@@ -94,7 +98,7 @@ def make_vae() -> AutoencoderKLCogVideoX:
     on small windows that is 19.3 dB against 18.0.
     """
     vae = AutoencoderKLCogVideoX(
-        block_out_channels=(24, 48, 64, 96),
+        block_out_channels=(24, 48, 64, 96),  # pyright: ignore[reportArgumentType]
         latent_channels=LATENT_CHANNELS,
         layers_per_block=1,
         norm_num_groups=8,
@@ -105,15 +109,20 @@ def make_vae() -> AutoencoderKLCogVideoX:
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            torch.nn.init.zeros_(module.bias)
+            torch.nn.init.zeros_(_bias_of(module))
     for module in vae.modules():
         if isinstance(module, CogVideoXSpatialNorm3D):
             torch.nn.init.zeros_(module.conv_y.conv.weight)
-            torch.nn.init.ones_(module.conv_y.conv.bias)
+            torch.nn.init.ones_(_bias_of(module.conv_y.conv))
     last = vae.encoder.conv_out.conv
     torch.nn.init.zeros_(last.weight.data[LATENT_CHANNELS:])
-    torch.nn.init.constant_(last.bias.data[LATENT_CHANNELS:], -4.0)  # a deviation of 0.14
+    torch.nn.init.constant_(_bias_of(last).data[LATENT_CHANNELS:], -4.0)  # a deviation of 0.14
     return vae
+
+
+def _bias_of(layer: torch.nn.Conv2d | torch.nn.Conv3d) -> torch.Tensor:
+    assert layer.bias is not None
+    return layer.bias
 
 
 def make_transformer() -> CogVideoXTransformer3DModel:
@@ -135,7 +144,10 @@ def make_transformer() -> CogVideoXTransformer3DModel:
         use_rotary_positional_embeddings=True,
         patch_bias=False,
     )
-    gates = [norm.linear for b in transformer.transformer_blocks for norm in (b.norm1, b.norm2)]
+    gates = []
+    for block in transformer.transformer_blocks:
+        assert isinstance(block, CogVideoXBlock)
+        gates += [block.norm1.linear, block.norm2.linear]
     for layer in (*gates, transformer.norm_out.linear, transformer.proj_out):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
@@ -160,7 +172,7 @@ def make_scheduler() -> CogVideoXDPMScheduler:
 def rotary_embedding(latent_frames: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines [S, D] for the video tokens of `latent_frames`, as in the pipeline."""
     grid = (LATENT_HEIGHT // _PATCH, LATENT_WIDTH // _PATCH)
-    return get_3d_rotary_pos_embed(
+    cosines, sines = get_3d_rotary_pos_embed(
         embed_dim=_HEAD_DIM,
         crops_coords=None,
         grid_size=grid,
@@ -169,11 +181,25 @@ def rotary_embedding(latent_frames: int, device: torch.device) -> tuple[torch.Te
         max_size=grid,
         device=device,
     )
+    return cosines, sines
 
 
-def copy_in_bfloat16(part: torch.nn.Module) -> torch.nn.Module:
+def move(
+    part: Part, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Part:
+    """`part.to`, whose arguments transformers and diffusers do not declare."""
+    return part.to(device=device, dtype=dtype)
+
+
+def freeze(part: Part) -> Part:
+    """Rounds the weights to bfloat16, keeps them as float32, and ends their training."""
+    rounded = move(move(part, dtype=torch.bfloat16), dtype=torch.float32)
+    return rounded.eval().requires_grad_(False)
+
+
+def copy_in_bfloat16(part: Part) -> Part:
     """A bfloat16 copy on the CPU; the part itself stays as it is."""
-    return copy.deepcopy(part).to("cpu", torch.bfloat16)
+    return move(copy.deepcopy(part), "cpu", torch.bfloat16)
 
 
 def save(

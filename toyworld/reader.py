@@ -117,7 +117,9 @@ def _blobs(mask: np.ndarray) -> list[np.ndarray]:
     An object moves less than its width between frames, so it is connected in space-time. Blobs
     that live for less than three quarters of the frames or have no interior are mere specks.
     """
-    labels, count = ndimage.label(mask)
+    labels = np.zeros(mask.shape, np.int32)
+    count = ndimage.label(mask, output=labels)
+    assert isinstance(count, int)
     interior = ndimage.binary_erosion(mask, np.ones((1, 3, 3)))
     blobs = []
     for label in range(1, count + 1):
@@ -131,7 +133,7 @@ def _read_thing(
     frames: np.ndarray, background: np.ndarray, blob: np.ndarray
 ) -> tuple[Thing, float]:
     """An object, and how well it keeps to its shape."""
-    interior = ndimage.binary_erosion(blob, np.ones((1, 3, 3)))
+    interior = np.asarray(ndimage.binary_erosion(blob, np.ones((1, 3, 3))), bool)
     color = np.median(frames[interior], axis=0)
     # The share of the object's colour in each pixel, along the line between the two colours, in
     # the blob and the ring of two pixels around it that holds the soft edge.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.training_utils import EMAModel
 from transformers import T5EncoderModel
 
@@ -85,7 +85,7 @@ def train_text_encoder(
     """
     torch.manual_seed(settings.seed + 1)
     rng = random.Random(settings.seed + 1)
-    text_encoder = parts.make_text_encoder().to(device)
+    text_encoder = parts.move(parts.make_text_encoder(), device)
     widths = [len(names) for names in _QUESTIONS]
     head = torch.nn.Linear(text_encoder.config.d_model, sum(widths), device=device)
     parameters = [*text_encoder.parameters(), *head.parameters()]
@@ -99,7 +99,8 @@ def train_text_encoder(
         truth = torch.tensor([answers_of(said) for _, said in captions], device=device)
         truth = truth[:, None].expand(-1, parts.MAX_TOKENS, -1).flatten(0, 1)
         guesses = head(text_encoder(tokens)[0]).flatten(0, 1).split(widths, dim=1)
-        loss = sum(F.cross_entropy(g, truth[:, i]) for i, g in enumerate(guesses))
+        losses = [F.cross_entropy(guess, truth[:, i]) for i, guess in enumerate(guesses)]
+        loss = sum(losses, torch.zeros((), device=device))
         best = torch.stack([guess.argmax(dim=1) for guess in guesses], dim=1)
         return loss, (best == truth).all(dim=1).float().mean()
 
@@ -113,7 +114,7 @@ def train_text_encoder(
         schedule.step()
         if number % 500 == 499 or number == settings.text_steps - 1:
             log.add("text", step=number + 1, loss=loss.item(), right=right.item())
-    text_encoder = text_encoder.to(torch.bfloat16).float().eval().requires_grad_(False)
+    text_encoder = parts.freeze(text_encoder)
     with torch.no_grad():
         right = {
             name: ask([(prompt.text, prompt.scene) for prompt in prompts])[1].item()
@@ -177,7 +178,7 @@ def train_denoiser(
     vae: AutoencoderKLCogVideoX,
     device: torch.device,
     log: Log,
-    snapshot: Callable[[torch.nn.Module], None],
+    snapshot: Callable[[CogVideoXTransformer3DModel], None],
 ) -> None:
     """Trains the transformer on the mean square error of v.
 
@@ -191,7 +192,7 @@ def train_denoiser(
     vae.register_to_config(scaling_factor=scale)
     log.add("latents", videos=settings.videos, scaling_factor=scale)
 
-    transformer = parts.make_transformer().to(device)
+    transformer = parts.move(parts.make_transformer(), device)
     parameters = list(transformer.parameters())
     optimizer, schedule = make_optimizer(parameters, settings.learning_rate, settings.steps)
     ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
@@ -273,13 +274,13 @@ def main() -> None:
         kept = ("vae", "steady_vae", "sharp_vae", "text")
         log.content |= {phase: earlier[phase] for phase in kept if phase in earlier}
 
-    def keep(part: torch.nn.Module, name: str) -> None:
+    def keep(part: AutoencoderKLCogVideoX | T5EncoderModel, name: str) -> None:
         parts.copy_in_bfloat16(part).save_pretrained(folder / name)
         log.write(folder)
 
     if "vae" in log.content:
         vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        vae = vae.to(device).eval().requires_grad_(False)
+        vae = parts.move(vae, device).eval().requires_grad_(False)
     else:
         vae = train_vae(settings, device, log)
         keep(vae, "vae")
@@ -289,15 +290,13 @@ def main() -> None:
             keep(vae, "vae")
 
     if "text" in log.content:
-        text_encoder = T5EncoderModel.from_pretrained(
-            folder / "text_encoder", dtype=torch.float32
-        ).to(device)
-        text_encoder = text_encoder.eval().requires_grad_(False)
+        text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        text_encoder = parts.move(text_encoder, device).eval().requires_grad_(False)
     else:
         text_encoder = train_text_encoder(settings, tokenizer, device, log)
         keep(text_encoder, "text_encoder")
 
-    def snapshot(transformer: torch.nn.Module) -> None:
+    def snapshot(transformer: CogVideoXTransformer3DModel) -> None:
         parts.save(folder, tokenizer, text_encoder, vae, transformer)
         log.write(folder)
 

@@ -38,7 +38,7 @@ def train_vae(settings: TrainingSettings, device: torch.device, log: Log) -> Aut
     whole frames, whose group norms have other statistics.
     """
     torch.manual_seed(settings.seed)
-    vae = parts.make_vae().to(device)
+    vae = parts.move(parts.make_vae(), device)
     total = settings.vae_window_steps + settings.vae_steps
     training = make_optimizer(list(vae.parameters()), settings.vae_learning_rate, total)
     draws = (random.Random(settings.seed), torch.Generator().manual_seed(settings.seed))
@@ -47,7 +47,7 @@ def train_vae(settings: TrainingSettings, device: torch.device, log: Log) -> Aut
         (settings.vae_steps, settings.vae_batch, False),
     ):
         _draw_and_learn(vae, settings, training, draws, steps, batch, windowed, 0.0, log, "vae")
-    return vae.to(torch.bfloat16).float().eval().requires_grad_(False)
+    return parts.freeze(vae)
 
 
 def steady_vae(
@@ -91,7 +91,7 @@ def _refine(
     _draw_and_learn(
         vae, settings, training, draws, steps, settings.vae_batch, False, noise, log, phase
     )
-    return vae.to(torch.bfloat16).float().eval().requires_grad_(False)
+    return parts.freeze(vae)
 
 
 def _draw_and_learn(
@@ -120,12 +120,12 @@ def _draw_and_learn(
     def step(video: torch.Tensor) -> dict[str, torch.Tensor]:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            posterior = vae.encode(video).latent_dist
+            posterior = vae.encode(video, return_dict=False)[0]
             latents = posterior.sample()
             # Noise in proportion to the latents: making them larger is no way out.
             level = noise * torch.rand(len(video), 1, 1, 1, 1, device=device)
             latents = latents + level * posterior.mean.std() * torch.randn_like(latents)
-            drawn = vae.decode(latents).sample
+            drawn = vae.decode(latents, return_dict=False)[0]
         drawn, mean, logvar = drawn.float(), posterior.mean.float(), posterior.logvar.float()
         # The absolute error alone rests at "background everywhere", the median of every pixel.
         absolute, square = F.l1_loss(drawn, video), F.mse_loss(drawn, video)
@@ -164,6 +164,6 @@ def encode_videos(
     for first in range(0, len(scenes), 64):
         batch = scenes_of(scenes[first : first + 64], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            latents = vae.encode(to_model(render(batch))).latent_dist.mode()
+            latents = vae.encode(to_model(render(batch)), return_dict=False)[0].mode()
         chunks.append(latents.transpose(1, 2).to(torch.bfloat16))
     return torch.cat(chunks)
