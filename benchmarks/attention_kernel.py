@@ -189,7 +189,7 @@ def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[
         block_q, block_kv, compute = 1024, min(2048, round_up(length, 1024)), 512
         padded = round_up(length, block_kv)
         steps = heads * (padded // block_q) * (padded // block_kv)
-        arguments = {"heads": heads, "length": padded, "head_dim": head_dim}
+        arguments: dict[str, Any] = {"heads": heads, "length": padded, "head_dim": head_dim}
         arguments["blocks"] = (block_q, block_kv, compute)
         blocks = {"block_q": block_q, "block_kv": block_kv, "chunk": compute}
         schedule = measure(lower, chip, name, steps, arguments)

@@ -239,21 +239,17 @@ def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
         stamps.append((name, time.time()))
 
     import stage2_transformer as stage2
+    from runtime.compilation import CompilationLog
     from runtime.progress import Timings
     from stages import denoise as stage
 
     check, denoise, result = stage.check, stage.denoise, {}
-    log = None
+    log = CompilationLog()
 
     def stamped_check(*args: Any, **kwargs: Any) -> Any:
         stamp("arguments and stage file")
         plan = check(*args, **kwargs)
         stamp("imports, devices, checks")
-
-        from runtime.compilation import CompilationLog
-
-        nonlocal log
-        log = CompilationLog()
         return plan
 
     def stamped_denoise(plan: Any, step: Any, *args: Any, **kwargs: Any) -> Any:

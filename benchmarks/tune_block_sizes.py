@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def compile_entry(chip: str, head_dim: int, kv_len: int, kernel: str) -> float:
     return time.perf_counter() - start
 
 
-def check(chips: list[str], head_dims: list[int]) -> bool:
+def check(chips: list[str], head_dims: Sequence[int]) -> bool:
     """Compile every entry of the table by every path; whether all did."""
     from splash_attention.tuned_tables import TABLES
 
