@@ -1,6 +1,7 @@
 """Damages inputs with fixed seeds, runs the scripts on them, and reports what ended badly.
 
     python -m tests.fuzz                              # the full counts
+    python -m tests.fuzz --slice                      # a few of each, for CI
     python -m tests.fuzz --kind configs --count 50 --seed 1
     python -m tests.fuzz --kind configs --only 17 --keep    # one case, its files kept
 
@@ -42,6 +43,7 @@ KINDS: dict[str, Callable[[World], Kind]] = {
     "tags": Tags,
 }
 FULL_COUNTS = {"stage_files": 500, "configs": 500, "models": 200, "jobs": 200, "tags": 100}
+SLICE_COUNTS = {"stage_files": 30, "configs": 30, "models": 20, "jobs": 15, "tags": 10}
 _SHOWN_CASES = 4  # of one problem
 
 
@@ -51,6 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--kind", choices=KINDS, action="append", help="default: all")
     parser.add_argument("--count", type=int, help="cases of each kind (default: the full counts)")
+    parser.add_argument("--slice", action="store_true", help="counts for CI")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--only", type=int, action="append", help="cases by number; repeatable")
@@ -60,7 +63,8 @@ def main() -> None:
     report = {}
     with make_world(arguments.keep) as world:
         for name in arguments.kind or KINDS:
-            numbers = arguments.only or range(arguments.count or FULL_COUNTS[name])
+            counts = SLICE_COUNTS if arguments.slice else FULL_COUNTS
+            numbers = arguments.only or range(arguments.count or counts[name])
             report[name] = fuzz(world, name, numbers, arguments)
     print(json.dumps(report, indent=2, ensure_ascii=True))
     sys.exit(any(kind["bad"] for kind in report.values()))
