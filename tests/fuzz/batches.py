@@ -62,8 +62,8 @@ def made_files(batch: Path) -> dict[str, str]:
 class Jobs:
     """A batch's folder or its job file is damaged; the same command runs again.
 
-    A run with exit code 0 must leave the files of an undisturbed batch, byte for byte. One with
-    exit code 3 may lack those of the damaged job, which it must name.
+    A run with exit code 0 must leave the files of an undisturbed batch, byte for byte but for what
+    a damaged record says of versions and machines. One with exit code 3 may lack those of the damaged job, which it must name.
     """
 
     def __init__(self, world: World):
@@ -95,8 +95,16 @@ class Jobs:
 
     def _right(self, folder: Path) -> list[str]:
         made = made_files(folder / "batch")
-        different = [name for name in self._good if made.get(name) != self._good[name]]
-        return [f"exit 0 with another {name.split('/')[1]}" for name in different]
+        problems = []
+        for name in [name for name in self._good if made.get(name) != self._good[name]]:
+            path, good = folder / "batch" / name, self._done / "batch" / name
+            if not path.is_file():
+                problems.append(f"exit 0 without {path.name}")
+            elif path.name == CONFIG:
+                problems += section_problems(path, good)
+            else:
+                problems += content_problems(path, good)
+        return problems
 
     def _watch_others(self, case: Case, damaged: str) -> None:
         """With exit code 3, all other jobs must be made."""

@@ -69,17 +69,18 @@ class Stages:
         for name in outputs:
             path = folder / "run" / name
             if name == CONFIG:
-                problems += _section_problems(path, good / CONFIG)
+                problems += section_problems(path, good / CONFIG)
             elif not path.is_file():
                 problems.append(f"exit 0 without {name}")
             elif path.read_bytes() != (good / name).read_bytes():
-                problems += _content_problems(path, good / name)
+                problems += content_problems(path, good / name)
         others = {f"run/{name}" for name in outputs}
         problems += [f"exit 0, and changed {name}" for name in changed if name not in others]
         return problems
 
 
-def _content_problems(path: Path, good: Path) -> list[str]:
+def content_problems(path: Path, good: Path) -> list[str]:
+    """What is wrong with a stage's file that is not the good one byte for byte."""
     if path.suffix == ".mp4":
         if packets(path) != packets(good):
             return [f"exit 0 with other frames in {path.name}"]
@@ -87,7 +88,8 @@ def _content_problems(path: Path, good: Path) -> list[str]:
     return [f"exit 0 with another {path.name}"]
 
 
-def _section_problems(path: Path, good: Path) -> list[str]:
+def section_problems(path: Path, good: Path) -> list[str]:
+    """False settings in a generation_config.json."""
     try:
         document = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
