@@ -215,6 +215,8 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    from cogvideox.denoising.loop import run_loop, to_host
+    from cogvideox.denoising.noise import NoiseSource
     from cogvideox.denoising.scheduler import make_schedule
     from cogvideox.model.config import SchedulerConfig
     from cogvideox.model.settings import DenoisingSettings
@@ -245,11 +247,12 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     # The first step pays for the first touch of everything and is not counted.
     stamps = []
-    for state in denoiser.run(step, parameters, embeds, schedule, settings.seed):  # noqa: B007
+    states = run_loop(denoiser, step, parameters, embeds, schedule, settings.seed, NoiseSource())
+    for state in states:  # noqa: B007
         stamps.append(time.perf_counter())
     seconds = (stamps[-1] - stamps[0]) / arguments.steps
     stats = jax.devices()[0].memory_stats() or {}
-    final = denoiser.to_host(state).latents.astype(np.float32)
+    final = to_host(denoiser, state).latents.astype(np.float32)
     if arguments.save:
         np.save(arguments.save, final)
     report = {

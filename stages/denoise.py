@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
+    from cogvideox.denoising.noise import NoiseSource
     from cogvideox.denoising.program import Denoiser
     from cogvideox.denoising.scheduler import Schedule
     from cogvideox.model.folder import ModelFolder, StoredTensor
@@ -189,13 +190,13 @@ def make_denoiser(
 
 def run(options: DenoiseOptions) -> None:
     """Runs stage 2: checks, loads and compiles at once, denoises, and writes the latents."""
-    from cogvideox.denoising.noise import drawing_beside
+    from cogvideox.denoising.noise import NoiseSource
 
-    with drawing_beside():
-        _run(options)
+    with NoiseSource() as noise_source:
+        _run(options, noise_source)
 
 
-def _run(options: DenoiseOptions) -> None:
+def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
     timings, output_dir = Timings(), options.output_dir
     inputs = [files.CONFIG_FILE, files.EMBEDDINGS_FILE]
     options = dataclasses.replace(
@@ -229,7 +230,7 @@ def _run(options: DenoiseOptions) -> None:
     with timings.phase("run"), _profile(options.profile):
         folder = processes.folder_of_first(output_dir, [files.CHECKPOINT_FILE])
         checkpoints = Checkpoints(folder, section, options.checkpoint_every)
-        latents = denoise(checked, step, parameters, prompt_embeds, checkpoints)
+        latents = denoise(checked, step, parameters, prompt_embeds, checkpoints, noise_source)
     if not processes.is_first():
         return
     with timings.phase("save"):
@@ -327,6 +328,7 @@ def denoise(
     parameters: dict[str, jax.Array],
     prompt_embeds: jax.Array,
     checkpoints: Checkpoints,
+    noise_source: NoiseSource,
     bar: Bar = progress,
 ) -> np.ndarray:
     """Runs the loop, from a checkpoint if there is one.
@@ -341,26 +343,29 @@ def denoise(
     Raises:
         StoppedBetweenSteps: `checkpoints.stop` returned True.
     """
+    from cogvideox.denoising.loop import run_loop, to_host
     from cogvideox.denoising.loop_checkpoint import read_checkpoint, write_checkpoint
 
     fingerprint, total = checkpoints.section["fingerprint"], len(run.schedule.timesteps)
     start = read_checkpoint(checkpoints.path, fingerprint) if checkpoints.every else None
     if start:
         print(f"resuming from {checkpoints.path}, {start.steps} of {total} steps done")
-    states = run.denoiser.run(
-        step, parameters, prompt_embeds, run.schedule, run.settings.seed, start
+    states = run_loop(
+        *(run.denoiser, step, parameters, prompt_embeds, run.schedule, run.settings.seed),
+        noise_source,
+        start,
     )
     initial = start.steps if start else 0
     for state in bar(states, total=total, initial=initial, what="denoising"):
         stop = checkpoints.stop() and state.steps < total
         if checkpoints.every and state.steps < total:
             if stop or state.steps % checkpoints.every == 0:
-                checkpoint = run.denoiser.to_host(state)
+                checkpoint = to_host(run.denoiser, state)
                 if processes.is_first():
                     write_checkpoint(checkpoints.path, checkpoint, fingerprint)
         if stop:
             raise StoppedBetweenSteps
-    return drop_padding(run.denoiser.to_host(state).latents, run.padding_frames)
+    return drop_padding(to_host(run.denoiser, state).latents, run.padding_frames)
 
 
 def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_dir: Path) -> Path:

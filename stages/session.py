@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-    from cogvideox.denoising.program import LoopState
+    from cogvideox.denoising.loop import LoopState
     from cogvideox.model.folder import ModelFolder
     from cogvideox.model.settings import DenoisingSettings
     from cogvideox.text.encoder import TextEncoder
@@ -159,6 +159,7 @@ class Session:
             print(f"{shape}: {log.sentence()}")
 
     def _denoise(self, request: VideoRequest) -> None:
+        from cogvideox.denoising.noise import NoiseSource
         from cogvideox.denoising.scheduler import make_schedule
 
         assert self._step is not None and self._parameters is not None
@@ -175,7 +176,9 @@ class Session:
             options.output_dir, section, options.checkpoint_every, self._stop.is_set
         )
         (_, step), (_, parameters) = self._step, self._parameters
-        latents = denoise.denoise(run, step, parameters, prompt_embeds, checkpoints, _step_bar)
+        latents = denoise.denoise(
+            run, step, parameters, prompt_embeds, checkpoints, NoiseSource(), _step_bar
+        )
         denoise.save(latents, section, options.input_dir, options.output_dir)
 
     def _prepare_decoder(self, request: VideoRequest) -> None:

@@ -1,26 +1,22 @@
-"""Guidance and the denoising loop: one jitted step, run over a schedule.
+"""The denoising step as one compiled program: transformer, guidance and scheduler.
 
 The step is one shard_map over the mesh: every device holds some rows of the token sequence, of all
 samples, and runs the transformer on its share of the guided batch.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cogvideox.denoising.loop_checkpoint import LoopCheckpoint
-from cogvideox.denoising.noise import draw_noise
-from cogvideox.denoising.scheduler import Schedule, StepCoefficients, step
+from cogvideox.denoising.scheduler import StepCoefficients, step
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.folder import StoredTensor
 from cogvideox.model.settings import LatentShape
@@ -43,7 +39,7 @@ SOURCES = (
     "splash_attention",
 )
 
-_TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
+TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
 _ROWS = P(("sp", "tp"), None)  # [S, E]
 _BATCH = P("dp")  # the transformer's samples, guidance's included
 
@@ -53,14 +49,6 @@ _NOT_IN_THE_PROGRAM = {
     *("sample_height", "sample_width", "sample_frames", "max_text_seq_length", "dropout"),
     *("spatial_interpolation_scale", "temporal_interpolation_scale", "temporal_compression_ratio"),
 }
-
-
-class LoopState(NamedTuple):
-    """Where the loop stands after `steps` steps, on the devices: [B, S, C] each."""
-
-    steps: int
-    tokens: jax.Array
-    previous_x0: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +84,11 @@ class Denoiser:
         """The positional tables, on the host (see `tokens.positions`)."""
         return positions(self.config, self.layout)
 
-    def _sharding(self, spec: P) -> NamedSharding:
+    def sharding(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
     @property
-    def _position_specs(self) -> dict[str, Any]:
+    def position_specs(self) -> dict[str, Any]:
         specs = {"rotary": (P(), P()), "embedding": _ROWS}  # attention sees all tokens
         return {name: specs[name] for name in self.positions}
 
@@ -115,7 +103,7 @@ class Denoiser:
         if self.guided:
             parts.insert(0, embeddings["negative_prompt_embeds"])
         text = np.concatenate(parts).astype(jnp.dtype(self.dtype))
-        return place(text, self._sharding(_BATCH))
+        return place(text, self.sharding(_BATCH))
 
     def compile(self, executables: Path | None = None) -> Callable:
         """The step from the folder of executables, or compiled; needs no weights."""
@@ -166,37 +154,38 @@ class Denoiser:
         """The step lowered for abstract arguments, placed as `run` places the real ones."""
 
         def abstract(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(spec))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(spec))
 
         parameters = abstract_parameters(self.config, self.mesh, jnp.dtype(self.dtype))
         position_arrays = jax.tree.map(
             lambda array, spec: abstract(array.shape, array.dtype, spec),
             self.positions,
-            self._position_specs,
+            self.position_specs,
         )
-        tokens = abstract(self.layout.shape, self.dtype, _TOKENS)
-        x0 = abstract(self.layout.shape, jnp.float32, _TOKENS)
+        tokens = abstract(self.layout.shape, self.dtype, TOKENS)
+        x0 = abstract(self.layout.shape, jnp.float32, TOKENS)
         text = (
             self.latents.batch * (2 if self.guided else 1),
             self.text_tokens,
             self.config.text_embed_dim,
         )
         prompt_embeds = abstract(text, self.dtype, _BATCH)
-        scalars = _step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6))
+        scalars = step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6))
         specs = jax.tree.map(lambda leaf: leaf.sharding.spec, parameters)
         step = jax.shard_map(
             self._step,
             mesh=self.mesh,
             in_specs=(
-                *(_TOKENS, _TOKENS, specs, self._position_specs, _BATCH, _TOKENS),
+                *(TOKENS, TOKENS, specs, self.position_specs, _BATCH, TOKENS),
                 *jax.tree.map(lambda _: P(), scalars),
             ),
-            out_specs=(_TOKENS, _TOKENS),
+            out_specs=(TOKENS, TOKENS),
             check_vma=False,  # pallas_call does not say over which axes its output varies
         )
         # Pallas asks the abstract mesh which chip it compiles for.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return jax.jit(step, donate_argnums=(0, 1)).lower(
+            # Kept: unguided, the step does not use the guidance scale, but is called with it.
+            return jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(
                 tokens, x0, parameters, position_arrays, prompt_embeds, tokens, *scalars
             )
 
@@ -210,7 +199,7 @@ class Denoiser:
         noise: jax.Array,
         timestep: jax.Array,
         guidance_scale: jax.Array,
-        weights: StepCoefficients,
+        coefficients: StepCoefficients,
     ) -> tuple[jax.Array, jax.Array]:
         """Transformer, guidance and scheduler on one device.
 
@@ -235,7 +224,7 @@ class Denoiser:
         if self.guided:
             negative, positive = jnp.split(output, 2)
             output = negative + guidance_scale * (positive - negative)
-        following, x0 = step(tokens, output, previous_x0, noise, weights)
+        following, x0 = step(tokens, output, previous_x0, noise, coefficients)
         # Rows without a patch stay zero, whatever the transformer makes of them.
         rows = row_indices(tokens.shape[1])[:, None]
         is_video = (rows >= self.layout.text) & (rows < self.layout.tokens)
@@ -248,62 +237,10 @@ class Denoiser:
 
         return transformer.TokenTransformer.abstract(self.config, self.layout, self.attention)
 
-    def run(
-        self,
-        compiled_step: Callable,
-        parameters: Mapping[str, jax.Array],
-        prompt_embeds: jax.Array,
-        schedule: Schedule,
-        seed: int,
-        start: LoopCheckpoint | None = None,
-    ) -> Iterator[LoopState]:
-        """Runs the denoising loop.
 
-        Args:
-            start: a state of the same run to go on from; by default the first noise.
-
-        Yields:
-            The state after each step, once the device has computed it. Its arrays are donated to
-            the step after it, so only the last may be kept.
-        """
-        rows = self._sharding(_TOKENS)
-        dtype = jnp.dtype(self.dtype)
-        noises = draw_noise(seed, self.latents.sizes, dtype, schedule.noise_draws)
-        latents, done = next(noises), 0
-        previous_x0 = np.zeros(latents.shape, np.float32)
-        if start:
-            latents, previous_x0, done = start.latents, start.previous_x0, start.steps
-        # What the steps before drew is drawn again: the generator's state is then the same.
-        noise = next(itertools.islice(noises, done, None))
-        tokens, previous_x0, noise = (
-            place(self.layout.from_latents(array), rows) for array in (latents, previous_x0, noise)
-        )
-        position_arrays = jax.tree.map(
-            place, self.positions, jax.tree.map(self._sharding, self._position_specs)
-        )
-        for i, timestep in itertools.islice(enumerate(schedule.timesteps), done, None):
-            scalars = _step_scalars(timestep, schedule.guidance_scales[i], schedule.coefficients[i])
-            tokens, previous_x0 = compiled_step(
-                tokens, previous_x0, parameters, position_arrays, prompt_embeds, noise, *scalars
-            )
-            if i + 1 < len(schedule.timesteps):
-                # Drawn on the host while the device computes: 0.1 s of a step of seconds.
-                noise = place(self.layout.from_latents(next(noises)), rows)
-            yield jax.block_until_ready(LoopState(i + 1, tokens, previous_x0))
-
-    def to_host(self, state: LoopState) -> LoopCheckpoint:
-        """A state of `run` as latents on the host, without what depends on the mesh.
-
-        Of several processes all must call it, and all get the whole state.
-        """
-        tokens = multihost_utils.process_allgather((state.tokens, state.previous_x0), tiled=True)
-        latents, previous_x0 = map(self.layout.to_latents, tokens)
-        return LoopCheckpoint(state.steps, latents, previous_x0)
-
-
-def _step_scalars(
-    timestep: int, guidance_scale: float, weights: StepCoefficients
+def step_scalars(
+    timestep: int, guidance_scale: float, coefficients: StepCoefficients
 ) -> tuple[np.int32, np.float32, StepCoefficients]:
-    """What changes from step to step, as arrays: values in the program would recompile it."""
-    scalars = StepCoefficients(*map(np.float32, weights))
+    """Returns what changes from step to step as arrays: constants would recompile the program."""
+    scalars = StepCoefficients(*map(np.float32, coefficients))
     return np.int32(timestep), np.float32(guidance_scale), scalars

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from cogvideox.denoising.loop import run_loop, to_host
+from cogvideox.denoising.noise import NoiseSource
 from cogvideox.denoising.program import Denoiser
 from cogvideox.denoising.scheduler import make_schedule
 from cogvideox.model.folder import find_model, stored_tensors
@@ -40,8 +42,10 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     texts = np.random.default_rng(0).normal(size=(2, 1, TOKENS, 32))
     embeds = denoiser.prompt_embeds({"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]})
     schedule = make_schedule(settings, model.scheduler)
-    *_, last = denoiser.run(denoiser.compile(), parameters, embeds, schedule, seed=0)
-    return denoiser.to_host(last).latents
+    *_, last = run_loop(
+        denoiser, denoiser.compile(), parameters, embeds, schedule, 0, NoiseSource()
+    )
+    return to_host(denoiser, last).latents
 
 
 # Gated, the MLP's first layer has twice the columns, and every shard needs both halves of some.

@@ -15,8 +15,8 @@ import torch
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.utils.torch_utils import randn_tensor
 
-from cogvideox.denoising import noise, scheduler
-from cogvideox.denoising.noise import draw_noise, drawing_beside
+from cogvideox.denoising import scheduler
+from cogvideox.denoising.noise import NoiseSource
 from cogvideox.model import presets
 from cogvideox.model.config import SchedulerConfig, TransformerConfig, VaeConfig
 from cogvideox.model.folder import find_model
@@ -97,7 +97,7 @@ def _compare_with_diffusers(name, config, steps):
     theirs.set_timesteps(steps)
     shape = (1, 4, 2, 3, 5)
     generator = torch.Generator().manual_seed(9)
-    noises = draw_noise(9, shape, np.dtype("float32"), schedule.noise_draws)
+    noises = NoiseSource().draw(9, shape, np.dtype("float32"), schedule.noise_draws)
     sample, ours = randn_tensor(shape, generator=generator), next(noises)
     np.testing.assert_array_equal(ours, sample.numpy())
     old_x0, our_x0 = None, np.zeros(shape, np.float32)
@@ -121,7 +121,7 @@ def test_dpm_draws_noise_twice_in_middle_steps():
 
 
 def test_bfloat16_noise_is_drawn_in_bfloat16():
-    drawn = next(draw_noise(1, (1, 2, 3, 4, 5), jnp.dtype("bfloat16"), ()))
+    drawn = next(NoiseSource().draw(1, (1, 2, 3, 4, 5), jnp.dtype("bfloat16"), ()))
     expected = torch.randn(
         (1, 2, 3, 4, 5), generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16
     )
@@ -131,11 +131,12 @@ def test_bfloat16_noise_is_drawn_in_bfloat16():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_another_process_draws_the_same_noise(dtype, monkeypatch):
     request = (3, (1, 2, 3, 4, 5), jnp.dtype(dtype), (1, 2, 0, 1))
-    here = list(draw_noise(*request))
+    here = list(NoiseSource().draw(*request))
     monkeypatch.delitem(sys.modules, "torch")
-    with drawing_beside():
+    with NoiseSource() as source:
         monkeypatch.undo()
-        elsewhere = list(draw_noise(*request))
+        assert source._process is not None
+        elsewhere = list(source.draw(*request))
     assert len(here) == len(elsewhere) == 5 and not here[3].any()
     for ours, theirs in zip(elsewhere, here, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -144,12 +145,12 @@ def test_another_process_draws_the_same_noise(dtype, monkeypatch):
 
 def test_noise_of_a_process_that_has_ended_is_an_error(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch")
-    with drawing_beside():
+    with NoiseSource() as source:
         monkeypatch.undo()
         # More than a pipe holds.
-        values = draw_noise(3, (1 << 20,), np.dtype("float32"), (1, 1))
+        values = source.draw(3, (1 << 20,), np.dtype("float32"), (1, 1))
         next(values)
-        noise._process.kill()
+        source._process.kill()
         with pytest.raises(RuntimeError, match="draws noise ended with code -9"):
             collections.deque(values)
 
