@@ -40,8 +40,10 @@ from tests.fuzz.stages import (
     STAGE2,
     STAGE3,
     VIDEO,
+    content_problems,
     ended_well,
     packets,
+    section_problems,
     tag,
 )  # fmt: skip
 
@@ -63,7 +65,8 @@ class Jobs:
     """A batch's folder or its job file is damaged; the same command runs again.
 
     A run with exit code 0 must leave the files of an undisturbed batch, byte for byte but for what
-    a damaged record says of versions and machines. One with exit code 3 may lack those of the damaged job, which it must name.
+    a damaged record says of versions and machines. One with exit code 3 may lack those of the
+    damaged job, which it must name.
     """
 
     def __init__(self, world: World):
