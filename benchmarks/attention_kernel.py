@@ -58,7 +58,7 @@ def lower_ours(
     block_sizes = BlockSizes(**blocks)
     dtype = jnp.dtype(operand_dtype(kernel))
     quantized = dtype == jnp.int8
-    value_dtype = jnp.bfloat16 if quantized else dtype
+    value_dtype = jnp.dtype(jnp.bfloat16) if quantized else dtype
     # int8 keys end on a tile of 32.
     keys = -(-length // 32) * 32 if quantized else length
     rows = head_dim * DIGITS if quantized else head_dim
@@ -71,7 +71,7 @@ def lower_ours(
     if quantized:
         operands["q_scale"] = ((heads, 1, length), jnp.bfloat16)
 
-    def call(**arrays: jax.Array) -> jax.Array:
+    def call(**arrays: Any) -> jax.Array:
         return attention_kernel(
             **arrays,
             bounded=not kernel.startswith("online"),
@@ -130,10 +130,12 @@ def lower_tokamax(
     """Lower tokamax's splash attention, with its own scheduler and base of the exponentials."""
     import jax
     import jax.numpy as jnp
-    from tokamax._src.ops.experimental.tpu.splash_attention import (
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore
         splash_attention_kernel as splash,
     )
-    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore
+        splash_attention_mask,
+    )
 
     kernel = splash.make_splash_mha(
         splash_attention_mask.FullMask((length, length)),
@@ -194,9 +196,11 @@ def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[
         blocks = {"block_q": block_q, "block_kv": block_kv, "chunk": compute}
         schedule = measure(lower, chip, name, steps, arguments)
     else:
+        import jax.numpy as jnp
+
         from splash_attention.block_sizes import chip_named, choose_block_sizes
 
-        dtype = operand_dtype(kernel)
+        dtype = jnp.dtype(operand_dtype(kernel))
         sizes = choose_block_sizes(chip_named(chip), head_dim, length, length, dtype)
         blocks = dataclasses.asdict(sizes)
         vmem = sizes.vmem_bytes(head_dim, dtype)

@@ -97,7 +97,9 @@ def make_model(arguments: argparse.Namespace) -> None:
     (folder / "transformer/config.json").write_text(json.dumps(dataclasses.asdict(config)))
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     torch.manual_seed(0)
-    AutoencoderKLCogVideoX(scaling_factor=0.7).to(torch.bfloat16).save_pretrained(folder / "vae")
+    vae = AutoencoderKLCogVideoX(scaling_factor=0.7)
+    torch.nn.Module.to(vae, torch.bfloat16)  # diffusers does not declare the arguments of `to`
+    vae.save_pretrained(folder / "vae")
 
     noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
 

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from attention_kernel import lower_ours, measure_ours, operand_dtype
 from kernel_schedule import describe_chip
 
@@ -76,7 +77,7 @@ def tune(chip: str, head_dim: int, length: int, on_device: bool) -> tuple[int, i
         line |= {"candidate": candidate}
         try:
             sizes = fit_block_sizes(
-                chip_named(chip), candidate, head_dim, length, length, "bfloat16"
+                chip_named(chip), candidate, head_dim, length, length, jnp.dtype("bfloat16")
             )
             if sizes in tried:
                 continue
@@ -122,7 +123,9 @@ def compile_entry(chip: str, head_dim: int, kv_len: int, kernel: str) -> float:
 
     from splash_attention.block_sizes import choose_block_sizes
 
-    sizes = choose_block_sizes(chip_named(chip), head_dim, kv_len, kv_len, operand_dtype(kernel))
+    sizes = choose_block_sizes(
+        chip_named(chip), head_dim, kv_len, kv_len, jnp.dtype(operand_dtype(kernel))
+    )
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lower_ours(sharding, chip, 2, kv_len, head_dim, kernel, dataclasses.asdict(sizes)).compile()
