@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from cogvideox.denoising.loop_checkpoint import LoopCheckpoint
 from cogvideox.denoising.noise import NoiseSource
-from cogvideox.denoising.program import TOKENS, Denoiser, step_scalars
+from cogvideox.denoising.program import TOKENS, Denoiser
 from cogvideox.denoising.scheduler import Schedule
 from runtime.mesh import place
 
@@ -59,7 +59,8 @@ def run_loop(
         place, denoiser.positions, jax.tree.map(denoiser.sharding, denoiser.position_specs)
     )
     for i, timestep in itertools.islice(enumerate(schedule.timesteps), done, None):
-        scalars = step_scalars(timestep, schedule.guidance_scales[i], schedule.coefficients[i])
+        guidance_scale, coefficients = schedule.guidance_scales[i], schedule.coefficients[i]
+        scalars = denoiser.step_scalars(timestep, guidance_scale, coefficients)
         tokens, previous_x0 = compiled_step(
             tokens, previous_x0, parameters, position_arrays, prompt_embeds, noise, *scalars
         )

@@ -170,7 +170,7 @@ class Denoiser:
             self.config.text_embed_dim,
         )
         prompt_embeds = abstract(text, self.dtype, _BATCH)
-        scalars = step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6))
+        scalars = self.step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6))
         specs = jax.tree.map(lambda leaf: leaf.sharding.spec, parameters)
         step = jax.shard_map(
             self._step,
@@ -184,8 +184,7 @@ class Denoiser:
         )
         # Pallas asks the abstract mesh which chip it compiles for.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            # Kept: unguided, the step does not use the guidance scale, but is called with it.
-            return jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(
+            return jax.jit(step, donate_argnums=(0, 1)).lower(
                 tokens, x0, parameters, position_arrays, prompt_embeds, tokens, *scalars
             )
 
@@ -198,7 +197,7 @@ class Denoiser:
         prompt_embeds: jax.Array,
         noise: jax.Array,
         timestep: jax.Array,
-        guidance_scale: jax.Array,
+        guidance_scale: tuple[jax.Array, ...],
         coefficients: StepCoefficients,
     ) -> tuple[jax.Array, jax.Array]:
         """Transformer, guidance and scheduler on one device.
@@ -223,7 +222,7 @@ class Denoiser:
         output = jax.lax.all_gather(output.astype(jnp.float32), "dp", tiled=True)
         if self.guided:
             negative, positive = jnp.split(output, 2)
-            output = negative + guidance_scale * (positive - negative)
+            output = negative + guidance_scale[0] * (positive - negative)
         following, x0 = step(tokens, output, previous_x0, noise, coefficients)
         # Rows without a patch stay zero, whatever the transformer makes of them.
         rows = row_indices(tokens.shape[1])[:, None]
@@ -237,10 +236,12 @@ class Denoiser:
 
         return transformer.TokenTransformer.abstract(self.config, self.layout, self.attention)
 
+    def step_scalars(
+        self, timestep: int, guidance_scale: float, coefficients: StepCoefficients
+    ) -> tuple[np.int32, tuple[np.float32, ...], StepCoefficients]:
+        """Returns what changes from step to step as arrays: constants would recompile the program.
 
-def step_scalars(
-    timestep: int, guidance_scale: float, coefficients: StepCoefficients
-) -> tuple[np.int32, np.float32, StepCoefficients]:
-    """Returns what changes from step to step as arrays: constants would recompile the program."""
-    scalars = StepCoefficients(*map(np.float32, coefficients))
-    return np.int32(timestep), np.float32(guidance_scale), scalars
+        Unguided, the step has no guidance scale: JAX drops unused arguments from the executable.
+        """
+        guidance = (np.float32(guidance_scale),) if self.guided else ()
+        return np.int32(timestep), guidance, StepCoefficients(*map(np.float32, coefficients))

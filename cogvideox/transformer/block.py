@@ -78,13 +78,12 @@ class Block:
         # Shift, scale and gate of video, then of text; [b, 2, E] each, text first.
         video_and_text = six.reshape(six.shape[0], 2, 3, -1)
         shift, scale, gate = (video_and_text[:, ::-1, i] for i in range(3))
-        scale = 1 + scale
         # The norm's own weight and bias are folded in.
-        shift = parameters.get(f"{norm}.norm.bias", 0.0) * scale + shift
-        scale = parameters.get(f"{norm}.norm.weight", 1.0) * scale
+        factor = parameters.get(f"{norm}.norm.weight", 1.0) * (1 + scale)
+        shift = parameters.get(f"{norm}.norm.bias", 0.0) * (1 + scale) + shift
         rows = row_indices(x.shape[1])
         text_rows = jnp.clip(self.text_tokens - rows[0], 0, rows.size)
-        modulated = self.backend.norm_and_modulate(x, scale, shift, text_rows, self.norm_eps)
+        modulated = self.backend.norm_and_modulate(x, factor, shift, text_rows, self.norm_eps)
         gate = jnp.where((rows < self.text_tokens)[:, None], gate[:, :1], gate[:, 1:])
         return modulated, gate.astype(x.dtype)
 

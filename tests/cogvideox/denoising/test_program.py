@@ -32,7 +32,7 @@ def denoiser(guided: bool) -> Denoiser:
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_an_executable_is_kept_and_found(guided, tmp_path):
-    """Unguided, the step does not use the guidance scale, but its manifest lists all arguments."""
+    """JAX drops unused arguments, which the manifest would list."""
     program = denoiser(guided).program
     assert compile_into([program], tmp_path) == [program.manifest_name]
 
