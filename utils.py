@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from runtime import processes, stopping
 from runtime.errors import InputError, RunError, Stopped, checking_input
@@ -311,10 +311,9 @@ def add_executables(parser: ArgumentParser) -> None:
     )
 
 
-_Options = TypeVar("_Options")
-
-
-def options(kind: type[_Options], arguments: argparse.Namespace, **changes: object) -> _Options:
+def options[Options](
+    kind: type[Options], arguments: argparse.Namespace, **changes: object
+) -> Options:
     """Makes a dataclass whose fields are the arguments of the same names.
 
     Args:

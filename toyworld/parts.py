@@ -9,7 +9,6 @@ import random
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import TypeVar
 
 import sentencepiece
 import torch
@@ -26,8 +25,6 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from toyworld.captions import all_things, draw_scene, full_caption, partial_caption
 from toyworld.world import FRAMES, HEIGHT, WIDTH
-
-Part = TypeVar("Part", bound=torch.nn.Module)
 
 MAX_TOKENS = 32
 LATENT_CHANNELS = 12
@@ -184,20 +181,20 @@ def rotary_embedding(latent_frames: int, device: torch.device) -> tuple[torch.Te
     return cosines, sines
 
 
-def move(
+def move[Part: torch.nn.Module](
     part: Part, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Part:
     """`part.to`, whose arguments transformers and diffusers do not declare."""
     return part.to(device=device, dtype=dtype)
 
 
-def freeze(part: Part) -> Part:
+def freeze[Part: torch.nn.Module](part: Part) -> Part:
     """Rounds the weights to bfloat16, keeps them as float32, and ends their training."""
     rounded = move(move(part, dtype=torch.bfloat16), dtype=torch.float32)
     return rounded.eval().requires_grad_(False)
 
 
-def copy_in_bfloat16(part: Part) -> Part:
+def copy_in_bfloat16[Part: torch.nn.Module](part: Part) -> Part:
     """A bfloat16 copy on the CPU; the part itself stays as it is."""
     return move(copy.deepcopy(part), "cpu", torch.bfloat16)
 
