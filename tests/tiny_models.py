@@ -33,6 +33,7 @@ def save_tiny_model(
     sample_frames: int = 17,
     max_text_seq_length: int = 16,
     scheduler: type = diffusers.CogVideoXDPMScheduler,
+    block_out_channels: tuple[int, ...] = (16, 16, 32, 32),
     seed: int = 0,
     **transformer_config: object,
 ) -> Path:
@@ -64,7 +65,7 @@ def save_tiny_model(
         **transformer_config,
     )
     vae = diffusers.AutoencoderKLCogVideoX(
-        block_out_channels=(16, 16, 32, 32),
+        block_out_channels=block_out_channels,
         latent_channels=8,
         layers_per_block=1,
         norm_num_groups=8,
