@@ -1,4 +1,4 @@
-"""Exact attention for TPU, fast at head size 64. Needs only JAX."""
+"""Exact attention for TPU, fast at head size 64. Needs only JAX; see README.md."""
 
 from splash_attention.attention import (
     attention_part,
@@ -7,11 +7,16 @@ from splash_attention.attention import (
     splash_attention,
 )
 from splash_attention.block_sizes import BlockSizes
+from splash_attention.reference import reference_attention
+from splash_attention.sharded import ring_attention, sharded_attention
 
 __all__ = [
     "BlockSizes",
     "attention_part",
     "query_scale",
+    "reference_attention",
+    "ring_attention",
     "sequence_minor_attention",
+    "sharded_attention",
     "splash_attention",
 ]

@@ -1,4 +1,4 @@
-"""The public functions: from arrays as callers hold them to the kernel's operands.
+"""Public entry points: check the arguments, lay them out for the kernel, choose a path per head.
 
 Axis letters: B batch, N heads (with batch, where flattened), S query tokens, K key tokens,
 D head size.
@@ -22,10 +22,10 @@ _PRECISIONS = ("bf16", "int8_qk")
 
 
 def query_scale(head_dim: int, scale: float | None = None) -> float:
-    """The factor on q that makes q.k the base-2 logarithm of a softmax weight.
+    """Return the factor on q that turns q.k into the base-2 logarithm of a softmax weight.
 
-    Multiply q by it in float32, before the one rounding to bfloat16: a second rounding is the
-    larger half of the kernel's error.
+    Multiply q by it in float32 before q is rounded to bfloat16. Rounding q a second time would be
+    the larger half of the kernel's error.
     """
     return (1 / math.sqrt(head_dim) if scale is None else scale) * math.log2(math.e)
 
@@ -42,34 +42,33 @@ def splash_attention(
     smooth_k: bool = False,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """Exact softmax attention, non-causal, on a TPU core.
+    """Compute exact, non-causal softmax attention on one TPU core.
 
     Args:
-        q: [..., S, D] bfloat16 or float32; batch and heads are optional leading axes. D is at most
-            256; 64, 128, 192 and 256 run as they are, others are padded with zeros.
-        k: [..., K, D], leading axes and dtype of `q`.
-        v: [..., K, D], leading axes and dtype of `q`.
-        scale: factor on the scores; 1 / sqrt(D) when None.
-        window_size: with w, query i sees only the keys j with |i - j| <= w; what no query of a tile
-            sees is skipped. All keys when None.
-        block_sizes: tiles of the kernel; chosen from the tuned table of the chip when None.
-        precision: "bf16" multiplies in the dtype of the inputs: bfloat16 operands with float32
-            accumulation, float32 operands without loss. "int8_qk" makes q (one step a query) and k
-            (one step a head) pairs of int8 for Q.K and keeps P.V in bfloat16: a fifth fewer cycles
-            at head size 64, a relative error of 8e-3 of unit normal inputs instead of 3e-3. Best
-            with `smooth_k` where keys have a common offset, as trained models have.
-        smooth_k: subtract the mean key of a head from its keys first. Softmax does not change;
-            what is left is small, so that rounding it to int8, or to bfloat16 in a later product,
-            loses less. Costs a pass over k.
+        q: [..., S, D] bfloat16 or float32. Batch and heads are optional leading axes. D is at most
+            256; sizes other than 64, 128, 192 and 256 are padded with zeros.
+        k: [..., K, D], with the leading axes and the dtype of `q`.
+        v: [..., K, D], with the leading axes and the dtype of `q`.
+        scale: factor on the scores. Default: 1 / sqrt(D).
+        window_size: query i attends only to keys j with |i - j| <= window_size. Tiles outside the
+            window are skipped. Default: all keys.
+        block_sizes: tile sizes of the kernel. Default: the chip's entry in the tuned table.
+        precision: "bf16" multiplies in the dtype of the inputs: bfloat16 with float32 accumulation,
+            or float32 without loss. "int8_qk" quantises q (a step per query) and k (a step per
+            head) to pairs of int8 for Q.K and keeps P.V in bfloat16. At head size 64 it takes a
+            fifth fewer cycles; its relative error on unit normal inputs is 8e-3 instead of 3e-3.
+        smooth_k: subtract each head's mean key from its keys first. Softmax does not change, and
+            smaller keys lose less to rounding. Use it with "int8_qk" where keys share an offset, as
+            those of trained models do. Costs one pass over k.
         interpret: run the kernel in TPU interpret mode, on any backend.
 
     Returns:
         [..., S, D] in the dtype of `q`.
 
     Raises:
-        TypeError: a dtype other than bfloat16 and float32, or mixed dtypes.
-        ValueError: shapes that do not fit together, an option out of range, a query that sees no
-            key, or block sizes that need more VMEM than the chip has.
+        TypeError: dtypes are mixed, or are neither bfloat16 nor float32.
+        ValueError: shapes do not fit together, an option is out of range, a query sees no key, or
+            the block sizes need more VMEM than the chip has.
     """
     check_shapes(q.shape, k.shape, v.shape, window_size)
     out = sequence_minor_attention(
@@ -86,16 +85,15 @@ def splash_attention(
 def _sequence_minor(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [..., S, D], k and v [..., K, D] as the kernel takes them, [N, D, S], [N, K, D], [N, D, K].
+    """Convert q [..., S, D], k and v [..., K, D] to [N, D, S], [N, K, D] and [N, D, K].
 
-    q is scaled; D is filled up with zeros to a multiple of 64.
+    q is scaled. D is padded with zeros to a multiple of 64.
     """
     _check_dtypes(q, k, v)
     head_dim = q.shape[-1]
     if v.shape[-1] != head_dim:
         raise ValueError(f"v has head size {v.shape[-1]}, q and k have {head_dim}")
-    if head_dim > _MAX_HEAD_DIM:
-        raise ValueError(f"head size is {head_dim}; at most {_MAX_HEAD_DIM} is supported")
+    _check_head_dim(head_dim)
     padding = (0, 0), (0, 0), (0, -head_dim % _HEAD_DIM_STEP)
     q = (q.astype(jnp.float32) * query_scale(head_dim, scale)).astype(q.dtype)
     q, k, v = (
@@ -114,16 +112,16 @@ def attention_part(
     block_sizes: BlockSizes | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`splash_attention` to some of the keys, to be merged with the parts of the others.
+    """Attend to one part of the keys; merge parts by their softmax denominators.
 
     Args:
         q, k, v: [..., S, D] and [..., K, D], as in `splash_attention`.
-        kv_len: int32, how many of the keys count, from 0 to K; what follows must be finite.
+        kv_len: int32 scalar in 0..K, the number of valid keys. Keys past it must be finite.
         scale, block_sizes, interpret: as in `splash_attention`.
 
     Returns:
-        The output [..., S, D] float32 and log2 of the softmax denominators [..., S, 1] float32.
-        Where no key counts they are NaN and -infinity.
+        The output [..., S, D] float32, and log2 of the softmax denominators [..., S, 1] float32.
+        With no valid key these are NaN and -infinity.
     """
     check_shapes(q.shape, k.shape, v.shape, None)
     minor = _sequence_minor(q, k, v, scale)
@@ -156,21 +154,20 @@ def sequence_minor_attention(
     smooth_k: bool = False,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """`splash_attention` of operands in the kernel's own layout: nothing is transposed outside.
+    """Compute `splash_attention` on operands in the kernel's layout, without transposing them.
 
     Args:
-        q: [..., D, S], already multiplied by `query_scale` before it was rounded; D is a multiple
-            of 64, at most 256.
-        k: [..., K, D]; or, with q [..., N, D, S], [..., K, N x D], the keys of N heads side by side
-            as a projection makes them. These are read as they are for D = 64 with N even and for
-            D = 128 and 256, and transposed first for others. Two heads of 64 share a product, so a
-            NaN or infinity in the keys of one reaches both.
+        q: [..., D, S], multiplied by `query_scale` before it was rounded. D is at most 256; sizes
+            other than 64, 128, 192 and 256 are padded with zeros, which copies all operands.
+        k: [..., K, D]; or, with q [..., N, D, S], [..., K, N x D]: the keys of N heads side by side
+            as a projection makes them. D = 64 with even N, D = 128 and D = 256 are read in place,
+            other sizes are transposed first. Two heads of 64 share a product, so NaN or infinity in
+            the keys of one head reaches both.
         v: [..., D, K].
-        kv_len: keys that count; those from it on are padding, whatever they hold. K when None.
-        largest_score: [...], for each head a number that no |score| exceeds, in powers of two, as
-            q.k comes out. Spares reading q and k for their norms; too low a number lets softmax
-            overflow. From the norms when None.
-        largest_value: [...], for each head a number that no |v| exceeds; spares reading v.
+        kv_len: number of valid keys; later keys are padding and may hold anything. Default: K.
+        largest_score: [...], an upper bound per head on |q.k|, in powers of two. Saves reading q
+            and k for their norms. If it is too low, softmax overflows. Default: from the norms.
+        largest_value: [...], an upper bound per head on |v|. Saves reading v.
         window_size, block_sizes, precision, smooth_k, interpret: as in `splash_attention`.
 
     Returns:
@@ -179,54 +176,29 @@ def sequence_minor_attention(
     Raises:
         TypeError, ValueError: as `splash_attention`.
     """
-    *leading, head_dim, q_len = q.shape if q.ndim > 1 else (0, 0)
-    heads = math.prod(leading)
-    side_by_side = bool(leading) and k.ndim == q.ndim - 1
-    beside, batch = (leading[-1], leading[:-1]) if side_by_side else (1, leading)
-    keys = k.shape[-2] if k.ndim > 1 else 0
-    if k.shape != (*batch, keys, beside * head_dim) or v.shape != (*leading, head_dim, keys):
-        raise ValueError(
-            "attention needs q [..., D, S], k [..., K, D], v [..., D, K], or with q [..., N, D, S] "
-            f"k [..., K, N x D]; got {q.shape}, {k.shape}, {v.shape}"
-        )
-    if kv_len is None:
-        kv_len = keys
-    if not 0 < kv_len <= keys:
-        raise ValueError(f"kv_len is {kv_len}; k and v have {keys} keys")
-    valid = (*leading, kv_len, head_dim)
-    check_shapes((*leading, q_len, head_dim), valid, valid, window_size)
-    if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
-        raise ValueError(
-            f"head size is {head_dim}; this entry takes multiples of {_HEAD_DIM_STEP} up to "
-            f"{_MAX_HEAD_DIM}"
-        )
-    if precision not in _PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be one of {_PRECISIONS}")
-    _check_dtypes(q, k, v)
+    kv_len, beside = _check_sequence_minor(q, k, v, kv_len, window_size, precision)
+    *leading, head_dim, q_len = q.shape
     for name, largest in (("largest_score", largest_score), ("largest_value", largest_value)):
         if largest is not None and largest.shape != tuple(leading):
             raise ValueError(f"{name} is {largest.shape}; q has heads {tuple(leading)}")
     if window_size is not None and window_size >= max(q_len, kv_len) - 1:
         window_size = None
 
-    q, v = (x.reshape(heads, head_dim, -1) for x in (q, v))
-    k = k.reshape(heads // beside, keys, beside * head_dim)
-    if beside > 1 and not can_lie_side_by_side(head_dim, beside):
-        k = k.reshape(-1, keys, beside, head_dim).swapaxes(1, 2).reshape(heads, keys, head_dim)
+    q, k, v = _flatten_heads(q, k, v, beside)
     if precision == "int8_qk":
-        # What smoothing leaves is rounded once, to int8.
+        # Smoothed keys are rounded once, to int8.
         k = k.astype(jnp.float32)
     if smooth_k:
         k = smooth(k, kv_len)
     if largest_score is None:
         largest_score = largest_scores(q, k, kv_len)
     elif smooth_k:
-        # The mean key has a score of its own, no larger than theirs.
+        # |q.mean| is at most the largest |q.k|.
         largest_score = 2 * largest_score
     if largest_value is None:
         largest_value = largest_values(v, kv_len)
-    bounded = bounded_heads(largest_score.reshape(heads), largest_value.reshape(heads), kv_len)
-    out_dtype, q_scale = q.dtype, None
+    bounded = bounded_heads(largest_score.reshape(-1), largest_value.reshape(-1), kv_len)
+    out_dtype, q_scale, padded_head_dim = q.dtype, None, q.shape[1]
     if precision == "int8_qk":
         q, k, q_scale = quantize(q, k, kv_len)
         v = v.astype(jnp.bfloat16)
@@ -241,9 +213,69 @@ def sequence_minor_attention(
         most_valid=kv_len,
         window_size=window_size,
         out_dtype=out_dtype,
-        **_how_to_run(block_sizes, head_dim, q_len, kv_len, q.dtype, interpret),
+        **_how_to_run(block_sizes, padded_head_dim, q_len, kv_len, q.dtype, interpret),
     )
-    return out.reshape(*leading, head_dim, q_len)
+    return out[:, :head_dim].reshape(*leading, head_dim, q_len)
+
+
+def _check_sequence_minor(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_len: int | None,
+    window_size: int | None,
+    precision: str,
+) -> tuple[int, int]:
+    """Check the operands of `sequence_minor_attention`; return kv_len and the heads side by side.
+
+    Raises:
+        TypeError, ValueError: as `splash_attention`.
+    """
+    *leading, head_dim, q_len = q.shape if q.ndim > 1 else (0, 0)
+    side_by_side = bool(leading) and k.ndim == q.ndim - 1
+    beside, batch = (leading[-1], leading[:-1]) if side_by_side else (1, leading)
+    keys = k.shape[-2] if k.ndim > 1 else 0
+    if k.shape != (*batch, keys, beside * head_dim) or v.shape != (*leading, head_dim, keys):
+        raise ValueError(
+            "attention needs q [..., D, S], k [..., K, D], v [..., D, K], or with q [..., N, D, S] "
+            f"k [..., K, N x D]; got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if kv_len is None:
+        kv_len = keys
+    if not 0 < kv_len <= keys:
+        raise ValueError(f"kv_len is {kv_len}; k and v have {keys} keys")
+    valid = (*leading, kv_len, head_dim)
+    check_shapes((*leading, q_len, head_dim), valid, valid, window_size)
+    _check_head_dim(head_dim)
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {_PRECISIONS}")
+    _check_dtypes(q, k, v)
+    return kv_len, beside
+
+
+def _flatten_heads(
+    q: jax.Array, k: jax.Array, v: jax.Array, beside: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Reshape checked operands to q [N, D, S], k [N / beside, K, beside x D] and v [N, D, K].
+
+    D is padded with zeros to a multiple of 64. Keys that cannot be read side by side become
+    [N, K, D].
+    """
+    head_dim = q.shape[-2]
+    q, v = (x.reshape(-1, head_dim, x.shape[-1]) for x in (q, v))
+    k = k.reshape(-1, k.shape[-2], beside, head_dim)
+    missing = -head_dim % _HEAD_DIM_STEP
+    if missing:
+        q, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (q, v))
+        k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    if beside > 1 and not can_lie_side_by_side(q.shape[1], beside):
+        k = k.swapaxes(1, 2).reshape(len(q), k.shape[1], -1)
+    return q, k.reshape(*k.shape[:2], -1), v
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim > _MAX_HEAD_DIM:
+        raise ValueError(f"head size is {head_dim}; at most {_MAX_HEAD_DIM} is supported")
 
 
 def _check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -262,7 +294,7 @@ def _how_to_run(
     dtype: jnp.dtype,
     interpret: bool | pltpu.InterpretParams,
 ) -> dict[str, Any]:
-    """The kernel's tiles, VMEM limit and interpretation, as its keyword arguments."""
+    """Return the kernel's keyword arguments block_sizes, vmem_limit_bytes and interpret."""
     chip = current_chip(interpret=bool(interpret))
     if not isinstance(block_sizes, BlockSizes | None):
         raise TypeError(f"block_sizes is {block_sizes!r}; it must be a BlockSizes or None")
@@ -276,22 +308,23 @@ def _how_to_run(
 
 
 def smooth(k: jax.Array, kv_len: int) -> jax.Array:
-    """k [B, K, N x D] less the mean of its first `kv_len` keys, in its own dtype.
+    """Subtract from k [B, K, N x D] the mean of its first `kv_len` keys, keeping its dtype.
 
-    q.(k - mean) differs from q.k by the same number for every key, which softmax ignores
-    (SageAttention, Zhang et al. 2024).
+    q.(k - mean) differs from q.k by the same number for every key, so softmax does not change.
+
+    Source: SageAttention (arXiv 2410.02367).
     """
     mean = jnp.mean(k[:, :kv_len].astype(jnp.float32), axis=1, keepdims=True)
     return (k.astype(jnp.float32) - mean).astype(k.dtype)
 
 
 def largest_scores(q: jax.Array, k: jax.Array, kv_len: int) -> jax.Array:
-    """What no |score| of a head exceeds, by Cauchy and Schwarz: max|q| max|k|, [N] float32.
+    """Bound |q.k| per head by the Cauchy-Schwarz inequality: max|q| max|k|, [N] float32.
 
     Args:
-        q: [N, D, S] with `query_scale` folded in.
+        q: [N, D, S], scaled by `query_scale`.
         k: [B, K, N / B x D].
-        kv_len: keys that count.
+        kv_len: number of valid keys.
     """
     heads, head_dim, _ = q.shape
     q_squares = jnp.square(q.astype(jnp.float32))
@@ -303,23 +336,23 @@ def largest_scores(q: jax.Array, k: jax.Array, kv_len: int) -> jax.Array:
 
 
 def largest_values(v: jax.Array, kv_len: int) -> jax.Array:
-    """max|v| over the first `kv_len` keys of v [N, D, K], [N]."""
+    """Return max|v| per head over the first `kv_len` keys of v [N, D, K]: [N]."""
     return jnp.max(jnp.abs(v[..., :kv_len]), axis=(1, 2))
 
 
 def bounded_heads(largest_score: jax.Array, largest_value: jax.Array, kv_len: int) -> jax.Array:
-    """Which heads need no running maximum: [N] int32.
+    """Return 1 for each head that needs no running maximum, else 0: [N] int32.
 
-    Where every score s, in powers of two, has |s| <= B, 2^-B <= exp2(s) <= 2^B, and neither the
-    denominator nor the sum of weighed values overflows while B + log2(keys) + log2(max|v|) stays
-    below 127. At the other end the smallest weight times a value 2^-24 of the largest must still be
-    a normal number, above 2^-126. A head with an infinity compares false, and takes the online
-    path. NaN may take either: it comes out in the same places.
+    If every score s, in powers of two, has |s| <= B, then 2^-B <= exp2(s) <= 2^B. The denominator
+    and the weighted sum of values stay finite while B + log2(keys) + log2(max|v|) < 127. At the
+    other end, the smallest weight times a value of 2^-24 max|v| must be a normal number, above
+    2^-126. A head with an infinity compares false and takes the online path. A head with NaN may
+    take either path; the NaN comes out in the same places.
 
     Args:
         largest_score: B, [N].
         largest_value: max|v|, [N].
-        kv_len: keys that count.
+        kv_len: number of valid keys.
     """
     log_v = jnp.log2(largest_value.astype(jnp.float32))
     above = largest_score + math.log2(kv_len) + jnp.maximum(log_v, 0) <= 126

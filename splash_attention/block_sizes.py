@@ -1,4 +1,4 @@
-"""How the kernel cuts its work into tiles, and the VMEM that a choice needs."""
+"""Choose the kernel's tile sizes for a shape, and compute the VMEM they need."""
 
 import dataclasses
 import math
@@ -11,20 +11,20 @@ from splash_attention.tuned_tables import TABLES
 
 _MIB = 2**20
 
-# VMEM of a core; what the compiler keeps for itself and for the code around the kernel is left out
-# of the kernel's limit.
+# VMEM of a core. The kernel's limit leaves 8 MiB to the compiler and the code around the kernel.
 _CHIP_VMEM_MIB = {"v5e": 128, "v5p": 64, "v6e": 128}
 _RESERVED_MIB = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Tiles of the kernel, in tokens.
+    """Tile sizes of the kernel, in tokens.
 
-    block_q: queries of one grid step, a multiple of 128.
-    block_kv: keys that are in VMEM at once, a multiple of chunk x unroll.
-    chunk: keys of one matrix product, a multiple of 128.
-    unroll: chunks of one straight-line body; the bodies of a block are a loop.
+    Attributes:
+        block_q: queries per grid step, a multiple of 128.
+        block_kv: keys held in VMEM at once, a multiple of chunk x unroll.
+        chunk: keys per matrix product, a multiple of 128.
+        unroll: chunks per unrolled loop body.
     """
 
     block_q: int
@@ -47,37 +47,49 @@ class BlockSizes:
             )
 
     def vmem_bytes(self, head_dim: int, dtype: jnp.dtype) -> int:
-        """VMEM the kernel needs: two buffers of every operand, the accumulators, temporaries.
+        """Return the VMEM the kernel needs: double-buffered operands, accumulators, temporaries.
 
-        `dtype` is that of q and k; beside int8, v and the output are bfloat16.
+        Args:
+            head_dim: D.
+            dtype: of q and k. With int8, v and the output are bfloat16.
         """
         item = jnp.dtype(dtype).itemsize
         value_item = max(item, 2)
         rows = head_dim * DIGITS if item == 1 else head_dim
         keys = 2 * self.block_kv * _round_up(rows, 128) * item
         values = 2 * self.block_kv * head_dim * value_item
-        # Queries beside the rows of a neighbour.
+        # The queries, padded to the lanes that two heads of 64 share.
         placed = self.block_q * 128 * item if rows < 128 else 0
         queries_and_outputs = 2 * self.block_q * (rows * item + head_dim * value_item)
-        # Maximum, denominators, both buffers of their logarithms and of the scales of q: 8 rows.
+        # Maximum, denominators, and two buffers each of log2 denominators and q scales: 8 rows.
         accumulators = self.block_q * (head_dim + 6 * 8) * 4
-        # Scores of the chunks in flight: two ahead, one being weighed, as float32 and as operand.
+        # Scores of the chunks in flight: two ahead, one being weighted, in float32 and in the dtype
+        # of the values.
         temporaries = 4 * self.chunk * self.block_q * (4 + value_item)
         if item == 4:
-            # Every chunk of a body has its own place for float32 operands split in three bfloat16.
+            # Each chunk of a body keeps its float32 operands split into three bfloat16.
             temporaries += 6 * self.unroll * self.chunk * (self.block_q + 2 * head_dim)
         return keys + values + placed + queries_and_outputs + accumulators + temporaries
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelChip:
-    """A TPU generation as the kernel sees it: name as in the tuned tables, VMEM of a core."""
+    """The facts of a TPU core that tile sizes depend on.
+
+    Attributes:
+        name: TPU generation, a key of the tuned tables.
+        vmem_bytes: VMEM that the kernel may use.
+    """
 
     name: str
     vmem_bytes: int
 
     def require_vmem(self, block_sizes: BlockSizes, head_dim: int, dtype: jnp.dtype) -> int:
-        """The VMEM limit for the compiler, in bytes; ValueError when the tiles need more."""
+        """Return the VMEM limit for the compiler, in bytes.
+
+        Raises:
+            ValueError: the tiles need more VMEM.
+        """
         need = block_sizes.vmem_bytes(head_dim, dtype)
         if need > self.vmem_bytes:
             raise ValueError(
@@ -89,14 +101,22 @@ class KernelChip:
 
 
 def chip_named(name: str) -> KernelChip:
-    """The chip of that name: v5e, v5p or v6e."""
+    """Return the core of a TPU generation: v5e, v5p or v6e.
+
+    Raises:
+        ValueError: no tuned table for that name.
+    """
     if name not in _CHIP_VMEM_MIB:
         raise ValueError(f"no table for chip {name!r}; there is one for {sorted(_CHIP_VMEM_MIB)}")
     return KernelChip(name, (_CHIP_VMEM_MIB[name] - _RESERVED_MIB) * _MIB)
 
 
 def current_chip(*, interpret: bool) -> KernelChip:
-    """The chip that is compiled for; v6e in interpret mode, which models none."""
+    """Return the core that JAX compiles for; v6e in interpret mode, which models no chip.
+
+    Raises:
+        ValueError: JAX does not compile for a TPU.
+    """
     if interpret:
         return chip_named("v6e")
     try:
@@ -111,10 +131,10 @@ def current_chip(*, interpret: bool) -> KernelChip:
 def choose_block_sizes(
     chip: KernelChip, head_dim: int, q_len: int, kv_len: int, dtype: jnp.dtype
 ) -> BlockSizes:
-    """Block sizes for a chip and a shape, from the tuned tables.
+    """Look up the tuned tile sizes for a chip and fit them to a shape.
 
     Raises:
-        ValueError: a head size over those of the tables, or keys that fit VMEM in no block.
+        ValueError: the head size exceeds those of the tables, or no block of keys fits VMEM.
     """
     tables = TABLES[chip.name]
     if head_dim > max(tables):
@@ -123,11 +143,11 @@ def choose_block_sizes(
     _, *tuned = next((row for row in rows if kv_len <= row[0]), rows[-1])
     block_q, chunk, unroll = tuned
     if jnp.dtype(dtype).itemsize == 4:
-        # Products of float32 take the MXU so long that a short body fills it.
+        # float32 products keep the MXU busy for so long that short bodies suffice.
         unroll = min(unroll, 8)
     if jnp.dtype(dtype).itemsize == 1:
-        # A chunk of int8 is shorter, and filling and draining a body weighs more: 45,106 keys of
-        # head size 64 on v6e take 26.1M cycles in three bodies, 25.4M in one.
+        # int8 chunks are shorter, so filling and draining a body costs relatively more: 45,106 keys
+        # of head size 64 on v6e take 26.1M cycles in three bodies, 25.4M in one.
         unroll *= 3
     return fit_block_sizes(chip, (block_q, chunk, unroll), head_dim, q_len, kv_len, dtype)
 
@@ -140,10 +160,15 @@ def fit_block_sizes(
     kv_len: int,
     dtype: jnp.dtype,
 ) -> BlockSizes:
-    """Tuned (block_q, chunk, unroll at most) cut to a shape.
+    """Fit tuned sizes to a shape: as few blocks of keys as VMEM allows, in bodies of equal length.
 
-    As few blocks of keys as fit VMEM, best the whole head in one; the bodies of a block are of
-    equal length, so that few keys are padding.
+    Equal bodies keep the padding of the keys small.
+
+    Args:
+        tuned: block_q, chunk, largest unroll.
+
+    Raises:
+        ValueError: not even one chunk of keys fits VMEM.
     """
     block_q, chunk, most_unrolled = tuned
     block_q = min(block_q, _round_up(q_len, 128))
@@ -152,7 +177,7 @@ def fit_block_sizes(
     for kv_blocks in range(1, all_chunks + 1):
         chunks = math.ceil(all_chunks / kv_blocks)
         least = math.ceil(chunks / most_unrolled)
-        # A body's filling and draining takes about as long as a chunk.
+        # Filling and draining a body takes about as long as one chunk.
         groups = min(range(least, 2 * least + 1), key=lambda n: n * (math.ceil(chunks / n) + 1))
         unroll = math.ceil(chunks / groups)
         sizes = BlockSizes(block_q, groups * unroll * chunk, chunk, unroll)

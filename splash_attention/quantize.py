@@ -1,4 +1,4 @@
-"""int8 operands for Q.K, with scales that the kernel can apply without another rounding.
+"""Quantise q and k to pairs of int8, with scales that the kernel applies without rounding.
 
 Axis letters: N heads, S queries, K keys, D head size.
 """
@@ -6,37 +6,37 @@ Axis letters: N heads, S queries, K keys, D head size.
 import jax
 import jax.numpy as jnp
 
-# int8 numbers that stand for one of an operand.
+# int8 digits per number.
 DIGITS = 2
 
-# Rows of an int8 tile; keys that end inside one are loaded through 64 more instructions a chunk.
+# Rows of an int8 tile. Keys that end inside a tile cost 64 more load instructions per chunk.
 _TILE = 32
 _MOST = 127
 
-# How much of the first digit is in the second, and what a product of both pairs then comes to.
+# The share of the first digit in the second, and the factor on a product of two pairs; see _digits.
 _SHARE = 1 / 4
 _GAIN = 1 + _SHARE**2
 
 
 def quantize(q: jax.Array, k: jax.Array, kv_len: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q and k as pairs of int8, and what a product of the two is worth.
+    """Quantise q and k to pairs of int8, with one scale per query for their products.
 
-    The step of k is one number a head, that of q one a query, such that the product of the two
-    steps is a power of two: the kernel scales in bfloat16, where only such a product is exact.
+    k has one step per head and q one per query, chosen such that the product of the two steps is a
+    power of two: the kernel scales in bfloat16, where only such a product is exact.
 
     Args:
-        q: [N, D, S], scale x log2(e) folded in.
+        q: [N, D, S], scaled by `query_scale`.
         k: [B, K, N / B x D].
-        kv_len: keys that count.
+        kv_len: number of valid keys.
 
     Returns:
-        q [N, 2 x D, S] int8, k [B, K rounded up to 32, N / B x 2 x D] int8, scales [N, 1, S]
-        bfloat16.
+        q [N, 2 x D, S] int8, k [B, K rounded up to 32, N / B x 2 x D] int8, and the scales
+        [N, 1, S] bfloat16.
     """
     heads, head_dim, _ = q.shape
     q = q.astype(jnp.float32)
     k = k.astype(jnp.float32).reshape(*k.shape[:2], -1, head_dim)
-    # An operand of zeros has any step.
+    # The step of an all-zero operand, so that nothing divides by zero.
     tiny = jnp.float32(2.0**-60)
     k_step = jnp.max(jnp.abs(k[:, :kv_len]), axis=(1, 3), keepdims=True) / _MOST
     q_step = jnp.max(jnp.abs(q), axis=1, keepdims=True) / _MOST
@@ -50,15 +50,15 @@ def quantize(q: jax.Array, k: jax.Array, kv_len: int) -> tuple[jax.Array, jax.Ar
 
 
 def _digits(x: jax.Array, axis: int) -> jax.Array:
-    """x, at most 127, as two int8: its rounding a, and s a + g / s (x - a), rounded.
+    """Split |x| <= 127 into two int8 digits: a = round(x), and s a + g / s (x - a), rounded.
 
-    s is _SHARE, g is _GAIN = 1 + s^2. Of two numbers x and y with roundings a and b, the product of
-    the first digits plus that of the second is
+    s is _SHARE and g is _GAIN = 1 + s^2. For x and y with first digits a and b, the products of the
+    first and of the second digits add up to
 
         g (a b + a (y - b) + (x - a) b) + (g / s)^2 (x - a) (y - b)
 
-    and so g x y but for what is left of the last term, and a quarter of a step where the second
-    digits are rounded. Contracting over 128 numbers takes the MXU hardly longer than over 64.
+    This is g x y, but for a multiple of the last term and the rounding of the second digits, a
+    quarter of a step. The MXU contracts over 128 numbers in nearly the time of 64.
     """
     first = jnp.round(x)
     second = jnp.round(_SHARE * first + _GAIN / _SHARE * (x - first))

@@ -1,7 +1,7 @@
 """Attention in plain jax.numpy: float32 arithmetic, bounded memory, no kernel.
 
-The oracle of the tests, and the attention of the pipeline where there is no accelerator. Scores of
-one block of queries exist at a time, never the whole [S, S] matrix.
+Tests compare the kernel with it, and CPUs run it. It computes the scores of one block of queries at
+a time and never holds the whole [S, K] matrix.
 
 Axis letters: N heads, S query tokens, K key tokens, D head size.
 """
@@ -12,8 +12,8 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-# Scores held at once, over batch and heads: 2**26 float32 values are 256 MiB. Attention of a few
-# thousand tokens fits in one block and needs no loop.
+# Scores held at once, over batch and heads: 2**26 float32 values are 256 MiB. A few thousand tokens
+# fit in one block and need no loop.
 _MAX_SCORES = 2**26
 
 
@@ -25,21 +25,21 @@ def reference_attention(
     scale: float | None = None,
     window_size: int | None = None,
 ) -> jax.Array:
-    """Softmax attention, non-causal, computed in float32 whatever the input dtype.
+    """Compute non-causal softmax attention in float32, whatever the input dtype.
 
     Args:
-        q: [..., S, D]; batch and heads are optional leading axes, of any dtype.
-        k: [..., K, D], the same leading axes as `q`.
-        v: [..., K, Dv].
-        scale: factor on the scores; 1 / sqrt(D) when None.
-        window_size: with w, query i sees only the keys j with |i - j| <= w; all keys when None.
+        q: [..., S, D] of any dtype. Batch and heads are optional leading axes.
+        k: [..., K, D], with the leading axes of `q`.
+        v: [..., K, Dv], with the leading axes of `q`.
+        scale: factor on the scores. Default: 1 / sqrt(D).
+        window_size: query i attends only to keys j with |i - j| <= window_size. Default: all keys.
 
     Returns:
         [..., S, Dv] in the dtype of `q`.
 
     Raises:
-        ValueError: shapes that do not fit together, or a query that would see no key.
-        TypeError: a window_size that is no integer.
+        ValueError: shapes do not fit together, or a query sees no key.
+        TypeError: window_size is not an integer.
     """
     check_shapes(q.shape, k.shape, v.shape, window_size)
     if scale is None:
@@ -64,8 +64,8 @@ def reference_attention(
 
     if block == q_len:
         return attend(q, 0)
-    # The last block starts early enough to end with the last query, so no block is padded: some
-    # queries are computed twice, and written twice with the same value.
+    # The last block starts early enough to end with the last query, so no block needs padding. Some
+    # queries are computed twice, with the same result.
     starts = jnp.minimum(jnp.arange(-(-q_len // block)) * block, q_len - block)
     axis = q.ndim - 2
 
@@ -80,7 +80,12 @@ def reference_attention(
 def check_shapes(
     q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], window_size: int | None
 ) -> None:
-    """ValueError or TypeError unless [..., S, D], [..., K, D], [..., K, Dv] make an attention."""
+    """Check the shapes q [..., S, D], k [..., K, D], v [..., K, Dv], and the window.
+
+    Raises:
+        ValueError: shapes do not fit together, are empty, or leave a query without a key.
+        TypeError: window_size is not an integer.
+    """
     if min(map(len, (q, k, v))) < 2 or q[:-2] != k[:-2] or q[-1] != k[-1] or k[:-1] != v[:-1]:
         raise ValueError(
             f"attention needs q [..., S, D], k [..., K, D], v [..., K, Dv]; got {q}, {k}, {v}"

@@ -1,4 +1,4 @@
-"""Attention over a mesh: batch, heads and tokens split over its axes.
+"""Attention over a mesh whose axes shard batch, heads and tokens.
 
 Axis letters: B batch, N heads, S query tokens, K key tokens, D head size.
 """
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 AttentionPart = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
-# Stands for the denominator of no keys. Finite, so that differences are never NaN.
+# log2 of the denominator of no keys. Finite, so that differences are never NaN.
 _NOTHING = -3e38
 
 
@@ -25,25 +25,25 @@ def sharded_attention(
     head_axis: str | None = "tp",
     sequence_axis: str | None = None,
 ) -> Attention:
-    """`attention` on global arrays, with batch, heads and tokens each split over a mesh axis.
+    """Shard `attention` over a mesh: batch, heads and, by an all-to-all, tokens.
 
-    Tokens meet by an all-to-all: every device trades its tokens of all its heads for all tokens of
-    some of its heads (DeepSpeed Ulysses, arXiv 2309.14509). Each query so sees every key, whatever
-    part of the sequence it belongs to.
+    Along `sequence_axis` an all-to-all turns token shards of all heads into head shards of all
+    tokens, so `attention` sees whole sequences. A second one turns the output back.
+
+    Source: DeepSpeed Ulysses (arXiv 2309.14509).
 
     Args:
-        attention: function of q [B, N, S, D], k and v [B, N, K, D] of one device.
-        mesh: the devices; an axis it does not have counts as one of size 1.
-        batch_axis: mesh axis that shards B.
-        head_axis: mesh axis that shards N.
-        sequence_axis: mesh axis that shards S and K, which it need not divide: they are padded, and
-            the padding is cut off before `attention` sees it. It divides N / head_axis; where there
-            are more shards than heads, use `ring_attention`.
+        attention: function of q [B, N, S, D], k and v [B, N, K, D] on one device.
+        mesh: the devices. Axes that it lacks count as size 1.
+        batch_axis: mesh axis that shards B; must divide B.
+        head_axis: mesh axis that shards N; must divide N.
+        sequence_axis: mesh axis that shards S and K; must divide the heads of a device. It need not
+            divide S and K: they are padded, and the padding is removed before `attention` is
+            called. For more token shards than heads use `ring_attention`.
 
     Returns:
-        A function of global q [B, N, S, D], k and v [B, N, K, D], for use inside an outer `jax.jit`
-        on a mesh of Auto axes. It raises ValueError when a mesh axis does not divide what it
-        shards.
+        A function of global q [B, N, S, D], k and v [B, N, K, D] for use inside `jax.jit`, on a
+        mesh of Auto axes. It raises ValueError if a mesh axis does not divide what it shards.
     """
     axes = _Axes(mesh, batch_axis, head_axis, sequence_axis)
 
@@ -74,19 +74,21 @@ def ring_attention(
     head_axis: str | None = "tp",
     sequence_axis: str = "sp",
 ) -> Attention:
-    """Attention with tokens split over more devices than there are heads.
+    """Shard attention over a mesh with keys and values passed round a ring of devices.
 
-    Every device keeps its queries. Keys and values go round the ring of devices, and what each
-    part of them gives is merged by its softmax denominator (Ring Attention, arXiv 2310.01889). The
-    next part travels while the kernel works on the one that is here.
+    Works with more token shards than heads. Every device keeps its queries. In each step it attends
+    to the shard of keys it holds, merges the result by its softmax denominator, and has meanwhile
+    sent that shard to the next device.
+
+    Source: Ring Attention (arXiv 2310.01889).
 
     Args:
-        attention_part: what `splash_attention.attention_part` is: a function of q [B, N, S, D], k
-            and v [B, N, K, D] of one device and the int32 number of keys that count, to the output
-            and log2 of the denominators [B, N, S, 1], both float32.
+        attention_part: function of q [B, N, S, D], k and v [B, N, K, D] on one device and the int32
+            number of valid keys. Returns the output and log2 of the denominators [B, N, S, 1], both
+            float32, as `splash_attention.attention_part` does.
         mesh, batch_axis, head_axis: as in `sharded_attention`.
-        sequence_axis: mesh axis that shards S and K, which it need not divide: padding is added,
-            and masked in the parts that hold it.
+        sequence_axis: mesh axis that shards S and K. It need not divide them: padding is added and
+            masked.
 
     Returns:
         As `sharded_attention`.
@@ -104,7 +106,7 @@ def ring_attention(
             out = jnp.zeros(q.shape, jnp.float32)
             log_total = jnp.full((*q.shape[:3], 1), _NOTHING)
             for step in range(axes.tokens):
-                # Which shard's keys are here, and how many of them are not padding.
+                # The shard whose keys this device holds now, and how many of them are valid.
                 shard = (here - step) % axes.tokens
                 count = jnp.clip(kv_len - shard * keys, 0, keys).astype(jnp.int32)
                 following = (k, v)
@@ -112,7 +114,7 @@ def ring_attention(
                     following = jax.lax.ppermute((k, v), axes.sequence, forward)
                 part, log_part = attention_part(q, k, v, count)
                 merged = jnp.logaddexp2(log_total, log_part)
-                # A part without keys has weight 0 and no value.
+                # A part without keys has weight 0, and its output is NaN.
                 part = jnp.where(count > 0, part * jnp.exp2(log_part - merged), 0.0)
                 out = out * jnp.exp2(log_total - merged) + part
                 log_total = merged
@@ -125,7 +127,7 @@ def ring_attention(
 
 
 class _Axes:
-    """The mesh axes that shard batch, heads and tokens; None where there is none."""
+    """Names of the mesh axes that shard batch, heads and tokens; None for an absent axis."""
 
     def __init__(
         self, mesh: Mesh | AbstractMesh, batch: str | None, heads: str | None, sequence: str | None
@@ -136,7 +138,11 @@ class _Axes:
         self.tokens = 1 if self.sequence is None else mesh.shape[self.sequence]
 
     def check(self, q: jax.Array, why: str, shards_of_heads: int) -> None:
-        """ValueError unless the axes divide batch and heads, and heads per device the tokens'."""
+        """Check that the axes divide the batch and the heads, and `shards_of_heads` the rest.
+
+        Raises:
+            ValueError: they do not; the message names the axis.
+        """
         for size, axis, what in (
             (q.shape[0], self.batch, "batch"),
             (q.shape[1], self.heads, "heads"),
@@ -154,12 +160,12 @@ class _Axes:
             )
 
     def run(self, local: Attention, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """`local` on every device's part; tokens are padded with zeros to split evenly."""
+        """Run `local` on every device's shard, with tokens padded with zeros to equal shards."""
         spec = P(self.batch, self.heads, self.sequence, None)
         q, k, v = (
             jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % self.tokens), (0, 0))) for x in (q, k, v)
         )
-        # check_vma: pallas_call does not say over which mesh axes its outputs vary.
+        # check_vma=False: pallas_call does not declare over which mesh axes its outputs vary.
         return jax.shard_map(
             local, mesh=self.mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
         )(q, k, v)

@@ -66,7 +66,9 @@ def test_leading_axes_and_scale():
     np.testing.assert_array_equal(alone, out[1, 2])
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(4, 64), (3, 64), (2, 128)], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [(4, 64), (3, 64), (2, 128), (4, 16), (3, 32)], ids=str
+)
 def test_keys_side_by_side(heads, head_dim):
     """They give what natural keys give, to the bit, also where they are transposed first."""
     q, k, v = (normal((2, heads, 100, head_dim), "bfloat16", seed) for seed in range(3))

@@ -6,8 +6,8 @@
 
 Compiling for a TPU shows that a program is legal and what it costs. This shows that it computes the
 right numbers: the stage script runs unchanged, but with the backend and the layers it would choose
-on a TPU, every Pallas call in TPU interpret mode. Kernels are interpreted element by element, so use
-tiny models. All arguments other than --devices go to the script.
+on a TPU, every Pallas call in TPU interpret mode. Interpreted kernels are slow, so use tiny models.
+All arguments other than --devices go to the script.
 
 Executables are neither read nor kept: interpreted kernels are host callbacks, which cannot be
 serialised.
@@ -26,7 +26,9 @@ STAGES = {
     "stage3": ("stage3_vae_decoder.py", 4),
     "stage3_flax": ("stage3_vae_decoder_flax.py", 4),
 }
-USAGE = f"usage: python -m tests.tpu_path {'|'.join(STAGES)} [--devices N] [arguments of the script]"
+USAGE = (
+    f"usage: python -m tests.tpu_path {'|'.join(STAGES)} [--devices N] [arguments of the script]"
+)
 
 
 def parse(argv: list[str]) -> tuple[str, int, list[str]]:

@@ -6,7 +6,9 @@ measured against float32, and the TPU path may be at most 1.1 times as far off a
 """
 
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes  # noqa: F401 (numpy's bfloat16, which safetensors looks up by name)
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -22,7 +24,7 @@ MESHES = {"one device": (1, 1, 1), "dp=2 sp=2 tp=2": (2, 2, 2)}
 class Case:
     """A tiny model, diffusers' latents for it, and the output of stage 1."""
 
-    def __init__(self, folder: Path, generation: str, scheduler: str, **model: object) -> None:
+    def __init__(self, folder: Path, generation: str, scheduler: str, **model: Any) -> None:
         self.folder = folder
         path = save_tiny_model(folder / "model", generation, **model)
         settings = {"num_inference_steps": 3, "guidance_scale": 5.0}

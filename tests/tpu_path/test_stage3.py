@@ -22,9 +22,7 @@ SCRIPTS = {"stage3": "stage3_vae_decoder.py", "stage3_flax": "stage3_vae_decoder
 def folder(tmp_path_factory) -> Path:
     """Latents of stages 1 and 2 for a model whose VAE the Pallas kernels take."""
     folder = tmp_path_factory.mktemp("latents")
-    model = save_tiny_model(
-        folder / "model", num_layers=1, block_out_channels=(128, 128, 128, 256)
-    )
+    model = save_tiny_model(folder / "model", num_layers=1, block_out_channels=(128, 128, 128, 256))
     run_script("stage1_text_encoder.py", "--prompt", PROMPT, "--model_id", model,
                "--dtype=float32", "--output_dir", folder)  # fmt: skip
     run_script("stage2_transformer.py", "--input_dir", folder, "--dtype=float32",
@@ -45,7 +43,9 @@ def cpu(folder: Path) -> tuple[np.ndarray, float]:
     return videos[0], psnr(videos[1], videos[0])
 
 
-@pytest.mark.parametrize(("stage", "devices"), [("stage3_flax", 1), ("stage3", 4), ("stage3_flax", 6)])
+@pytest.mark.parametrize(
+    ("stage", "devices"), [("stage3_flax", 1), ("stage3", 4), ("stage3_flax", 6)]
+)
 def test_bfloat16_is_as_good_as_on_the_cpu_path(folder, cpu, stage, devices):
     exact, cpu_psnr = cpu
     video = folder / f"{stage}-{devices}.npy"
