@@ -131,7 +131,6 @@ def attention_kernel(
         The output [N, D, S]. With `with_log_total` also log2 of the softmax denominators [N, 1, S]
         float32, from which attention over disjoint parts of the keys can be merged.
     """
-    packed = _packed_heads(q, k)
     config = KernelConfig(
         block_q=block_sizes.block_q,
         block_kv=block_sizes.block_kv,
@@ -143,13 +142,13 @@ def attention_kernel(
         window_size=window_size,
         quantized=q_scale is not None,
         with_log_total=with_log_total,
-        packed=packed,
+        packed=_packed_heads(q, k),
     )
     one_path = isinstance(bounded, bool)
     scalars = [kv_len] if one_path else [kv_len, bounded]
     operands = ([] if q_scale is None else [q_scale]) + [q, k, v]
-    heads, head_dim, q_len = q.shape[0], v.shape[1], q.shape[2]
-    scores = heads * q_len * most_valid
+    heads, _, q_len = q.shape
+    head_dim, scores = v.shape[1], heads * q_len * most_valid
     return pl.pallas_call(
         functools.partial(_kernel_body, config=config, bounded=bounded if one_path else None),
         out_shape=[
