@@ -159,6 +159,7 @@ def _visible(config: KernelConfig, refs: Refs, start: jax.Array, window: bool) -
     """Return a bool mask of the visible scores: [chunk, 1], or [chunk, block_q] with a window."""
     visible = _in_range(config, refs, start, (config.chunk, 1), 0)
     if window:
+        assert config.window_size is not None
         key = _key_index(config, start, (config.chunk, 1), 0)
         query = pl.program_id(1) * config.block_q + jax.lax.broadcasted_iota(
             jnp.int32, (1, config.block_q), 1
@@ -217,6 +218,7 @@ def _bounded_group_int8(config: KernelConfig, refs: Refs, group: jax.Array) -> N
     Scores are scaled and exponentiated in bfloat16, which takes half the registers of float32. Rows
     of ones below the values make the MXU compute the denominators.
     """
+    assert refs.q_scale is not None
     head_dim = refs.acc.shape[0]
     ones = jnp.ones((2 * SUBLANES, config.chunk), jnp.bfloat16)
     acc = jnp.zeros((head_dim + ones.shape[0], config.block_q), jnp.float32)
@@ -245,8 +247,8 @@ def _online_group(config: KernelConfig, refs: Refs, group: jax.Array, first: jax
         refs.shift[...] = jnp.max(scores, axis=0, keepdims=True)
 
     shift = refs.shift[...]
-    total = jnp.zeros_like(refs.total)
-    acc = jnp.zeros_like(refs.acc)
+    total = jnp.zeros(refs.total.shape, jnp.float32)
+    acc = jnp.zeros(refs.acc.shape, jnp.float32)
     rise = jnp.full_like(total, NO_SCORE)
     for i, start, products in _pipelined_products(config, refs, group):
         check = i >= config.first_checked_chunk
@@ -279,7 +281,7 @@ def _online_group(config: KernelConfig, refs: Refs, group: jax.Array, first: jax
     def _():
         @pl.when(first)
         def _():
-            refs.shift[...] = jnp.full_like(refs.shift, NO_SCORE)
+            refs.shift[...] = jnp.full(refs.shift.shape, NO_SCORE)
 
         _careful_chunks(config, refs, group * config.unroll, (group + 1) * config.unroll)
 
@@ -308,6 +310,7 @@ def _careful_chunks(config: KernelConfig, refs: Refs, first: jax.Array, last: ja
 
 def _chunks_in_window(config: KernelConfig) -> tuple[jax.Array, jax.Array]:
     """Return the range (first, last + 1) of the block's chunks that a query of the tile sees."""
+    assert config.window_size is not None
     first_query = pl.program_id(1) * config.block_q
     last_query = jnp.minimum(first_query + config.block_q, config.q_len) - 1
     first_key = first_query - config.window_size - pl.program_id(2) * config.block_kv

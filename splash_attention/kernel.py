@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from splash_attention.block_sizes import BlockSizes
 from splash_attention.bodies import (
@@ -38,36 +39,35 @@ def _place_queries(config: KernelConfig, q_ref: jax.Ref, wide_q_ref: jax.Ref) ->
     place = pl.program_id(0) % config.packed
     for i in range(config.packed):
         wide_q_ref[i * rows : (i + 1) * rows, :] = jnp.where(
-            place == i, q_ref[...], jnp.zeros_like(q_ref)
+            place == i, q_ref[...], jnp.zeros(q_ref.shape, q_ref.dtype)
         )
 
 
 def _kernel_body(
-    kv_len_ref: jax.Ref, *refs: jax.Ref, config: KernelConfig, bounded: bool | None
+    kv_len_ref: jax.Ref, *all_refs: jax.Ref, config: KernelConfig, one_path: bool | None
 ) -> None:
     """Run one grid step: one head, one tile of queries, one block of keys."""
-    refs = iter(refs)
-    bounded_ref = next(refs) if bounded is None else None
-    q_scale_ref = next(refs) if config.quantized else None
-    q_ref, k_ref, v_ref, out_ref = (next(refs) for _ in range(4))
-    log_total_ref = next(refs) if config.with_log_total else None
-    wide_q_ref = next(refs) if config.packed > 1 else q_ref
-    refs = Refs(kv_len_ref, wide_q_ref, q_scale_ref, k_ref, v_ref, *refs)
-    if bounded is None:
-        bounded = bounded_ref[pl.program_id(0)] != 0
+    remaining = iter(all_refs)
+    bounded_ref = next(remaining) if one_path is None else None
+    q_scale_ref = next(remaining) if config.quantized else None
+    q_ref, k_ref, v_ref, out_ref = (next(remaining) for _ in range(4))
+    log_total_ref = next(remaining) if config.with_log_total else None
+    wide_q_ref = next(remaining) if config.packed > 1 else q_ref
+    refs = Refs(kv_len_ref, wide_q_ref, q_scale_ref, k_ref, v_ref, *remaining)
+    bounded = bool(one_path) if bounded_ref is None else bounded_ref[pl.program_id(0)] != 0
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         # The bounded body leaves its shift at 0.
-        refs.shift[...] = jnp.full_like(refs.shift, jnp.where(bounded, 0.0, NO_SCORE))
-        refs.total[...] = jnp.zeros_like(refs.total)
-        refs.acc[...] = jnp.zeros_like(refs.acc)
+        refs.shift[...] = jnp.full(refs.shift.shape, jnp.where(bounded, 0.0, NO_SCORE))
+        refs.total[...] = jnp.zeros(refs.total.shape, jnp.float32)
+        refs.acc[...] = jnp.zeros(refs.acc.shape, jnp.float32)
         if config.packed > 1:
             _place_queries(config, q_ref, wide_q_ref)
 
-    if bounded is True:
+    if one_path is True:
         attend_bounded(config, refs)
-    elif bounded is False:
+    elif one_path is False:
         attend_online(config, refs)
     else:
         pl.when(bounded)(lambda: attend_bounded(config, refs))
@@ -103,7 +103,7 @@ def attention_kernel(
     window_size: int | None = None,
     block_sizes: BlockSizes,
     vmem_limit_bytes: int,
-    out_dtype: jnp.dtype,
+    out_dtype: DTypeLike,
     with_log_total: bool = False,
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[jax.Array, ...]:
@@ -144,13 +144,13 @@ def attention_kernel(
         with_log_total=with_log_total,
         packed=_packed_heads(q, k),
     )
-    one_path = isinstance(bounded, bool)
-    scalars = [kv_len] if one_path else [kv_len, bounded]
+    one_path = bounded if isinstance(bounded, bool) else None
+    scalars = [kv_len] if isinstance(bounded, bool) else [kv_len, bounded]
     operands = ([] if q_scale is None else [q_scale]) + [q, k, v]
     heads, _, q_len = q.shape
     head_dim, scores = v.shape[1], heads * q_len * most_valid
     return pl.pallas_call(
-        functools.partial(_kernel_body, config=config, bounded=bounded if one_path else None),
+        functools.partial(_kernel_body, config=config, one_path=one_path),
         out_shape=[
             jax.ShapeDtypeStruct((heads, head_dim, q_len), out_dtype),
             jax.ShapeDtypeStruct((heads, 1, q_len), jnp.float32),
