@@ -1,8 +1,6 @@
 """Put the TPU backend and layers, interpreted, where a stage chooses its own."""
 
 import contextlib
-import dataclasses
-import functools
 from collections.abc import Iterator
 from unittest import mock
 
@@ -10,17 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-import cogvideox.transformer.attention as attention
+import cogvideox.transformer.backends as backends
 import cogvideox.vae.decode as decode
-from cogvideox.transformer.attention import AttentionKernel
-from cogvideox.transformer.modulated_norm import norm_and_modulate_tpu
-from cogvideox.transformer.tpu.token_shards import (
-    join_values_tpu,
-    norm_and_rotate_tpu,
-    part_tokens_tpu,
-)
+from cogvideox.transformer.backends import TpuBackend
+from cogvideox.vae.tpu.kernels import LANES
 from cogvideox.vae.tpu.layers import ColumnLayers
-from splash_attention.block_sizes import chip_named, choose_block_sizes
+from cogvideox.vae.xla.layers import FrameLayers
 
 
 def pack_elementwise(xs: list[jax.Array], *, packed_dtype: jnp.dtype) -> jax.Array:
@@ -35,40 +28,21 @@ def pack_elementwise(xs: list[jax.Array], *, packed_dtype: jnp.dtype) -> jax.Arr
     return low | (high << 16)
 
 
-def _tpu_kernel() -> AttentionKernel:
-    def sizes(head_dim: int, queries: int, keys: int, dtype: str) -> dict[str, int]:
-        chip = chip_named("v6e")
-        return dataclasses.asdict(
-            choose_block_sizes(chip, head_dim, queries, keys, jnp.dtype(dtype))
-        )
-
-    on = functools.partial
-    return dataclasses.replace(
-        attention.KERNELS["splash"],
-        attend=on(attention._splash, interpret=True),
-        norm_and_modulate=on(norm_and_modulate_tpu, interpret=True),
-        queries=on(norm_and_rotate_tpu, interpret=True),
-        keys=on(norm_and_rotate_tpu, transposed=True, interpret=True),
-        block_sizes=sizes,
-    )
+def _layers(decoder: decode.Decoder, shards: decode.WidthShards) -> ColumnLayers | FrameLayers:
+    """The layers that `decoder` would take on a TPU, interpreted."""
+    groups = decoder.config.norm_num_groups
+    whole_lanes = all(c % LANES == 0 for c in decoder.config.block_out_channels)
+    if whole_lanes and decoder.dtype == jnp.bfloat16:
+        return ColumnLayers(shards, groups, interpret=True)
+    return FrameLayers(shards, groups)
 
 
 @contextlib.contextmanager
 def tpu_path() -> Iterator[None]:
     """Inside, a stage runs with the TPU code path, interpreted."""
-    kernel = _tpu_kernel()
-    with contextlib.ExitStack() as stack:
-
-        def patch(target: object, name: str, value: object) -> None:
-            stack.enter_context(mock.patch.object(target, name, value))
-
-        patch(pltpu, "pack_elementwise", pack_elementwise)
-        patch(attention, "join_values_tpu", functools.partial(join_values_tpu, interpret=True))
-        patch(attention, "part_tokens_tpu", functools.partial(part_tokens_tpu, interpret=True))
-        patch(attention, "choose_attention", lambda *_: kernel)
-        patch(
-            decode.Decoder,
-            "_layers",
-            lambda self, shards: ColumnLayers(shards, self.config.norm_num_groups, interpret=True),
-        )
+    with (
+        mock.patch.object(pltpu, "pack_elementwise", pack_elementwise),
+        mock.patch.object(backends, "choose_backend", lambda *_: TpuBackend(interpret=True)),
+        mock.patch.object(decode.Decoder, "_layers", _layers),
+    ):
         yield

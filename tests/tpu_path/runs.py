@@ -15,7 +15,7 @@ def _run(command: list[str], xla_flags: str) -> subprocess.CompletedProcess[str]
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=240,
     )
 
 
