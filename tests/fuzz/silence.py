@@ -64,7 +64,7 @@ class Recording:
         for chunk in [*self.chunks, Chunk(self.seconds, "(end)")]:
             quiet = round(chunk.seconds - last, 2)
             found.append(Silence(quiet, round(last, 2), said, _words(chunk.text)[:80]))
-            last, said = chunk.seconds, _words(chunk.text)[-80:]
+            last, said = chunk.seconds, _words(chunk.text)[-80:] or said
         return sorted(found, key=lambda silence: silence.seconds, reverse=True)
 
 
