@@ -68,9 +68,9 @@ def check(options: EncodeOptions) -> tuple[ModelFolder, int]:
     Raises:
         ValueError: the prompts, the output folder or the model cannot be used.
     """
-    from cogvideox.model.config import read_json
     from cogvideox.model.folder import find_model, stored_tensors
     from cogvideox.model.settings import text_tokens
+    from runtime.json_files import read_json_object
 
     check_prompts(options.prompt, options.negative_prompt)
     files.check_output_folder(options.output_dir, files.EMBEDDINGS_FILE)
@@ -80,8 +80,8 @@ def check(options: EncodeOptions) -> tuple[ModelFolder, int]:
             raise ValueError(
                 f"the model's {part} is a {model.component_class(part)}, not a {known[0]}"
             )
-    read_json(model.path / "text_encoder" / "config.json")
-    read_json(model.path / "tokenizer" / "tokenizer_config.json")
+    read_json_object(model.path / "text_encoder" / "config.json")
+    read_json_object(model.path / "tokenizer" / "tokenizer_config.json")
     stored_tensors(model.path / "text_encoder")
     return model, text_tokens(options.max_sequence_length, model.transformer)
 

@@ -19,6 +19,7 @@ from runtime import processes
 from runtime.errors import InputError, RunError
 from runtime.files import atomic_path, write_json
 from runtime.fingerprint import fingerprint as hash_json
+from runtime.json_files import read_json_object
 from runtime.versions import versions
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ MODEL_PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 
 
 _FINGERPRINT_LENGTH = 16
+_MAX_CONFIG_BYTES = 4 << 20
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -58,15 +60,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: the file is missing, broken, or of another format version.
     """
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}; run the previous stage first"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    version = config.get("format_version") if isinstance(config, dict) else None
+    if not path.exists():
+        raise InputError(f"{path} does not exist; run the stages in their order")
+    config = read_json_object(path, max_bytes=_MAX_CONFIG_BYTES)
+    version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(f"{path} has format version {version}, this program {FORMAT_VERSION}")
     return config

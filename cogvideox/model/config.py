@@ -6,31 +6,15 @@ importing diffusers would take longer than reading the weights.
 """
 
 import dataclasses
-import json
 import math
 import types
 import typing
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+from runtime.json_files import read_json_object
+
 _Config = TypeVar("_Config", bound="_JsonConfig")
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """Reads a JSON object.
-
-    Raises:
-        ValueError: the file cannot be read, or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
 
 
 _KINDS: dict[object, str] = {
@@ -55,7 +39,7 @@ class _JsonConfig:
             ValueError: the file cannot be read, or a value has the wrong type or cannot be used;
                 one line that names the file and the key.
         """
-        values = read_json(Path(path))
+        values = read_json_object(Path(path))
         try:
             class_name = values.get("_class_name", cls.classes[0])
             if class_name not in cls.classes:
@@ -267,7 +251,7 @@ class SchedulerConfig(_JsonConfig):
     def from_file(cls, path: Path) -> "SchedulerConfig":
         """Reads a JSON file, which must name its scheduler's class; see `_JsonConfig.from_file`."""
         names = {"CogVideoXDPMScheduler": "dpm", "CogVideoXDDIMScheduler": "ddim"}
-        class_name = str(read_json(Path(path)).get("_class_name"))
+        class_name = str(read_json_object(Path(path)).get("_class_name"))
         if class_name not in names:
             raise ValueError(f"{path}: _class_name is {class_name}, not one of {', '.join(names)}")
         return dataclasses.replace(super().from_file(path), name=names[class_name])

@@ -19,8 +19,8 @@ from cogvideox.model.config import (
     SchedulerConfig,
     TransformerConfig,
     VaeConfig,
-    read_json,
 )
+from runtime.json_files import read_json_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ModelFolder:
 
     def component_class(self, part: str) -> str:
         """The class that model_index.json names for `part`, such as "T5EncoderModel"."""
-        index = read_json(self.path / "model_index.json")
+        index = read_json_object(self.path / "model_index.json")
         entry = index.get(part)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
             raise ValueError(f"{self.path / 'model_index.json'} names no class for {part!r}")
@@ -138,7 +138,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        weight_map = read_json(indices[0]).get("weight_map")
+        weight_map = read_json_object(indices[0]).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{indices[0]} has no weight_map")
         files = [folder / str(name) for name in sorted(set(weight_map.values()))]

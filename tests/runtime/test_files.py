@@ -1,5 +1,6 @@
 """Atomic files under exceptions and kills."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.errors import RunError
 from runtime.files import atomic_path, write_json
 
 
@@ -57,3 +59,33 @@ utils.run_main(main)
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.returncode == 143 and done.stderr == "terminated\n"
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127, "short"])
+def test_writes_every_name_that_the_file_system_takes(name: str, tmp_path: Path):
+    write_json(tmp_path / name, 1)
+    write_json(tmp_path / name, 2)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "2\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_is_one_line(number: int, tmp_path: Path):
+    path = tmp_path / "a\x1b.json"
+    with pytest.raises(RunError) as failed, atomic_path(path) as temporary:
+        temporary.write_text("ne")
+        raise OSError(number, os.strerror(number))
+    assert str(failed.value) == f"cannot write {tmp_path}/a\\x1b.json: {os.strerror(number)}"
+    assert isinstance(failed.value, OSError) and failed.value.errno == number
+    assert not os.listdir(tmp_path)
+
+
+def test_a_name_or_folder_that_cannot_be_written_is_one_line(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / ("a" * 256), tmp_path / "file" / "x", Path("/proc/x/y")):
+        with pytest.raises(RunError, match="^cannot write .*: "):
+            write_json(path, 1)
+
+
+def test_an_error_that_is_not_the_disks_passes(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file"):
+        open("/nowhere/else")
