@@ -88,7 +88,7 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
     import numpy as np
     from jax.sharding import Mesh
 
-    from cogvideox.vae.decode import frame_batches
+    from cogvideox.vae.program import frame_batches
     from runtime.hlo_costs import memory, read_costs
 
     devices = machine_devices(topology)
@@ -172,10 +172,12 @@ def published_decoder(name: str, mesh: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """One call of a function of `cogvideox.vae.tpu.kernels`.
+    """One call of a kernel.
 
-    arrays: name, how many (0: one that is not in a tuple), shape and dtype.
-    options: its other arguments.
+    Attributes:
+        function: its name in `cogvideox.vae.tpu.layers`.
+        arrays: name, length of the tuple (0 for a single array), shape and dtype of each.
+        options: its other arguments.
     """
 
     function: str
@@ -185,7 +187,7 @@ class KernelCall:
 
 def kernel_calls(decoder: Any, shape: tuple[int, ...]) -> list[collections.Counter[KernelCall]]:
     """The kernels that the programs of the first and of the later batches call."""
-    from cogvideox.vae.decode import frame_batches
+    from cogvideox.vae.program import frame_batches
 
     _, first_frames = frame_batches(shape[2])[0]
     first = _calls_while_lowering(decoder, (*shape[:2], first_frames, *shape[3:]))
@@ -195,12 +197,12 @@ def kernel_calls(decoder: Any, shape: tuple[int, ...]) -> list[collections.Count
 def _calls_while_lowering(decoder: Any, shape: tuple[int, ...]) -> collections.Counter[KernelCall]:
     import inspect
 
-    from cogvideox.vae.tpu import kernels as vae_conv_tpu
+    from cogvideox.vae.tpu import layers
 
     calls: collections.Counter[KernelCall] = collections.Counter()
 
     def recording(name: str) -> Any:
-        function = getattr(vae_conv_tpu, name)
+        function = getattr(layers, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             arrays, options = [], []
@@ -214,7 +216,7 @@ def _calls_while_lowering(decoder: Any, shape: tuple[int, ...]) -> collections.C
             calls[KernelCall(name, tuple(arrays), tuple(options))] += 1
             return function(*args, **kwargs)
 
-        return mock.patch.object(vae_conv_tpu, name, call)
+        return mock.patch.object(layers, name, call)
 
     with recording("causal_conv"), recording("upsample"):
         for program in decoder.programs(shape, output="uint8"):
@@ -226,14 +228,14 @@ def lower_kernel(sharding: Any, function: str, arrays: Any, options: Any) -> Any
     """Lower one kernel alone; runs in a process of its own."""
     import jax
 
-    from cogvideox.vae.tpu import kernels as vae_conv_tpu
+    from cogvideox.vae.tpu import layers
 
     def abstract(count: int, shape: tuple[int, ...], dtype: str) -> Any:
         one = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         return (one,) * count if count else one
 
     operands = {name: abstract(*described) for name, *described in arrays}
-    kernel = getattr(vae_conv_tpu, function)
+    kernel = getattr(layers, function)
     return jax.jit(lambda operands: kernel(**operands, **dict(options))).lower(operands)
 
 

@@ -139,6 +139,12 @@ MUTANTS = (
     Mutant("ring counts keys of the wrong shard", "splash_attention/sharded.py",
            "shard = (here - step) % axes.tokens",
            "shard = (here + step) % axes.tokens", (SHARDED,)),
+    # The VAE.
+    Mutant("even and odd rows swapped", "cogvideox/vae/tpu/upsample.py",
+           "_pack_bfloat16(even, odd, interpret)", "_pack_bfloat16(odd, even, interpret)",
+           ("tests/cogvideox/vae/test_tpu_upsample.py", TPU_STAGE3)),
+    Mutant("values checked on one device only", "cogvideox/vae/program.py",
+           "jax.lax.pmin(finite, AXIS)", "finite", ("tests/cogvideox/vae/test_program.py",)),
     Mutant("gallery does not escape", "jobs/gallery.py",
            "autoescape=True,", "autoescape=False,", ("tests/jobs/test_gallery.py",)),
 )  # fmt: skip

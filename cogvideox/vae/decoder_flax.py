@@ -1,22 +1,29 @@
-"""The VAE decoder in Flax NNX, and the map of its weights from diffusers' names.
+"""The VAE decoder in Flax NNX, and the map of its parameters from diffusers' names.
 
-The structure follows `CogVideoXDecoder3D`; the arithmetic is that of `vae_parts.Layers`, on one
-device's columns. Arrays are [B, T, W, H, C].
+The structure follows diffusers' CogVideoXDecoder3D; `cogvideox.vae.layers.Layers` does the
+arithmetic. See `cogvideox.vae.sharding` for the axis letters.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.vae import layers as vae_parts
-from cogvideox.vae.decode import Forward
+from cogvideox.vae.layers import (
+    ConvCache,
+    ConvWeights,
+    DecoderCaches,
+    Features,
+    Forward,
+    Layers,
+    NormWeights,
+    ResnetWeights,
+    UpsampleWeights,
+)
+from cogvideox.vae.norm import pointwise
 from cogvideox.vae.weights import MID_RESNETS, arranged_shape
-
-Caches = dict[str, Any]
 
 
 def _parameter(*shape: int) -> nnx.Param:
@@ -24,18 +31,18 @@ def _parameter(*shape: int) -> nnx.Param:
 
 
 class Conv(nnx.Module):
-    """The weights of a convolution with a kernel of the given size (see `vae_weights.arrange`)."""
+    """Holds the weights of a convolution, in the order of `cogvideox.vae.weights.arrange`."""
 
     def __init__(self, channels: int, out_channels: int, *size: int) -> None:
         self.weight = _parameter(*arranged_shape((out_channels, channels, *size)))
         self.bias = _parameter(out_channels)
 
-    def weights(self) -> vae_parts.Conv:
-        return vae_parts.Conv(self.weight[...], self.bias[...])
+    def weights(self) -> ConvWeights:
+        return ConvWeights(self.weight[...], self.bias[...])
 
 
 class SpatialNorm(nnx.Module):
-    """The weights of a group normalisation that the latents scale and shift."""
+    """Holds the weights of a group norm that the latents scale and shift."""
 
     def __init__(self, channels: int, latent_channels: int) -> None:
         self.scale = _parameter(channels)
@@ -43,13 +50,13 @@ class SpatialNorm(nnx.Module):
         self.multiplier = Conv(latent_channels, channels, 1, 1, 1)
         self.summand = Conv(latent_channels, channels, 1, 1, 1)
 
-    def weights(self) -> vae_parts.Norm:
+    def weights(self) -> NormWeights:
         convs = self.multiplier.weights(), self.summand.weights()
-        return vae_parts.Norm(self.scale[...], self.bias[...], *convs)
+        return NormWeights(self.scale[...], self.bias[...], *convs)
 
 
 class Resnet(nnx.Module):
-    """Norm, activation, convolution, twice, around a shortcut."""
+    """Applies norm, activation and convolution twice, around a shortcut."""
 
     def __init__(self, channels: int, out_channels: int, config: VaeConfig) -> None:
         self.norm1 = SpatialNorm(channels, config.latent_channels)
@@ -61,13 +68,13 @@ class Resnet(nnx.Module):
 
     def __call__(
         self,
-        features: vae_parts.Features,
+        features: Features,
         z: jax.Array,
-        caches: Any,
-        layers: vae_parts.Layers,
-        upsample: vae_parts.Upsample | None = None,
-    ) -> tuple[vae_parts.Features, Any]:
-        weights = vae_parts.Resnet(
+        caches: ConvCache,
+        layers: Layers,
+        upsample: UpsampleWeights | None = None,
+    ) -> tuple[Features, ConvCache]:
+        weights = ResnetWeights(
             self.norm1.weights(),
             self.conv1.weights(),
             self.norm2.weights(),
@@ -78,23 +85,23 @@ class Resnet(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the width and height, and where asked twice the frames."""
+    """Doubles width and height and, if `compress_time`, the frames; then convolves."""
 
     def __init__(self, channels: int, compress_time: bool) -> None:
         self.compress_time = compress_time
         self.conv = Conv(channels, channels, 3, 3)
 
-    def weights(self) -> vae_parts.Upsample:
-        return vae_parts.Upsample(self.conv.weights(), self.compress_time)
+    def weights(self) -> UpsampleWeights:
+        return UpsampleWeights(self.conv.weights(), self.compress_time)
 
 
 class UpBlock(nnx.Module):
-    """One resolution: but for the first block an upsampler, and resnets."""
+    """Applies the resnets of one resolution, after an upsampler except in the first block."""
 
     def __init__(self, level: int, config: VaeConfig) -> None:
         widths = config.block_out_channels[::-1]
         channels, out_channels = widths[max(level - 1, 0)], widths[level]
-        # diffusers counts it to the block before, which it ends.
+        # In diffusers' names it belongs to the block before.
         self.upsample = Upsample(channels, level <= config.time_levels) if level else None
         self.resnets = nnx.List(
             Resnet(channels if i == 0 else out_channels, out_channels, config)
@@ -103,24 +110,26 @@ class UpBlock(nnx.Module):
 
     def __call__(
         self,
-        features: vae_parts.Features,
+        features: Features,
         z: jax.Array,
-        caches: list[Any],
-        layers: vae_parts.Layers,
-    ) -> tuple[vae_parts.Features, list[Any]]:
+        caches: list[ConvCache],
+        layers: Layers,
+    ) -> tuple[Features, list[ConvCache]]:
         upsample = None if self.upsample is None else self.upsample.weights()
         new = []
-        for resnet, cache in zip(self.resnets, caches, strict=True):
-            features, cache = resnet(features, z, cache, layers, upsample)
+        for i, (resnet, cache) in enumerate(zip(self.resnets, caches, strict=True)):
+            with jax.named_scope(f"resnets.{i}"):
+                features, cache = resnet(features, z, cache, layers, upsample)
             new.append(cache)
             upsample = None
         return features, new
 
 
 class VaeDecoder(nnx.Module):
-    """Latents to video; see `__call__`."""
+    """Decodes latents to video; see `__call__`."""
 
     def __init__(self, config: VaeConfig) -> None:
+        self.config = config
         channels = config.block_out_channels[::-1]
         latent = config.latent_channels
         self.latent_conv = Conv(latent, latent, 1, 1, 1) if config.use_post_quant_conv else None
@@ -131,41 +140,42 @@ class VaeDecoder(nnx.Module):
         self.conv_out = Conv(channels[-1], config.out_channels, 3, 3, 3)
 
     def __call__(
-        self, z: jax.Array, caches: Caches | None, layers: vae_parts.Layers
-    ) -> tuple[jax.Array, Caches]:
-        """Decode a batch of frames.
+        self, z: jax.Array, caches: DecoderCaches | None, layers: Layers
+    ) -> tuple[jax.Array, DecoderCaches]:
+        """Decodes a batch of frames.
 
         Args:
             z: scaled latents [B, T, W, H, Z].
-            caches: what the convolutions keep of the batch before; None for the first.
-            layers: how they are computed.
+            caches: of the batch before; None for the first.
+            layers: the implementation of the layers.
 
         Returns:
             Video in about -1..1, [B, F, W s, 3, H s], and the caches for the next batch.
         """
-        old = caches or {
-            "conv_in": None,
-            "mid": [None] * len(self.mid),
-            "up": [[None] * len(block.resnets) for block in self.up],
-            "conv_out": None,
-        }
-        new: Caches = {"mid": [], "up": []}
+        old = caches or DecoderCaches.empty(self.config)
         if self.latent_conv is not None:
-            z = vae_parts.pointwise(z, self.latent_conv.weights())
-        x, new["conv_in"] = layers.first_conv(z, self.conv_in.weights(), old["conv_in"])
-        for resnet, cache in zip(self.mid, old["mid"], strict=True):
-            x, cache = resnet(x, z, cache, layers)
-            new["mid"].append(cache)
-        for block, cache in zip(self.up, old["up"], strict=True):
-            x, cache = block(x, z, cache, layers)
-            new["up"].append(cache)
+            with jax.named_scope("post_quant_conv"):
+                z = pointwise(z, self.latent_conv.weights())
+        with jax.named_scope("conv_in"):
+            features, conv_in = layers.first_conv(z, self.conv_in.weights(), old.conv_in)
+        mid, up = [], []
+        with jax.named_scope("mid_block"):
+            for i, (resnet, cache) in enumerate(zip(self.mid, old.mid, strict=True)):
+                with jax.named_scope(f"resnets.{i}"):
+                    features, cache = resnet(features, z, cache, layers)
+                mid.append(cache)
+        for level, (block, cache) in enumerate(zip(self.up, old.up, strict=True)):
+            with jax.named_scope(f"up_blocks.{level}"):
+                features, cache = block(features, z, cache, layers)
+            up.append(cache)
         norm, conv = self.norm_out.weights(), self.conv_out.weights()
-        video, new["conv_out"] = layers.last_conv(x, z, norm, conv, old["conv_out"])
-        return video, new
+        with jax.named_scope("conv_out"):
+            video, conv_out = layers.last_conv(features, z, norm, conv, old.conv_out)
+        return video, DecoderCaches(conv_in, conv_out, mid, up)
 
 
 def _modules_by_diffusers_name(decoder: VaeDecoder) -> Iterator[tuple[str, nnx.Module]]:
-    """Every module that owns weights, with the name diffusers gives to the same one."""
+    """Yields every module that owns weights with diffusers' name for it."""
     if decoder.latent_conv is not None:
         yield "post_quant_conv", decoder.latent_conv
     yield "decoder.conv_in.conv", decoder.conv_in
@@ -181,7 +191,7 @@ def _modules_by_diffusers_name(decoder: VaeDecoder) -> Iterator[tuple[str, nnx.M
 
 
 def parameters_by_diffusers_name(decoder: VaeDecoder) -> dict[str, nnx.Param]:
-    """Each parameter under the name of its weight in a VAE folder."""
+    """Returns each parameter by the name of its weight in a VAE folder."""
     named: dict[str, nnx.Param] = {}
 
     def add(name: str, module: nnx.Module) -> None:
@@ -197,9 +207,11 @@ def parameters_by_diffusers_name(decoder: VaeDecoder) -> dict[str, nnx.Param]:
             named[f"{name}.norm_layer.bias"] = module.bias
             add(f"{name}.conv_y.conv", module.multiplier)
             add(f"{name}.conv_b.conv", module.summand)
-        else:
+        elif isinstance(module, Conv):
             named[f"{name}.weight"] = module.weight
             named[f"{name}.bias"] = module.bias
+        else:
+            raise TypeError(f"{name}: {type(module).__name__} holds no weights")
 
     for name, module in _modules_by_diffusers_name(decoder):
         add(name, module)
@@ -207,14 +219,16 @@ def parameters_by_diffusers_name(decoder: VaeDecoder) -> dict[str, nnx.Param]:
 
 
 def abstract_model(config: VaeConfig) -> VaeDecoder:
-    """The decoder with shapes for parameters."""
+    """Returns the decoder with abstract parameters."""
     return nnx.eval_shape(lambda: VaeDecoder(config))
 
 
-def build_forward(config: VaeConfig, layers: vae_parts.Layers) -> Forward:
-    """The decoder's computation on one device's columns; weights by diffusers' names."""
+def build_forward(config: VaeConfig, layers: Layers) -> Forward:
+    """Returns the function that decodes one device's columns; see `Forward`."""
 
-    def forward(weights, z, caches):
+    def forward(
+        weights: Mapping[str, jax.Array], z: jax.Array, caches: DecoderCaches | None
+    ) -> tuple[jax.Array, DecoderCaches]:
         model = abstract_model(config)
         for name, parameter in parameters_by_diffusers_name(model).items():
             parameter.set_value(weights[name])

@@ -1,19 +1,20 @@
-"""The VAE decoder through TorchAx: diffusers' module tree, its leaves computed in JAX.
+"""The VAE decoder in torch, computed by JAX layers through TorchAx.
 
-`CogVideoXDecoder3D` is built on torch's meta device and called functionally with JAX arrays under
-torchax. What its resnets, upsamplers and convolutions compute comes from `vae_parts.Layers`; what
-remains of torch is the structure, the names, the order of the blocks and the way of the caches,
-none of which cares about the layout of the arrays. Importing this takes seconds; tracing needs it.
+The modules follow diffusers' CogVideoXDecoder3D and have its parameter names; diffusers' leaf
+modules (convolutions, norms) hold the parameters. Each `forward` passes them to the JAX layers of
+`cogvideox.vae.layers.Layers` with `interop.call_jax`. Modules are built on torch's meta device and
+called functionally with JAX arrays. Importing this module takes seconds; only tracing needs it.
+See `cogvideox.vae.sharding` for the axis letters.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
+import jax
 import torch
 import torchax
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXCausalConv3d,
-    CogVideoXDecoder3D,
-    CogVideoXResnetBlock3D,
     CogVideoXSafeConv3d,
     CogVideoXSpatialNorm3D,
 )
@@ -21,139 +22,235 @@ from diffusers.models.upsampling import CogVideoXUpsample3D
 from torchax import interop
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.vae import layers as vae_parts
-from cogvideox.vae.decode import Forward
+from cogvideox.vae.layers import (
+    ConvCache,
+    ConvWeights,
+    DecoderCaches,
+    Forward,
+    Layers,
+    NormWeights,
+    ResnetWeights,
+    UpsampleWeights,
+)
+from cogvideox.vae.norm import pointwise
+from cogvideox.vae.weights import MID_RESNETS
 
 
-class _DecoderWithLatentConv(torch.nn.Module):
-    """The parts of AutoencoderKLCogVideoX that decode, under its names."""
+class TorchFeatures(NamedTuple):
+    """`cogvideox.vae.layers.Features` as torch tensors."""
 
-    def __init__(self, config: VaeConfig) -> None:
+    x: torch.Tensor
+    sums: torch.Tensor
+
+
+def _call_jax(function: Callable[..., object], *args: object) -> Any:
+    """Calls a JAX function with torch tensors, alone or in trees; returns torch tensors."""
+    return interop.call_jax(function, *args)  # pyright: ignore[reportArgumentType]
+
+
+def _conv(module: torch.nn.Conv2d | torch.nn.Conv3d) -> ConvWeights:
+    return ConvWeights(*interop.jax_view((module.weight, module.bias)))
+
+
+def _norm(module: CogVideoXSpatialNorm3D) -> NormWeights:
+    scale, bias = interop.jax_view((module.norm_layer.weight, module.norm_layer.bias))
+    return NormWeights(scale, bias, _conv(module.conv_y.conv), _conv(module.conv_b.conv))
+
+
+def _upsample(module: CogVideoXUpsample3D) -> UpsampleWeights:
+    return UpsampleWeights(_conv(module.conv), module.compress_time)
+
+
+def _spatial_norm(channels: int, config: VaeConfig) -> CogVideoXSpatialNorm3D:
+    return CogVideoXSpatialNorm3D(channels, config.latent_channels, config.norm_num_groups)
+
+
+class ResnetBlock3D(torch.nn.Module):
+    """Applies norm, activation and convolution twice, around a shortcut.
+
+    Source: CogVideoXResnetBlock3D.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, config: VaeConfig, layers: Layers
+    ) -> None:
         super().__init__()
-        self.decoder = CogVideoXDecoder3D(
-            in_channels=config.latent_channels,
-            out_channels=config.out_channels,
-            up_block_types=config.up_block_types,
-            block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block,
-            act_fn=config.act_fn,
-            norm_num_groups=config.norm_num_groups,
-            temporal_compression_ratio=config.temporal_compression_ratio,
+        self.layers = layers
+        self.norm1 = _spatial_norm(in_channels, config)
+        self.conv1 = CogVideoXCausalConv3d(in_channels, out_channels, kernel_size=3)
+        self.norm2 = _spatial_norm(out_channels, config)
+        self.conv2 = CogVideoXCausalConv3d(out_channels, out_channels, kernel_size=3)
+        self.conv_shortcut = None
+        if in_channels != out_channels:
+            self.conv_shortcut = CogVideoXSafeConv3d(in_channels, out_channels, kernel_size=1)
+
+    def forward(
+        self,
+        features: TorchFeatures,
+        z: torch.Tensor,
+        caches: ConvCache,
+        upsampler: CogVideoXUpsample3D | None = None,
+    ) -> tuple[TorchFeatures, ConvCache]:
+        """Applies the block to `features`, which `upsampler` doubles first if there is one."""
+        weights = ResnetWeights(
+            _norm(self.norm1),
+            _conv(self.conv1.conv),
+            _norm(self.norm2),
+            _conv(self.conv2.conv),
+            None if self.conv_shortcut is None else _conv(self.conv_shortcut),
         )
+        upsample = None if upsampler is None else _upsample(upsampler)
+        return _call_jax(self.layers.resnet, features, z, weights, caches, upsample)
+
+
+class MidBlock3D(torch.nn.Module):
+    """Applies the resnets at the resolution of the latents. Source: CogVideoXMidBlock3D."""
+
+    def __init__(self, channels: int, config: VaeConfig, layers: Layers) -> None:
+        super().__init__()
+        self.resnets = torch.nn.ModuleList(
+            ResnetBlock3D(channels, channels, config, layers) for _ in range(MID_RESNETS)
+        )
+
+    def forward(
+        self, features: TorchFeatures, z: torch.Tensor, caches: list[ConvCache]
+    ) -> tuple[TorchFeatures, list[ConvCache]]:
+        new = []
+        for i, (resnet, cache) in enumerate(zip(self.resnets, caches, strict=True)):
+            with jax.named_scope(f"resnets.{i}"):
+                features, cache = resnet(features, z, cache)
+            new.append(cache)
+        return features, new
+
+
+class UpBlock3D(torch.nn.Module):
+    """Applies the resnets of one resolution, and holds the upsampler that follows them.
+
+    The upsampler is computed together with the first resnet of the next block, so that the largest
+    arrays of the decoder need not exist. Source: CogVideoXUpBlock3D.
+    """
+
+    def __init__(self, level: int, config: VaeConfig, layers: Layers) -> None:
+        super().__init__()
+        widths = config.block_out_channels[::-1]
+        in_channels, out_channels = widths[max(level - 1, 0)], widths[level]
+        self.resnets = torch.nn.ModuleList(
+            ResnetBlock3D(out_channels if i else in_channels, out_channels, config, layers)
+            for i in range(config.layers_per_block + 1)
+        )
+        self.upsamplers = None
+        if level < len(widths) - 1:
+            upsampler = CogVideoXUpsample3D(
+                out_channels, out_channels, compress_time=level < config.time_levels
+            )
+            self.upsamplers = torch.nn.ModuleList([upsampler])
+
+    @property
+    def upsampler(self) -> CogVideoXUpsample3D | None:
+        """The upsampler that follows the block; None for the last one."""
+        return None if self.upsamplers is None else cast(CogVideoXUpsample3D, self.upsamplers[0])
+
+    def forward(
+        self,
+        features: TorchFeatures,
+        z: torch.Tensor,
+        caches: list[ConvCache],
+        upsampler: CogVideoXUpsample3D | None,
+    ) -> tuple[TorchFeatures, list[ConvCache]]:
+        """Applies the block to `features`, after `upsampler` of the block before."""
+        new = []
+        for i, (resnet, cache) in enumerate(zip(self.resnets, caches, strict=True)):
+            with jax.named_scope(f"resnets.{i}"):
+                features, cache = resnet(features, z, cache, None if i else upsampler)
+            new.append(cache)
+        return features, new
+
+
+class Decoder3D(torch.nn.Module):
+    """Decodes scaled latents to video. Source: CogVideoXDecoder3D."""
+
+    def __init__(self, config: VaeConfig, layers: Layers) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = layers
+        widths = config.block_out_channels[::-1]
+        self.conv_in = CogVideoXCausalConv3d(config.latent_channels, widths[0], kernel_size=3)
+        self.mid_block = MidBlock3D(widths[0], config, layers)
+        self.up_blocks = torch.nn.ModuleList(
+            UpBlock3D(level, config, layers) for level in range(len(widths))
+        )
+        self.norm_out = _spatial_norm(widths[-1], config)
+        self.conv_out = CogVideoXCausalConv3d(widths[-1], config.out_channels, kernel_size=3)
+
+    def forward(
+        self, z: torch.Tensor, caches: DecoderCaches | None
+    ) -> tuple[torch.Tensor, DecoderCaches]:
+        """Decodes a batch of frames.
+
+        Args:
+            z: scaled latents [B, T, W, H, Z].
+            caches: of the batch before; None for the first.
+
+        Returns:
+            Video in about -1..1, [B, F, W s, 3, H s], and the caches for the next batch.
+        """
+        old = caches or DecoderCaches.empty(self.config)
+        with jax.named_scope("conv_in"):
+            features, conv_in = _call_jax(
+                self.layers.first_conv, z, _conv(self.conv_in.conv), old.conv_in
+            )
+        with jax.named_scope("mid_block"):
+            features, mid = self.mid_block(features, z, old.mid)
+        up, upsampler = [], None
+        blocks = cast(Sequence[UpBlock3D], self.up_blocks)
+        for level, (block, cache) in enumerate(zip(blocks, old.up, strict=True)):
+            with jax.named_scope(f"up_blocks.{level}"):
+                features, cache = block(features, z, cache, upsampler)
+            up.append(cache)
+            upsampler = block.upsampler
+        norm, conv = _norm(self.norm_out), _conv(self.conv_out.conv)
+        with jax.named_scope("conv_out"):
+            video, conv_out = _call_jax(
+                self.layers.last_conv, features, z, norm, conv, old.conv_out
+            )
+        return video, DecoderCaches(conv_in, conv_out, mid, up)
+
+
+class AutoencoderDecoder(torch.nn.Module):
+    """The parts of AutoencoderKLCogVideoX that decode, by its names."""
+
+    def __init__(self, config: VaeConfig, layers: Layers) -> None:
+        super().__init__()
+        self.decoder = Decoder3D(config, layers)
         self.post_quant_conv = None
         if config.use_post_quant_conv:
-            self.post_quant_conv = CogVideoXSafeConv3d(config.out_channels, config.out_channels, 1)
+            channels = config.latent_channels
+            self.post_quant_conv = CogVideoXSafeConv3d(channels, channels, kernel_size=1)
 
-    def forward(self, latents: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+    def forward(
+        self, z: torch.Tensor, caches: DecoderCaches | None
+    ) -> tuple[torch.Tensor, DecoderCaches]:
+        """Decodes a batch of frames; see `Decoder3D.forward`."""
         if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        return self.decoder(latents, conv_cache=cache)
+            with jax.named_scope("post_quant_conv"):
+                z = _call_jax(pointwise, z, _conv(self.post_quant_conv))
+        return self.decoder(z, caches)
 
 
-def _conv(module: torch.nn.Module) -> vae_parts.Conv:
-    return vae_parts.Conv(*interop.jax_view((module.weight, module.bias)))
-
-
-def _norm(module: CogVideoXSpatialNorm3D) -> vae_parts.Norm:
-    scale, bias = interop.jax_view((module.norm_layer.weight, module.norm_layer.bias))
-    return vae_parts.Norm(scale, bias, _conv(module.conv_y.conv), _conv(module.conv_b.conv))
-
-
-def _compute_in_jax(module: _DecoderWithLatentConv, layers: vae_parts.Layers) -> None:
-    """Give the modules below `module` their JAX computation; instances only, never classes.
-
-    What travels between them as diffusers' hidden states are `vae_parts.Features`. An upsampler,
-    and the last norm and activation, are computed together with the module that follows them, and
-    themselves pass on what they get.
-    """
-    decoder = module.decoder
-    if module.post_quant_conv is not None:
-        module.post_quant_conv.forward = _pointwise(module.post_quant_conv)
-    decoder.conv_in.forward = _first_conv(decoder.conv_in, layers)
-    for resnet in decoder.mid_block.resnets:
-        resnet.forward = _resnet(resnet, None, layers)
-    upsampler = None
-    for block in decoder.up_blocks:
-        for resnet in block.resnets:
-            resnet.forward = _resnet(resnet, upsampler, layers)
-            upsampler = None
-        if block.upsamplers is not None:
-            (upsampler,) = block.upsamplers
-            upsampler.forward = _pass_on
-    decoder.norm_out.forward = _pair_with_latents
-    decoder.conv_act.forward = _pass_on
-    decoder.conv_out.forward = _last_conv(decoder.norm_out, decoder.conv_out, layers)
-
-
-def _pass_on(inputs):
-    return inputs
-
-
-def _pair_with_latents(f, zq, conv_cache=None):
-    return (f, zq), None
-
-
-def _pointwise(module: CogVideoXSafeConv3d):
-    def forward(inputs):
-        return interop.call_jax(lambda x: vae_parts.pointwise(x, _conv(module)), inputs)
-
-    return forward
-
-
-def _first_conv(module: CogVideoXCausalConv3d, layers: vae_parts.Layers):
-    def compute(z, cache):
-        return layers.first_conv(z, _conv(module.conv), cache)
-
-    def forward(inputs, conv_cache=None):
-        return interop.call_jax(compute, inputs, conv_cache)
-
-    return forward
-
-
-def _resnet(
-    module: CogVideoXResnetBlock3D,
-    upsampler: CogVideoXUpsample3D | None,
-    layers: vae_parts.Layers,
-):
-    def compute(features, z, caches):
-        weights = vae_parts.Resnet(
-            _norm(module.norm1),
-            _conv(module.conv1.conv),
-            _norm(module.norm2),
-            _conv(module.conv2.conv),
-            _conv(module.conv_shortcut) if module.in_channels != module.out_channels else None,
-        )
-        upsample = None
-        if upsampler is not None:
-            upsample = vae_parts.Upsample(_conv(upsampler.conv), upsampler.compress_time)
-        return layers.resnet(features, z, weights, caches, upsample)
-
-    def forward(inputs, temb, zq, conv_cache=None):
-        return interop.call_jax(compute, inputs, zq, conv_cache)
-
-    return forward
-
-
-def _last_conv(
-    norm: CogVideoXSpatialNorm3D, module: CogVideoXCausalConv3d, layers: vae_parts.Layers
-):
-    def compute(features, z, cache):
-        return layers.last_conv(features, z, _norm(norm), _conv(module.conv), cache)
-
-    def forward(inputs, conv_cache=None):
-        return interop.call_jax(compute, *inputs, conv_cache)
-
-    return forward
-
-
-def build_forward(config: VaeConfig, layers: vae_parts.Layers) -> Forward:
-    """The decoder's computation on one device's columns; weights by diffusers' names."""
-    torchax.default_env()  # makes an array, which must not be one of the program that is traced
+def build_model(config: VaeConfig, layers: Layers) -> AutoencoderDecoder:
+    """Returns the decoder with parameters on the meta device, of the shapes diffusers stores."""
     with torch.device("meta"):
-        module = _DecoderWithLatentConv(config).eval()
-    _compute_in_jax(module, layers)
+        return AutoencoderDecoder(config, layers).eval()
 
-    def forward(weights, latents, cache):
-        return torch.func.functional_call(module, weights, (latents, cache))
+
+def build_forward(config: VaeConfig, layers: Layers) -> Forward:
+    """Returns the function that decodes one device's columns; see `Forward`."""
+    torchax.default_env()  # makes an array, which must not become part of the traced program
+    model = build_model(config, layers)
+
+    def forward(
+        weights: dict[str, torch.Tensor], z: torch.Tensor, caches: DecoderCaches | None
+    ) -> tuple[torch.Tensor, DecoderCaches]:
+        return torch.func.functional_call(model, weights, (z, caches))
 
     return interop.jax_view(forward)

@@ -1,8 +1,7 @@
-"""The decoder's layers with the Pallas kernels of `vae_conv_tpu`: for TPU in bfloat16.
+"""The decoder's layers with Pallas kernels: for TPU in bfloat16.
 
-All frames of a batch at once, column by column. The kernels read the border columns of the
-neighbouring devices as small arrays beside their main one, so that no activation is copied to
-attach them.
+The kernels process all frames of a batch, column by column. They read the border columns of the
+neighbouring devices as separate small arrays, so that no activation is copied to attach them.
 """
 
 import dataclasses
@@ -11,55 +10,55 @@ import jax
 import jax.numpy as jnp
 
 from cogvideox.vae.layers import (
-    Conv,
+    ConvWeights,
     Features,
-    Norm,
-    Resnet,
-    Upsample,
-    WidthShards,
-    edges,
-    frame_repeat,
-    modulation,
+    NormWeights,
+    ResnetWeights,
+    UpsampleWeights,
 )
-from cogvideox.vae.tpu import kernels as vae_conv_tpu
+from cogvideox.vae.norm import frame_repeat, modulation
+from cogvideox.vae.sharding import WidthShards, edges
+from cogvideox.vae.tpu.causal_conv import causal_conv
+from cogvideox.vae.tpu.common import LANES, Interpret
+from cogvideox.vae.tpu.upsample import upsample
 
 Caches = tuple[jax.Array, jax.Array]
 
 
-def _pad_channels(conv: Conv) -> Conv:
-    """A causal convolution with channels, in and out, filled up to whole lanes with zeros."""
+def _pad_channels(conv: ConvWeights) -> ConvWeights:
+    """Pads a causal convolution's channels, in and out, with zeros to whole lanes."""
     out_channels = conv.bias.shape[0]
     channels = conv.weight.shape[0] // 9
-    pad_in, pad_out = -channels % vae_conv_tpu.LANES, -out_channels % vae_conv_tpu.LANES
+    pad_in, pad_out = -channels % LANES, -out_channels % LANES
     weight = conv.weight.reshape(9, channels, 3, out_channels)
     weight = jnp.pad(weight, ((0, 0), (0, pad_in), (0, 0), (0, pad_out)))
     weight = weight.reshape(9 * (channels + pad_in), 3 * (out_channels + pad_out))
-    return Conv(weight, jnp.pad(conv.bias, (0, pad_out)))
+    return ConvWeights(weight, jnp.pad(conv.bias, (0, pad_out)))
 
 
 @dataclasses.dataclass(frozen=True)
-class ColumnLayers:
-    """See `cogvideox.vae.layers.Layers`. Caches hold activated frames, [B, 2, W, H, C].
+class TpuLayers:
+    """Implements `cogvideox.vae.layers.Layers`; a cache holds activated frames, [B, 2, W, H, C].
 
     Attributes:
-        shards: how the width is split.
+        shards: split of the width.
         groups: channel groups of the norms.
-        interpret: run the kernels on any backend, slowly.
+        interpret: see `cogvideox.vae.tpu.common.Interpret`.
     """
 
     shards: WidthShards
     groups: int
-    interpret: bool = False
+    interpret: Interpret = False
 
     def first_conv(
-        self, z: jax.Array, conv: Conv, cache: jax.Array | None
+        self, z: jax.Array, conv: ConvWeights, cache: jax.Array | None
     ) -> tuple[Features, jax.Array]:
         channels = z.shape[-1]
-        pad = ((0, 0),) * 4 + ((0, -channels % vae_conv_tpu.LANES),)
+        pad = ((0, 0),) * 4 + ((0, -channels % LANES),)
         z = jnp.pad(z, pad)
         cache = None if cache is None else jnp.pad(cache, pad)
-        borders = self.shards.neighbours(_behind(cache, edges(z)), z.shape[2])
-        out, cache, sums = vae_conv_tpu.causal_conv(
+        borders = self.shards.neighbours(_after(cache, edges(z)), z.shape[2])
+        out, cache, sums = causal_conv(
             z,
             cache,
             *borders,
@@ -73,9 +72,9 @@ class ColumnLayers:
         self,
         features: Features,
         z: jax.Array,
-        weights: Resnet,
+        weights: ResnetWeights,
         caches: Caches | None,
-        upsample: Upsample | None = None,
+        upsample: UpsampleWeights | None = None,
     ) -> tuple[Features, Caches]:
         if upsample is not None:
             features = self._upsample(features.x, upsample)
@@ -83,7 +82,7 @@ class ColumnLayers:
         h, cache1 = self._norm_conv(features, z, weights.norm1, weights.conv1, cache1)
         conv2, shortcut = weights.conv2, None
         if weights.shortcut is not None:
-            conv2 = Conv(conv2.weight, conv2.bias + weights.shortcut.bias)
+            conv2 = ConvWeights(conv2.weight, conv2.bias + weights.shortcut.bias)
             shortcut = weights.shortcut.weight
         h, cache2 = self._norm_conv(
             h, z, weights.norm2, conv2, cache2, residual=features.x, shortcut=shortcut
@@ -94,8 +93,8 @@ class ColumnLayers:
         self,
         features: Features,
         z: jax.Array,
-        norm: Norm,
-        conv: Conv,
+        norm: NormWeights,
+        conv: ConvWeights,
         cache: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         colours = conv.bias.shape[0]
@@ -103,14 +102,14 @@ class ColumnLayers:
         out, cache = self._norm_conv(features, z, norm, conv, cache, planar=True)
         return out.x[:, :, :, :colours], cache
 
-    def _upsample(self, x: jax.Array, upsample: Upsample) -> Features:
+    def _upsample(self, x: jax.Array, weights: UpsampleWeights) -> Features:
         real = self.shards.real_columns(x.shape[2])
-        out, sums = vae_conv_tpu.upsample(
+        out, sums = upsample(
             x,
             *self.shards.neighbours(edges(x), x.shape[2]),
-            *upsample.conv,
+            *weights.conv,
             real,
-            upsample.frames(x.shape[1]),
+            weights.frames(x.shape[1]),
             interpret=self.interpret,
         )
         return Features(out, sums)
@@ -119,43 +118,49 @@ class ColumnLayers:
         self,
         features: Features,
         z: jax.Array,
-        norm: Norm,
-        conv: Conv,
+        norm: NormWeights,
+        conv: ConvWeights,
         cache: jax.Array | None,
-        **options,
+        *,
+        residual: jax.Array | None = None,
+        shortcut: jax.Array | None = None,
+        planar: bool = False,
     ) -> tuple[Features, jax.Array]:
-        """conv(silu(norm(features, z))), with the options of `vae_conv_tpu.causal_conv`."""
+        """Computes conv(silu(norm(features, z)))."""
         x, sums = features
-        # The kernel wants a row of modulation for each row; columns and frames it counts itself.
+        # The kernel reads a row of modulation for each row; it repeats columns and frames itself.
         z = jnp.repeat(z, x.shape[3] // z.shape[3], axis=3)
-        modulated = modulation(sums, x.shape, z, norm, self.groups, self.shards)
+        with jax.named_scope("norm"):
+            modulated = modulation(sums, x.shape, z, norm, self.groups, self.shards)
         repeat, offset = frame_repeat(z.shape[1], x.shape[1])
-        # The neighbours get this device's border columns as the kernel would make them.
+        # Activate this device's border columns for the neighbours, as the kernel does.
         gain, shift = (_show_frames(edges(v), repeat, offset) for v in modulated)
         borders = jax.nn.silu(edges(x).astype(jnp.float32) * gain + shift).astype(x.dtype)
-        out, cache, sums = vae_conv_tpu.causal_conv(
+        out, cache, sums = causal_conv(
             x,
             cache,
-            *self.shards.neighbours(_behind(cache, borders), x.shape[2]),
+            *self.shards.neighbours(_after(cache, borders), x.shape[2]),
             *conv,
             self.shards.real_columns(x.shape[2]),
             modulation=modulated,
             repeat=repeat,
             offset=offset,
             interpret=self.interpret,
-            **options,
+            residual=residual,
+            shortcut=shortcut,
+            planar=planar,
         )
         return Features(out, sums), cache
 
 
-def _behind(cache: jax.Array | None, borders: jax.Array) -> jax.Array:
-    """Edges of frames behind those of the two frames before them: [B, F + 2, 2, H, C]."""
+def _after(cache: jax.Array | None, borders: jax.Array) -> jax.Array:
+    """Puts the edges of the two frames before in front of `borders`: [B, F + 2, 2, H, C]."""
     before = jnp.repeat(borders[:, :1], 2, axis=1) if cache is None else edges(cache)
     return jnp.concatenate([before, borders], axis=1)
 
 
 def _show_frames(v: jax.Array, repeat: int, offset: int) -> jax.Array:
-    """[B, T, ...] -> [B, F, ...]; see `cogvideox.vae.layers.frame_repeat`."""
+    """Repeats latent frames, [B, T, ...] -> [B, F, ...]; see `cogvideox.vae.norm.frame_repeat`."""
     if offset == 0:
         return jnp.repeat(v, repeat, axis=1)
     return jnp.concatenate([v[:, :1], jnp.repeat(v[:, 1:], repeat, axis=1)], axis=1)

@@ -1,10 +1,10 @@
 """The decoder's layers with XLA's convolutions, frame by frame: for GPU and CPU.
 
-Nothing but what is kept is ever larger than a few frames, so a decode of 768x1360 needs little more
-memory than its caches. A causal convolution is one 2-D convolution of three frames side by side in
-the channels: all 27 taps are then added in one float32 accumulator, and a frame is written once.
-The three lie in a ring, in which each new frame takes the place of the oldest, and the taps turn
-with it. `benchmarks/vae_convolution.py` compares other forms.
+Temporary arrays are a few frames at most, so a decode of 768x1360 needs little more memory than its
+caches. A causal convolution is one 2-D convolution of three frames side by side in the channels:
+one float32 accumulator adds all 27 taps, and each frame is written once. The three frames lie in a
+ring buffer, in which each new frame replaces the oldest; the kernel's taps are rotated to match.
+`benchmarks/vae_convolution.py` compares other forms.
 """
 
 import dataclasses
@@ -16,34 +16,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from cogvideox.vae.layers import (
-    Conv,
+    ConvWeights,
     Features,
-    Norm,
-    Resnet,
-    Upsample,
-    WidthShards,
+    NormWeights,
+    ResnetWeights,
+    UpsampleWeights,
+)
+from cogvideox.vae.norm import (
     activate,
     channel_sums,
-    edges,
     frame_repeat,
     modulation,
     pointwise,
     precision,
 )
+from cogvideox.vae.sharding import WidthShards, edges
 
-# The last two frames that a convolution read, [B, 1, W, H, C] as `with_neighbours` makes them.
+# The last two activated frames that a convolution read, [B, 1, W, H, C] each, with the columns that
+# `with_neighbours` adds.
 Cache = tuple[jax.Array, jax.Array]
 
-# A frame [B, W, H, C], and where the mesh splits the width also the columns beside it.
+# A frame [B, W, H, C] and, where the mesh splits the width, the columns left and right of it.
 Pieces = list[jax.Array]
 
 _RING = 3  # frames that a causal convolution reads
 
 
 def with_neighbours(x: jax.Array, shards: WidthShards) -> jax.Array:
-    """[B, F, W, H, C] with a column from each side, [B, F, W + 2, H, C], as convolutions read it.
+    """Adds a column from each side to [B, F, W, H, C]: [B, F, W + 2, H, C].
 
-    On a single device it stays as it is: the convolution makes its own border.
+    On a single device it returns `x`, because there the convolution pads its own border.
     """
     if shards.count == 1:
         return x
@@ -52,9 +54,10 @@ def with_neighbours(x: jax.Array, shards: WidthShards) -> jax.Array:
 
 
 def _conv_2d(x: jax.Array, kernel: jax.Array, shards: WidthShards) -> jax.Array:
-    """[B, W (+ 2 if the width is split), H, C] by [KW, KH, C, C'].
+    """Convolves [B, W (+ 2 if the width is split), H, C] with [KW, KH, C, C'].
 
-    [B, W, H, C'] for 3x3 kernels, [B, W + 1, H + 1, C'] for 2x2.
+    Returns:
+        [B, W, H, C'] for 3x3 kernels, [B, W + 1, H + 1, C'] for 2x2.
     """
     pad_width = 1 if shards.count == 1 else 0
     return lax.conv_general_dilated(
@@ -67,10 +70,10 @@ def _conv_2d(x: jax.Array, kernel: jax.Array, shards: WidthShards) -> jax.Array:
     )
 
 
-def _ring_kernels(conv: Conv) -> jax.Array:
-    """[3 (frames) 3 (columns) C, 3 (rows) C'] -> [3, 3, 2 3 (frames) C, C'], the frames twice.
+def _ring_kernels(conv: ConvWeights) -> jax.Array:
+    """Rearranges [3 (frames) 3 (columns) C, 3 (rows) C'] to [3, 3, 2 3 (frames) C, C'].
 
-    Any three frames of it in a row are the taps for one turn of the ring.
+    The frames' taps are repeated once, so that each rotation of them is a contiguous slice.
     """
     channels, out_channels = conv.weight.shape[0] // 9, conv.bias.shape[0]
     kernel = conv.weight.reshape(_RING, 3, channels, 3, out_channels).transpose(1, 3, 0, 2, 4)
@@ -78,22 +81,22 @@ def _ring_kernels(conv: Conv) -> jax.Array:
     return jnp.concatenate([kernel, kernel], axis=2)
 
 
-def _phase_kernel(conv: Conv) -> jax.Array:
-    """[2 (side), 2 (columns) C, 2 (parity) 2 (rows) C'] -> [2, 2, C, 2 (side) 2 (parity) C'].
+def _phase_kernel(conv: ConvWeights) -> jax.Array:
+    """Rearranges [2 (side), 2 (columns) C, 2 (parity) 2 (rows) C'] to [2, 2, C, 2 2 C'].
 
-    Around the corner between four pixels lie the right half of the left ones and the left half of
-    the right ones: sides and parities change their order.
+    The 2x2 convolution computes the four phases around the corner between four pixels: the right
+    half of the left pixels and the left half of the right ones. So sides and parities are reversed.
     """
     channels, out_channels = conv.weight.shape[1] // 2, conv.bias.shape[0]
     kernel = conv.weight.reshape(2, 2, channels, 2, 2, out_channels)[::-1, :, :, ::-1]
     return kernel.transpose(1, 4, 2, 0, 3, 5).reshape(2, 2, channels, 4 * out_channels)
 
 
-def upsample_frame(x: jax.Array, conv: Conv, shards: WidthShards) -> jax.Array:
-    """Nearest doubling of [B, W (+ 2 if the width is split), H, C] and a 3x3 convolution.
+def upsample_frame(x: jax.Array, conv: ConvWeights, shards: WidthShards) -> jax.Array:
+    """Doubles [B, W (+ 2 if the width is split), H, C] by nearest, then convolves with 3x3.
 
-    Source: CogVideoXUpsample3D. As one 2x2 convolution for each of the four phases of the doubled
-    picture this is 16/36 of its work.
+    Source: CogVideoXUpsample3D. One 2x2 convolution for each of the four phases of the doubled
+    picture does the same with 16/36 of the products.
 
     Returns:
         [B, 2 W + 2, 2 H, C'], with a column from each side.
@@ -101,7 +104,7 @@ def upsample_frame(x: jax.Array, conv: Conv, shards: WidthShards) -> jax.Array:
     b = x.shape[0]
     out = lax.optimization_barrier(_conv_2d(x, _phase_kernel(conv), shards))
     columns, rows, channels = *out.shape[1:3], conv.bias.shape[0]
-    # The columns and rows are corners between four pixels, hence one more of each than pixels.
+    # Columns and rows are corners between four pixels: one more of each than pixels.
     out = out.reshape(b, columns, rows, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
     out = out.reshape(b, 2 * columns, 2 * rows, channels)
     return out[:, :, 1:-1] + conv.bias
@@ -109,33 +112,33 @@ def upsample_frame(x: jax.Array, conv: Conv, shards: WidthShards) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Frames [B, F, W, H, C] that may still have to be upsampled.
+    """Frames [B, F, W, H, C], upsampled when they are read.
 
-    diffusers convolves after doubling the frames; it convolves them one by one, so doubling them
-    can come last, or never: a doubled frame is the same frame asked for twice.
+    diffusers doubles the frames and then convolves each on its own, so a doubled frame is the same
+    frame read twice.
 
     Attributes:
         stored: [B, F', W', H', C'].
-        beside: the columns left and right of them, [B, F', 1, H', C'] each, or none if the width
-            is not split.
-        upsample: what makes the frames of the stored ones; None if they are the same.
-        shards: how the width is split.
+        beside: the columns left and right of them, [B, F', 1, H', C'] each; empty if the width is
+            not split.
+        upsample: the upsampler to apply to a stored frame; None to read it as it is.
+        shards: split of the width.
     """
 
     stored: jax.Array
     beside: tuple[jax.Array, ...]
-    upsample: Upsample | None
+    upsample: UpsampleWeights | None
     shards: WidthShards
 
     @classmethod
-    def of(cls, x: jax.Array, upsample: Upsample | None, shards: WidthShards) -> "Video":
-        """With the columns beside `x` fetched from the neighbours, for all frames at once."""
+    def of(cls, x: jax.Array, upsample: UpsampleWeights | None, shards: WidthShards) -> "Video":
+        """Makes a video of `x`; fetches the columns beside it for all frames at once."""
         beside = () if shards.count == 1 else shards.neighbours(edges(x), x.shape[2])
         return cls(x, beside, upsample, shards)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the frames."""
+        """Shape of the frames, [B, F, W, H, C]."""
         if self.upsample is None:
             return self.stored.shape
         b, stored, columns, rows, _ = self.stored.shape
@@ -143,7 +146,7 @@ class Video:
         return b, self.upsample.frames(stored), 2 * columns, 2 * rows, channels
 
     def pieces(self, t: jax.Array) -> Pieces:
-        """Frame `t`, made now, and what is beside it."""
+        """Computes frame `t` and the columns beside it."""
         stored = self.stored.shape[1]
         if self.shape[1] > stored:
             t = (t + stored % 2) // 2
@@ -154,15 +157,16 @@ class Video:
         if self.beside:
             x, left, right = pieces
             x = jnp.concatenate([left, self.shards.keep_real(x, axis=1), right], axis=1)
-        x = upsample_frame(x, self.upsample.conv, self.shards)
+        with jax.named_scope("upsample"):
+            x = upsample_frame(x, self.upsample.conv, self.shards)
         return [x[:, 1:-1], x[:, :1], x[:, -1:]] if self.beside else [x[:, 1:-1]]
 
     def frame(self, t: jax.Array) -> jax.Array:
-        """Frame `t`: [B, W, H, C]."""
+        """Computes frame `t`: [B, W, H, C]."""
         return self.pieces(t)[0]
 
     def sums(self) -> jax.Array:
-        """See `Features`."""
+        """Computes the sums of all frames; see `Features`."""
         b, frames, _, _, channels = self.shape
 
         def add(t: jax.Array, sums: jax.Array) -> jax.Array:
@@ -172,54 +176,58 @@ class Video:
 
 
 class Residual(NamedTuple):
-    """What a resnet adds to its convolutions: its input, through a shortcut if there is one."""
+    """The residual of a resnet block: its input, through a shortcut if there is one."""
 
     video: Video
-    shortcut: Conv | None
+    shortcut: ConvWeights | None
 
     @classmethod
-    def of(cls, video: Video, shortcut: Conv | None) -> "Residual":
-        """An upsampler and a shortcut after it, both linear, become one upsampler."""
+    def of(cls, video: Video, shortcut: ConvWeights | None) -> "Residual":
+        """Makes a residual; fuses an upsampler and a shortcut, both linear, into one upsampler."""
         if video.upsample is None or shortcut is None:
             return cls(video, shortcut)
         conv, compress_time = video.upsample
         weight = conv.weight.reshape(*conv.weight.shape[:2], 4, -1)  # [2, 2 C, 2 2, C']
         weight = pointwise(weight, shortcut._replace(bias=jnp.zeros((), weight.dtype)))
-        both = Conv(weight.reshape(*conv.weight.shape[:2], -1), pointwise(conv.bias, shortcut))
-        return cls(dataclasses.replace(video, upsample=Upsample(both, compress_time)), None)
+        both = ConvWeights(
+            weight.reshape(*conv.weight.shape[:2], -1), pointwise(conv.bias, shortcut)
+        )
+        return cls(dataclasses.replace(video, upsample=UpsampleWeights(both, compress_time)), None)
 
     def frame(self, t: jax.Array) -> jax.Array:
-        """[B, W, H, C']."""
+        """Computes frame `t`: [B, W, H, C']."""
         x = self.video.frame(t)
         return x if self.shortcut is None else pointwise(x, self.shortcut)
 
 
 @dataclasses.dataclass(frozen=True)
-class FrameLayers:
-    """See `vae.layers.Layers`. Caches hold two activated frames as convolutions read them.
+class XlaLayers:
+    """Implements `cogvideox.vae.layers.Layers`; caches are of type `Cache`.
 
     Attributes:
-        shards: how the width is split.
+        shards: split of the width.
         groups: channel groups of the norms.
     """
 
     shards: WidthShards
     groups: int
 
-    def first_conv(self, z: jax.Array, conv: Conv, cache: Cache | None) -> tuple[Features, Cache]:
+    def first_conv(
+        self, z: jax.Array, conv: ConvWeights, cache: Cache | None
+    ) -> tuple[Features, Cache]:
         return _causal_conv(Video.of(z, None, self.shards), Video.pieces, conv, cache)
 
     def resnet(
         self,
         features: Features,
         z: jax.Array,
-        weights: Resnet,
+        weights: ResnetWeights,
         caches: tuple[Cache, Cache] | None,
-        upsample: Upsample | None = None,
+        upsample: UpsampleWeights | None = None,
     ) -> tuple[Features, tuple[Cache, Cache]]:
-        # The upsampled frames are the largest array of the decoder, 4.8 GB for 9 frames of
-        # 768x1360 with 256 channels. They never all exist: each of their three uses makes them
-        # again, for a tenth of the work of one convolution.
+        # All upsampled frames would be the largest array of the decoder, 4.8 GB for 9 frames of
+        # 768x1360 with 256 channels. Each of their three uses computes them again, frame by frame,
+        # for a tenth of the work of one convolution.
         video = Video.of(features.x, upsample, self.shards)
         sums = features.sums if upsample is None else video.sums()
         cache1, cache2 = caches or (None, None)
@@ -235,8 +243,8 @@ class FrameLayers:
         self,
         features: Features,
         z: jax.Array,
-        norm: Norm,
-        conv: Conv,
+        norm: NormWeights,
+        conv: ConvWeights,
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache]:
         video = Video.of(features.x, None, self.shards)
@@ -248,31 +256,35 @@ class FrameLayers:
         video: Video,
         sums: jax.Array,
         z: jax.Array,
-        norm: Norm,
-        conv: Conv,
+        norm: NormWeights,
+        conv: ConvWeights,
         cache: Cache | None,
         residual: Residual | None = None,
     ) -> tuple[Features, Cache]:
         shape, shards = video.shape, self.shards
-        modulated = modulation(sums, shape, with_neighbours(z, shards), norm, self.groups, shards)
+        with jax.named_scope("norm"):
+            beside = with_neighbours(z, shards)
+            modulated = modulation(sums, shape, beside, norm, self.groups, shards)
         repeat, offset = frame_repeat(z.shape[1], shape[1])
 
         def activated(video: Video, t: jax.Array) -> Pieces:
             latent = (t + offset) // repeat
             at = [lax.dynamic_index_in_dim(v, latent, 1, False) for v in modulated]
             columns = [slice(1, -1), slice(1), slice(-1, None)] if video.beside else [slice(None)]
-            return [
-                activate(piece, *(v[:, own] for v in at))
-                for piece, own in zip(video.pieces(t), columns, strict=True)
-            ]
+            pieces = video.pieces(t)
+            with jax.named_scope("norm"):
+                return [
+                    activate(piece, *(v[:, own] for v in at))
+                    for piece, own in zip(pieces, columns, strict=True)
+                ]
 
-        # Nobody else wants what a resnet's second convolution reads.
+        # Nothing else reads the input of a resnet's second convolution.
         overwrite = residual is not None
         return _causal_conv(video, activated, conv, cache, residual, overwrite)
 
 
 def _put(ring: jax.Array, pieces: Pieces, place: jax.Array, shards: WidthShards) -> jax.Array:
-    """The ring [B, W (+ 2), H, 3 C] with a frame in one of its three places."""
+    """Writes a frame to one of the three places of the ring [B, W (+ 2), H, 3 C]."""
     frame, *others = pieces
     columns, channels = frame.shape[1], frame.shape[3]
     starts = [0]
@@ -294,45 +306,49 @@ def _put(ring: jax.Array, pieces: Pieces, place: jax.Array, shards: WidthShards)
 def _causal_conv(
     video: Video,
     prepared: Callable[[Video, jax.Array], Pieces],
-    conv: Conv,
+    conv: ConvWeights,
     cache: Cache | None,
     residual: Residual | None = None,
     overwrite: bool = False,
 ) -> tuple[Features, Cache]:
-    """A 3x3x3 convolution that sees only the present and the two frames before it.
+    """Applies a 3x3x3 convolution over each frame and the two before it.
 
-    Source: CogVideoXCausalConv3d with pad_mode "first": the first frame of a video stands in for
-    the two before it.
+    Source: CogVideoXCausalConv3d with pad_mode "first", which repeats the first frame of a video
+    for the two before it.
 
     Args:
-        video: what is convolved, before `prepared`.
-        prepared: makes frame t of a video ready for the convolution.
+        video: the input, before `prepared`.
+        prepared: computes frame t of the convolution's input from a video.
         conv: the weights.
-        cache: the two frames before, as it returns them.
+        cache: the two frames before; None at the start of a video.
         residual: added to the result.
-        overwrite: let the result take the place of `video.stored`, which has its shape.
+        overwrite: write the result into `video.stored`, which must have its shape.
+
+    Returns:
+        The result and the cache for the next batch.
     """
     b, frames, columns, rows, channels = video.shape
     shards, kernels = video.shards, _ring_kernels(conv)
     dtype, out_channels = video.stored.dtype, conv.bias.shape[0]
 
-    # Frame t lies in place (t + 2) % 3, so that the cache's two come before the first one.
+    # Frame t has place (t + 2) % 3; the two frames of the cache have places 0 and 1.
     def step(t: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out, ring = carry
         now = dataclasses.replace(video, stored=out) if overwrite else video
         ring = _put(ring, prepared(now, t), (t + 2) % _RING, shards)
         start = -t % _RING * channels
         kernel = lax.dynamic_slice_in_dim(kernels, start, _RING * channels, axis=2)
-        # Apart from what follows: one of cuDNN's fused convolutions could not write into `out`, and
-        # its result would be copied there.
-        y = lax.optimization_barrier(_conv_2d(ring, kernel, shards))
+        # The barrier keeps cuDNN from fusing what follows: a fused convolution could not write into
+        # `out`, and its result would be copied.
+        with jax.named_scope("conv"):
+            y = lax.optimization_barrier(_conv_2d(ring, kernel, shards))
         y = y.astype(jnp.float32) + conv.bias
         if residual is not None:
             y += residual.frame(t)
         return lax.dynamic_update_index_in_dim(out, y.astype(dtype), t, axis=1), ring
 
-    # What is written over before it is read starts as some value of the input: constants would be
-    # made, and held, long before they are needed, and the caches copied.
+    # Buffers that are overwritten before they are read start as a value of the input. XLA would
+    # allocate constants long before they are needed, and copy the caches.
     some = video.stored[0, 0, 0, 0, 0]
     if cache is None:
         border = 2 if video.beside else 0

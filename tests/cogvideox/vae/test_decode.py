@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from cogvideox.vae.decode import frame_batches, load_decoder
+from cogvideox.vae.decode import load_decoder
+from cogvideox.vae.decoders import DECODERS
 from tests.cogvideox.vae.vae_models import thin_vae
-
-DECODERS = ("vae_torchax", "vae_flax")
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +29,6 @@ def random_latents(frames: int, width: int, batch: int = 1) -> np.ndarray:
 
 def decode(decoder, latents: np.ndarray, output: str = "float32") -> np.ndarray:
     return np.concatenate(list(decoder.decode(latents, output=output)), axis=1)
-
-
-@pytest.mark.parametrize(
-    ("latent_frames", "expected"),
-    [
-        (1, [(0, 1)]),
-        (2, [(0, 2)]),
-        (3, [(0, 3)]),
-        (4, [(0, 2), (2, 4)]),
-        (7, [(0, 3), (3, 5), (5, 7)]),
-    ],
-)
-def test_frame_batches(latent_frames, expected):
-    assert frame_batches(latent_frames) == expected
 
 
 @pytest.mark.parametrize(

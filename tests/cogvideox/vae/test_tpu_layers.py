@@ -11,9 +11,16 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from cogvideox.vae.layers import Conv, Features, Norm, Resnet, Upsample, WidthShards
-from cogvideox.vae.tpu.layers import ColumnLayers
-from cogvideox.vae.xla.layers import FrameLayers, with_neighbours
+from cogvideox.vae.layers import (
+    ConvWeights,
+    Features,
+    NormWeights,
+    ResnetWeights,
+    UpsampleWeights,
+)
+from cogvideox.vae.sharding import WidthShards
+from cogvideox.vae.tpu.layers import TpuLayers
+from cogvideox.vae.xla.layers import XlaLayers, with_neighbours
 
 TOLERANCE = 2e-5
 LATENT, GROUPS, HEIGHT = 16, 4, 8
@@ -29,21 +36,21 @@ class Random:
     def array(self, *shape: int) -> jax.Array:
         return jnp.asarray(self.generator.standard_normal(shape), jnp.float32)
 
-    def conv(self, rows: int, columns: int, out_channels: int) -> Conv:
-        return Conv(self.array(rows, columns) / rows**0.5, self.array(out_channels))
+    def conv(self, rows: int, columns: int, out_channels: int) -> ConvWeights:
+        return ConvWeights(self.array(rows, columns) / rows**0.5, self.array(out_channels))
 
-    def norm(self, channels: int) -> Norm:
+    def norm(self, channels: int) -> NormWeights:
         vectors = self.array(channels), self.array(channels)
-        return Norm(*vectors, *(self.conv(LATENT, channels, channels) for _ in range(2)))
+        return NormWeights(*vectors, *(self.conv(LATENT, channels, channels) for _ in range(2)))
 
-    def causal(self, channels: int, out_channels: int) -> Conv:
+    def causal(self, channels: int, out_channels: int) -> ConvWeights:
         return self.conv(9 * channels, 3 * out_channels, out_channels)
 
 
 def compare(compute, caches, arrays, devices: int, width: int) -> None:
     """`compute(layers, caches, *arrays)` with both layers.
 
-    Arrays [B, T, W, ...] are split by columns, as are caches, which come and go as `ColumnLayers`
+    Arrays [B, T, W, ...] are split by columns, as are caches, which come and go as `TpuLayers`
     keeps them.
     """
     mesh = Mesh(np.array(jax.devices()[:devices]), ("width",))
@@ -64,9 +71,9 @@ def compare(compute, caches, arrays, devices: int, width: int) -> None:
         return jax.lax.psum(x, "width")[:, :, None]
 
     def both(caches, *arrays):
-        expected, kept = compute(FrameLayers(shards, GROUPS), map(by_frames, caches), *arrays)
+        expected, kept = compute(XlaLayers(shards, GROUPS), map(by_frames, caches), *arrays)
         expected = expected, [by_columns(cache) for cache in kept]
-        got, kept = compute(ColumnLayers(shards, GROUPS, interpret=True), caches, *arrays)
+        got, kept = compute(TpuLayers(shards, GROUPS, interpret=True), caches, *arrays)
         return jax.tree.map(comparable, [expected, (got, list(kept))])
 
     run = jax.shard_map(both, mesh=mesh, in_specs=COLUMNS, out_specs=COLUMNS, check_vma=False)
@@ -94,8 +101,8 @@ def test_resnet(devices, width, latent_frames, repeat, cached, batch, upsampled)
     channels, out_channels = 128, 256 if upsampled is False else 128
     upsample, scale = None, 1
     if upsampled is not None:
-        upsample = Upsample(
-            Conv(random.array(2, 2 * channels, 4 * channels) / 16, random.array(channels)),
+        upsample = UpsampleWeights(
+            ConvWeights(random.array(2, 2 * channels, 4 * channels) / 16, random.array(channels)),
             upsampled,
         )
         scale = 2
@@ -104,7 +111,7 @@ def test_resnet(devices, width, latent_frames, repeat, cached, batch, upsampled)
     shortcut = None
     if channels != out_channels:
         shortcut = random.conv(channels, out_channels, out_channels)
-    weights = Resnet(
+    weights = ResnetWeights(
         random.norm(channels),
         random.causal(channels, out_channels),
         random.norm(out_channels),

@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from cogvideox.model.config import VaeConfig
 from cogvideox.vae.decode import load_decoder
 from cogvideox.vae.decoder_flax import abstract_model, parameters_by_diffusers_name
+from cogvideox.vae.decoder_torchax import build_model
+from cogvideox.vae.sharding import WidthShards
 from cogvideox.vae.weights import arrange, arranged_shape, weight_shapes
+from cogvideox.vae.xla.layers import XlaLayers
 from tests.cogvideox.vae.vae_models import thin_vae
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -52,7 +55,7 @@ def test_every_weight_that_does_not_fit_is_named(folder):
 
 
 @pytest.mark.parametrize("latent_conv", [False, True])
-def test_the_weights_that_are_wanted_are_those_of_diffusers_and_of_flax(tmp_path, latent_conv):
+def test_the_weights_that_are_wanted_are_those_of_all_decoders(tmp_path, latent_conv):
     thin_vae(tmp_path, use_post_quant_conv=latent_conv)
     wanted = weight_shapes(VaeConfig.from_file(tmp_path / "config.json"))
     stored = load_file(tmp_path / WEIGHTS_FILE)
@@ -67,6 +70,10 @@ def test_the_weights_that_are_wanted_are_those_of_diffusers_and_of_flax(tmp_path
     )
     arranged = {name: arranged_shape(shape) for name, shape in wanted.items()}
     assert {name: parameter.shape for name, parameter in flax.items()} == arranged
+    config = VaeConfig.from_file(tmp_path / "config.json")
+    layers = XlaLayers(WidthShards("width", 1, 1), config.norm_num_groups)
+    torchax = build_model(config, layers).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in torchax.items()} == wanted
 
 
 def test_a_decoder_is_made_and_loaded_without_what_only_tracing_needs(folder):
