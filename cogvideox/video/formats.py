@@ -23,7 +23,13 @@ def wants_float(path: Path) -> bool:
     return path.suffix.lower() == ".npy"
 
 
-def check_output_path(path: Path, *, fps: int | None = None, quality: int | None = None) -> None:
+def check_output_path(
+    path: Path,
+    *,
+    fps: int | None = None,
+    quality: int | None = None,
+    option: str = "--output_video",
+) -> None:
     """Checks that a video can be written to `path` with these settings.
 
     Changes nothing on the disk: missing parent folders are made when writing starts.
@@ -32,13 +38,14 @@ def check_output_path(path: Path, *, fps: int | None = None, quality: int | None
         path: the output; its suffix selects the format.
         fps: frames a second; None skips the check.
         quality: 0 to 10; None is the default.
+        option: the argument that named the path, for the message.
 
     Raises:
         ValueError: a video cannot be written there, in one line.
     """
     problem = _path_problem(path)
     if problem is not None:
-        raise ValueError(f"--output_video {str(path)!r}: {problem}")
+        raise ValueError(f"{option} {str(path)!r}: {problem}")
     problem = _settings_problem(path.suffix.lower(), fps, quality)
     if problem is not None:
         raise ValueError(problem)
