@@ -223,7 +223,7 @@ def write_embeddings(model: Path, folder: Path) -> None:
     tensors = {name: rng.standard_normal(shape, np.float32) for name in names}
     stage = "stage1_text_encoder"
     settings = {"model_id": str(model), "revision": None, "prompt": "noise"}
-    section = {**settings, "fingerprint": stage_files.fingerprint(settings), "made_with": {}}
+    section = stage_files.make_section(settings)
     stage_files.write_stage_file(folder / stage_files.EMBEDDINGS_FILE, stage, tensors, section)
     stage_files.record_section(folder, stage, section, inherited=folder)
 

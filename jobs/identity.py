@@ -7,7 +7,6 @@ mesh and the attention kernel change rounding only and are not part of it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Sequence
 
@@ -19,8 +18,6 @@ from runtime.fingerprint import fingerprint
 from stages import files
 
 _ID_LENGTH = 16
-_SAMPLE_BYTES = 4096
-_SAMPLE_STRIDE = 16 << 20
 _LABEL_LENGTH = 40  # characters of a name that is made of a prompt
 
 
@@ -58,27 +55,8 @@ def make_jobs(lines: Sequence[Line], model: ModelFolder) -> tuple[list[Job], lis
 
 
 def model_digest(model: ModelFolder) -> str:
-    """Hashes the model's files: configurations whole, weights by size, header and samples.
-
-    Reading 20 GB of weights would take a minute per start. A page of every 16 MiB differs between
-    a model and the same model after more training.
-    """
-    digest = hashlib.sha256()
-    folders = [model.path / part for part in files.MODEL_PARTS]
-    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    for path in sorted([model.path / "model_index.json", *paths]):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(model.path).as_posix()} {size}\n".encode())
-        with open(path, "rb") as file:
-            if size <= _SAMPLE_STRIDE:
-                digest.update(file.read())
-                continue
-            header = int.from_bytes(file.read(8), "little")  # how safetensors files begin
-            digest.update(file.read(min(header, _SAMPLE_STRIDE)))
-            for offset in range(0, size, _SAMPLE_STRIDE):
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    """Hashes what the model's parts contain; see `ModelFolder.digest`."""
+    return fingerprint({part: model.digest(part) for part in files.MODEL_PARTS})
 
 
 def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:
@@ -98,7 +76,8 @@ def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:
         "no_metadata": own.no_metadata,
     }
     name = line.name or _label(own.prompt)
-    hashed = decides | {
+    # Where the model lies does not count, what it contains does.
+    hashed = {k: v for k, v in decides.items() if k not in ("model_id", "revision")} | {
         "settings": dataclasses.asdict(decides["settings"]),
         "model": digest,
         "format": files.FORMAT_VERSION,

@@ -19,6 +19,7 @@ from stages import files, generate
 from stages.decode import DecodeOptions
 from stages.denoise import DenoiseOptions
 from stages.encode import EncodeOptions
+from stages.sections import is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def read_provenance(video: Path) -> Provenance:
             raise ValueError(f"the tag of {video} is not this project's: {error}") from error
     for stage in files.STAGES:
         section = config.get(stage) if isinstance(config, dict) else None
-        if not isinstance(section, dict) or not files.is_whole(section):
+        if not isinstance(section, dict) or not is_whole(section):
             raise ValueError(f"{source} does not say what {stage}.py did for {video}")
         for name, value in section.items():
             if name in TYPES and value is not None and name != "prompt":

@@ -13,7 +13,7 @@ from runtime import processes
 from runtime.devices import start_jax
 from runtime.errors import checking_input
 from runtime.progress import Timings, progress
-from stages import files
+from stages import files, sections
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from cogvideox.denoising.noise import NoiseSource
     from cogvideox.denoising.program import Denoiser
     from cogvideox.denoising.scheduler import Schedule
-    from cogvideox.model.folder import ModelFolder, StoredTensor
+    from cogvideox.model.folder import ModelFolder
     from cogvideox.model.settings import DenoisingSettings, LatentShape
+    from runtime.tensor_files import StoredTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,14 +203,17 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
     options = dataclasses.replace(
         options, input_dir=processes.folder_of_first(options.input_dir, inputs)
     )
-    with checking_input():
+    # Reading and comparing 15 MB takes 20 ms, while the devices start.
+    with ThreadPoolExecutor(1) as background, checking_input():
         embeddings, model = open_embeddings(options.input_dir, options.model_id)
+        reading = background.submit(files.read_tensors, embeddings)
         files.check_executables(options.executables)
         files.check_output_folder(output_dir, files.LATENTS_FILE)
         if options.profile:
             files.check_output_folder(options.profile)
         batch, tokens, _ = embeddings.shapes["prompt_embeds"]
         checked = check(options, model, batch, tokens)
+        tensors = reading.result()
     denoiser = checked.denoiser
     mesh, attention = dict(denoiser.mesh.shape), denoiser.attention.name
     print(f"{checked.settings.describe()}\nmesh {mesh}, attention {attention}, {options.dtype}")
@@ -221,7 +225,7 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
         compiling = background.submit(denoiser.compile, options.executables)
         with timings.phase("load"):
             parameters = denoiser.load(options.executables)
-            prompt_embeds = denoiser.prompt_embeds(files.read_tensors(embeddings))
+            prompt_embeds = denoiser.prompt_embeds(tensors)
         with timings.phase("compile"):  # the part that loading did not hide
             step = compiling.result()
     print(f"stage 2: {compilations.sentence()}")
@@ -251,9 +255,9 @@ def open_embeddings(input_dir: Path, model_id: str | None) -> tuple[files.StageF
     from cogvideox.model.settings import text_tokens
 
     names = {"prompt_embeds", "negative_prompt_embeds"}
-    config = files.read_config(input_dir)
+    config = files.read_config(input_dir, files.ENCODE)
     file = files.open_stage_file(input_dir, files.EMBEDDINGS_FILE, files.ENCODE, config, names)
-    model = files.find_same_model(model_id, file, ["transformer", "scheduler"])
+    model = files.find_same_model(model_id, file, files.DENOISE)
     transformer = model.transformer
     shape = file.shapes["prompt_embeds"]
     if len(shape) != 3 or 0 in shape or file.shapes["negative_prompt_embeds"] != shape:
@@ -280,10 +284,9 @@ def denoising_section(
     """The section of stage 2 in generation_config.json."""
     import jax
 
-    return files.make_section(
+    return sections.make_section(
         {
-            "model_id": model.model_id,
-            "revision": model.revision,
+            **sections.model_settings(model, files.DENOISE),
             "embeddings": embeddings.section["fingerprint"],
             **dataclasses.asdict(run.settings),
             "dtype": run.denoiser.dtype,
@@ -292,6 +295,7 @@ def denoising_section(
         attention=run.denoiser.attention.name,
         device=jax.devices()[0].device_kind,
         guidance_scales=list(run.schedule.guidance_scales),
+        later_parts=sections.later_parts(model, files.DENOISE),
     )
 
 

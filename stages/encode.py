@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime.errors import checking_input
 from runtime.progress import Timings
-from stages import files
+from stages import files, sections
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,15 +134,15 @@ def save(
 ) -> Path:
     """Writes the embeddings and this stage's section into `options.output_dir`."""
     prompts = list(options.prompt)
-    section = files.make_section(
+    section = sections.make_section(
         {
-            "model_id": model.model_id,
-            "revision": model.revision,
+            **sections.model_settings(model, files.ENCODE),
             "prompt": prompts if len(prompts) > 1 else prompts[0],
             "negative_prompt": options.negative_prompt,
             "max_sequence_length": tokens,
             "dtype": options.dtype,
-        }
+        },
+        later_parts=sections.later_parts(model, files.ENCODE),
     )
     path = options.output_dir / files.EMBEDDINGS_FILE
     files.check_finite(tensors, files.ENCODE)

@@ -6,100 +6,117 @@ Importing it loads neither torch, JAX nor diffusers, so bad input is refused fir
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-
 from runtime import processes
 from runtime.errors import InputError, RunError
-from runtime.files import atomic_path, write_json
-from runtime.fingerprint import fingerprint as hash_json
+from runtime.files import write_json
 from runtime.json_files import read_json_object
-from runtime.versions import versions
+from runtime.tensor_files import TensorFile, check_header, read_header, write_tensors
+from runtime.text import printable
+from stages.sections import (
+    DECODE,
+    DENOISE,
+    ENCODE,
+    MODEL_PARTS,
+    PARTS,
+    STAGES,
+    check_section,
+    fingerprint,
+    is_whole,
+    make_section,
+)
+
+__all__ = ["DECODE", "DENOISE", "MODEL_PARTS", "fingerprint", "make_section"]
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-FORMAT_VERSION = "1"
+    from cogvideox.model.folder import ModelFolder
+
+FORMAT_VERSION = "2"
 CONFIG_FILE = "generation_config.json"
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
 LATENTS_FILE = "stage2_latents.safetensors"
 CHECKPOINT_FILE = "stage2_checkpoint.safetensors"
 VIDEO_FILE = "output_video.mp4"
 
-# The stages in their order: the names of the scripts, of the sections in generation_config.json,
-# and in the stage files' metadata.
-ENCODE = "stage1_text_encoder"
-DENOISE = "stage2_transformer"
-DECODE = "stage3_vae_decoder"
-STAGES = (ENCODE, DENOISE, DECODE)
-
-# The sub-folders of a model that the three stages load.
-MODEL_PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
-
-
-_FINGERPRINT_LENGTH = 16
 _MAX_CONFIG_BYTES = 4 << 20
+_NEEDED_INODES = 8
 
 
-def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Hashes the settings that decide a stage's output, to 16 hexadecimal digits."""
-    return hash_json(settings)[:_FINGERPRINT_LENGTH]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *needed: str) -> dict[str, Any]:
     """Reads the sections that earlier stages recorded in `folder`.
 
+    Args:
+        needed: the stages whose sections must be there and as they were written.
+
+    Returns:
+        The format version and those sections that are as they were written.
+
     Raises:
-        InputError: the file is missing, broken, or of another format version.
+        InputError: the file is missing, broken, or of another format version, or a section of
+            `needed` is missing or was changed. The message names the stage to run.
     """
     path = folder / CONFIG_FILE
-    if not path.exists():
-        raise InputError(f"{path} does not exist; run the stages in their order")
-    config = read_json_object(path, max_bytes=_MAX_CONFIG_BYTES)
+    stage = needed[-1] if needed else ENCODE
+    if not os.path.lexists(path):
+        raise InputError(f"{path} does not exist; run {stage}.py first")
+    try:
+        config = read_json_object(path, max_bytes=_MAX_CONFIG_BYTES)
+    except InputError as error:
+        raise InputError(f"{error}; run {needed[0] if needed else ENCODE}.py again") from error
     version = config.get("format_version")
     if version != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {version}, this program {FORMAT_VERSION}")
-    return config
+        shown = printable(str(version)[:80])
+        raise InputError(
+            f"{path} has format version {shown}, this program {FORMAT_VERSION}; run "
+            f"{needed[0] if needed else ENCODE}.py again"
+        )
+    for stage in needed:
+        try:
+            check_section(stage, config.get(stage))
+        except ValueError as error:
+            raise InputError(f"{path}: {printable(str(error))}; run {stage}.py again") from error
+    whole: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    for stage in STAGES:
+        section = config.get(stage)
+        if isinstance(section, dict) and is_whole(section):
+            whole[stage] = section
+    return whole
 
 
 def record_section(folder: Path, stage: str, section: Mapping[str, Any], inherited: Path) -> None:
-    """Writes a stage's section into the config of `folder`; keeps every other section.
+    """Writes a stage's section into the config of `folder`; keeps every other whole section.
 
     Args:
         inherited: the folder whose config holds the sections of earlier stages.
+
+    Raises:
+        RunError: the config of `inherited` is gone.
     """
+    write_json(folder / CONFIG_FILE, merged_config(folder, stage, section, inherited))
+
+
+def merged_config(
+    folder: Path, stage: str, section: Mapping[str, Any], inherited: Path
+) -> dict[str, Any]:
+    """Returns what `record_section` writes."""
     config: dict[str, Any] = {"format_version": FORMAT_VERSION}
-    for source in (folder, inherited):
-        if (source / CONFIG_FILE).exists():
-            config |= read_config(source)
-    write_json(folder / CONFIG_FILE, config | {stage: dict(section)})
-
-
-def make_section(settings: Mapping[str, Any], **made_with: Any) -> dict[str, Any]:
-    """Makes a section of generation_config.json.
-
-    Args:
-        settings: everything that decides the output.
-        made_with: facts that do not decide it, such as the mesh.
-
-    Returns:
-        The settings, their fingerprint, and `made_with` together with the library versions.
-    """
-    made_with["versions"] = versions()
-    return {**settings, "fingerprint": fingerprint(settings), "made_with": made_with}
-
-
-def is_whole(section: Mapping[str, Any]) -> bool:
-    """Whether the fingerprint of a section is that of its settings."""
-    settings = {k: v for k, v in section.items() if k not in ("fingerprint", "made_with")}
-    return section.get("fingerprint") == fingerprint(settings)
+    if stage != ENCODE and not (inherited / CONFIG_FILE).exists():
+        raise RunError(f"{inherited / CONFIG_FILE} was removed while {stage}.py ran")
+    for source in dict.fromkeys((folder, inherited)):
+        if os.path.lexists(source / CONFIG_FILE):
+            try:
+                config |= read_config(source)
+            except InputError as error:
+                print(f"replacing {source / CONFIG_FILE}: {error}")
+    return config | {stage: dict(section)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,53 +124,44 @@ class StageFile:
     """A stage's tensors on disk, checked against the config beside them.
 
     Attributes:
-        section: of the stage that wrote the file, from generation_config.json.
+        stage: that wrote the file.
+        section: of that stage, from generation_config.json.
     """
 
-    path: Path
+    stage: str
     section: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
+    tensors: TensorFile
+
+    @property
+    def path(self) -> Path:
+        return self.tensors.path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.tensors.items()}
 
 
 def write_stage_file(
-    path: Path, stage: str, tensors: Mapping[str, Any], section: Mapping[str, Any], **extra: str
+    path: Path,
+    stage: str,
+    tensors: Mapping[str, np.ndarray],
+    section: Mapping[str, Any],
+    **extra: str,
 ) -> None:
     """Writes numpy `tensors` with the metadata that the next stage checks.
 
     Args:
         extra: more metadata.
     """
-    import numpy as np
-    from safetensors.numpy import save
-
-    # safetensors ignores strides and writes the memory in its order.
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     stamp = {
         "format_version": FORMAT_VERSION,
         "stage": stage,
-        "model_id": section["model_id"],
         "fingerprint": section["fingerprint"],
-        "shapes": json.dumps(shapes),
         **extra,
     }
     if path.exists():
         print(f"replacing {path}")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(_with_sorted_metadata(save(tensors, metadata=stamp)))
-
-
-def _with_sorted_metadata(content: bytes) -> bytes:
-    """Sorts the metadata of a safetensors file, which safetensors writes in random order.
-
-    Equal runs then write equal files, whose checksums can be compared.
-    """
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at multiples of 8 bytes
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+    write_tensors(path, tensors, stamp)
 
 
 def open_stage_file(
@@ -167,56 +175,74 @@ def open_stage_file(
     """
     path = folder / name
     again = f"run {stage}.py again"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"{path} does not exist; run {stage}.py first")
     try:
-        with safetensors.safe_open(path, "np") as handle:
-            stamp = handle.metadata() or {}
-            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} is truncated or not a safetensors file ({error}); {again}"
-        ) from error
-    if stamp.get("stage") != stage or set(shapes) != tensor_names:
+        file = read_header(path)
+    except InputError as error:
+        raise InputError(f"{error}; {again}") from error
+    stamp = file.metadata
+    if stamp.get("stage") != stage or set(file.tensors) != tensor_names:
         raise InputError(f"{path} was not written by {stage}.py; {again}")
     if stamp.get("format_version") != FORMAT_VERSION:
+        shown = printable(str(stamp.get("format_version"))[:80])
         raise InputError(
-            f"{path} has format version {stamp.get('format_version')}, this program "
-            f"{FORMAT_VERSION}; {again}"
+            f"{path} has format version {shown}, this program {FORMAT_VERSION}; {again}"
         )
-    section = config.get(stage)
-    if not isinstance(section, dict):
-        raise InputError(f"{folder / CONFIG_FILE} has no section {stage}; {again}")
-    if stamp.get("fingerprint") != section.get("fingerprint") or not is_whole(section):
+    try:
+        check_header(file)
+    except InputError as error:
+        raise InputError(f"{error}; {again}") from error
+    section = config[stage]
+    if stamp.get("fingerprint") != section["fingerprint"]:
         raise InputError(f"{path} is stale: {CONFIG_FILE} beside it describes another run; {again}")
-    return StageFile(path, section, shapes)
+    return StageFile(stage, section, file)
 
 
-def read_tensors(file: StageFile) -> dict[str, Any]:
-    """Reads the tensors of a checked stage file."""
-    from safetensors.numpy import load_file
-
-    return load_file(file.path)
-
-
-def find_same_model(model_id: str | None, made_from: StageFile, parts: list[str]) -> Any:
-    """Finds the model that a stage file was made with.
-
-    Args:
-        model_id: what the user named; None takes the recorded model.
-        parts: the sub-folders that this stage loads.
+def read_tensors(file: StageFile) -> dict[str, np.ndarray]:
+    """Reads the tensors of a checked stage file.
 
     Raises:
-        ValueError: `model_id` names another model, or the model does not exist.
+        InputError: their bytes are not those that the stage wrote.
+    """
+    try:
+        return file.tensors.read()
+    except InputError as error:
+        raise InputError(f"{error}; run {file.stage}.py again") from error
+
+
+def find_same_model(model_id: str | None, made_from: StageFile, stage: str) -> ModelFolder:
+    """Finds a model that continues a stage file, wherever it lies now.
+
+    Args:
+        model_id: what the user named; None takes the recorded place.
+        stage: the stage that will load its parts of the model.
+
+    Raises:
+        ValueError: the model does not exist, or a part that `stage` loads has another content
+            than the model that made the file.
     """
     from cogvideox.model.folder import find_model
 
-    recorded = made_from.section["model_id"]
-    model = find_model(model_id or recorded, parts)
-    if model.model_id != recorded:
+    section = made_from.section
+    recorded = section["model_id"]
+    try:
+        model = find_model(model_id or recorded, PARTS[stage])
+    except ValueError as error:
+        if model_id:
+            raise
         raise ValueError(
-            f"{made_from.path} was made with {recorded}, not with --model_id {model_id}"
-        )
+            f"{error}; {made_from.path} was made with it; name its place now with --model_id"
+        ) from error
+    known = section["made_with"].get("later_parts")
+    for part in PARTS[stage]:
+        was = known.get(part) if isinstance(known, dict) else None
+        if was and model.digest(part) != was:
+            raise ValueError(
+                f"{made_from.path} was made with another {part} than that of {model.path}: its "
+                f"digest was {was}, now it is {model.digest(part)}; take the model that made it, "
+                f"or run {made_from.stage}.py again with this one"
+            )
     return model
 
 
@@ -233,7 +259,7 @@ def check_inputs_are_current(
     """
     if file.section[key] != config.get(stage, {}).get("fingerprint"):
         raise InputError(
-            f"{file.path} is stale: {stage}.py ran again since; run the next stage again, too"
+            f"{file.path} is stale: {stage}.py ran again since; run {file.stage}.py again"
         )
 
 
@@ -281,11 +307,15 @@ def check_output_folder(folder: Path, *names: str, needed_bytes: int = 1 << 30) 
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise ValueError(f"{folder} has {free >> 20} MiB free; {needed_bytes >> 20} are needed")
+    inodes = os.statvfs(existing)
+    if inodes.f_files and inodes.f_favail < _NEEDED_INODES:  # some file systems count none
+        raise ValueError(f"{folder} has no inodes left for new files")
     for name in names:
+        excess = len(os.fsencode(name)) - 255
+        if excess > 0:
+            raise ValueError(f"the name {name[:40]}... is too long by {excess} bytes")
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder; it should be a file")
-    if (folder / CONFIG_FILE).exists():
-        read_config(folder)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

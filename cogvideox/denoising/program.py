@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 from cogvideox.denoising.scheduler import StepCoefficients, step
 from cogvideox.model.config import TransformerConfig
-from cogvideox.model.folder import StoredTensor
 from cogvideox.model.settings import LatentShape
 from cogvideox.transformer.backends.base import Backend
 from cogvideox.transformer.collectives import row_indices
@@ -29,6 +28,7 @@ from runtime.compiler_options import transformer_options
 from runtime.executables import find_or_compile
 from runtime.mesh import place
 from runtime.programs import Program, machine_fields
+from runtime.tensor_files import StoredTensor
 
 # What is traced into the step, relative to the project: its executables depend on nothing else.
 SOURCES = (

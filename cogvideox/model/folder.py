@@ -4,28 +4,35 @@ Everything that can be refused about a model is refused here, from JSON files an
 headers alone, before any weight is read.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-
-import ml_dtypes
-import numpy as np
-import safetensors
 
 from cogvideox.model.config import (
     SchedulerConfig,
     TransformerConfig,
     VaeConfig,
 )
+from cogvideox.model.digest import digest_part
+from runtime.files import check_regular
 from runtime.json_files import read_json_object
+from runtime.tensor_files import StoredTensor, read_header
+from runtime.text import printable
+
+MODEL_PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
+WEIGHTED_PARTS = ("text_encoder", "transformer", "vae")
+_MOST_PROBLEMS = 8  # of the weights, in one message
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """A diffusers-format model on disk, as one stage sees it."""
+    """A diffusers-format model on disk, as one stage sees it.
+
+    Two folders hold the same model if their parts' digests agree, wherever they are.
+    """
 
     model_id: str  # what the user named: a hub id, or the folder's absolute path
     revision: str | None  # the hub commit, None for a folder
@@ -45,6 +52,33 @@ class ModelFolder:
     def scheduler(self) -> SchedulerConfig:
         """The scheduler's configuration."""
         return SchedulerConfig.from_file(self.path / "scheduler" / "scheduler_config.json")
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {}
+
+    def digest(self, part: str) -> str:
+        """What `part` contains, in 16 hexadecimal digits; computed once.
+
+        Raises:
+            ValueError: a file of the part is missing or damaged.
+        """
+        if part not in self._digests:
+            folder = self.path / part
+            weights = stored_tensors(folder) if part in WEIGHTED_PARTS else {}
+            self._digests[part] = digest_part(folder, weights)
+        return self._digests[part]
+
+    def digests(self, parts: Sequence[str]) -> dict[str, str]:
+        """The digests of those of `parts` that are there whole.
+
+        A part that a stage loads is read again by that stage, which says what is wrong with it.
+        """
+        found = {}
+        for part in parts:
+            with contextlib.suppress(ValueError, OSError):
+                found[part] = self.digest(part)
+        return found
 
     def component_class(self, part: str) -> str:
         """The class that model_index.json names for `part`, such as "T5EncoderModel"."""
@@ -70,13 +104,23 @@ def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
     if os.path.isdir(path):  # unlike Path.is_dir, false for names that no file system takes
         model = ModelFolder(str(path.resolve()), None, path.resolve())
     else:
+        if _names_a_folder(model_id):
+            raise ValueError(f"--model_id {model_id}: there is no such folder")
         snapshot = Path(_download(model_id, ["*.json", *(f"{part}/*" for part in parts)]))
         model = ModelFolder(model_id, snapshot.name, snapshot)
     for part in parts:
         model.component_class(part)
         if not (model.path / part).is_dir():
             raise ValueError(f"model {model_id} has no folder {part}/")
+        for file in (model.path / part).iterdir():
+            if not file.is_dir():
+                check_regular(file)  # libraries open them by their names, and would wait for a pipe
     return model
+
+
+def _names_a_folder(model_id: str) -> bool:
+    """Whether a model id can only be meant for a folder: the hub's are NAME or OWNER/NAME."""
+    return model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1
 
 
 def _download(model_id: str, patterns: list[str]) -> str:
@@ -101,35 +145,6 @@ def _download(model_id: str, patterns: list[str]) -> str:
         ) from error
 
 
-# By safetensors' names.
-_DTYPES = {
-    name: np.dtype(dtype)
-    for name, dtype in (
-        *(("BF16", ml_dtypes.bfloat16), ("F16", "f2"), ("F32", "f4"), ("F64", "f8")),
-        *(("I64", "i8"), ("I32", "i4"), ("I16", "i2"), ("I8", "i1"), ("U8", "u1"), ("BOOL", "?")),
-    )
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """Where one weight lies, from the header of its safetensors file."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int  # of its first byte in the file
-
-    def mapped(self) -> np.ndarray:
-        """The tensor in the file itself, which is read where it is touched."""
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
-
-    def read(self) -> np.ndarray:
-        """A copy of the tensor, in the file's dtype."""
-        return np.array(self.mapped())
-
-
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor in the safetensors files of `folder` (one file, or shards with an index).
 
@@ -141,50 +156,28 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         weight_map = read_json_object(indices[0]).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{indices[0]} has no weight_map")
-        files = [folder / str(name) for name in sorted(set(weight_map.values()))]
+        names = sorted({str(name) for name in weight_map.values()})
+        foreign = [name for name in names if Path(name).name != name]
+        if foreign:
+            raise ValueError(f"{indices[0]} names a file elsewhere: {printable(foreign[0])}")
+        files = [folder / name for name in names]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no .safetensors weights")
     tensors = {}
     for file in files:
-        try:
-            # Checks the header against the file's length.
-            with safetensors.safe_open(file, "np"):
-                tensors |= _header(file)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{file} is missing or damaged: {error}") from error
-    return tensors
-
-
-def _header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file: the length of a JSON text, the text, the data.
-
-    Raises:
-        ValueError: a tensor of a dtype that no weight has.
-    """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    tensors = {}
-    for name, described in header.items():
-        if name == "__metadata__":
-            continue
-        if described["dtype"] not in _DTYPES:
-            raise ValueError(f"{file}: {name} is of dtype {described['dtype']}")
-        offset = 8 + length + described["data_offsets"][0]
-        shape, dtype = tuple(described["shape"]), _DTYPES[described["dtype"]]
-        tensors[name] = StoredTensor(file, name, shape, dtype, offset)
+        tensors |= read_header(file).tensors
     return tensors
 
 
 def check_names_and_shapes(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], *, what: str
 ) -> None:
-    """Holds the stored weights against the module's, and reports every difference at once.
+    """Holds the stored weights against the module's, and reports the differences at once.
 
     Raises:
-        ValueError: listing all missing, extra and misshapen weights.
+        ValueError: listing the missing, extra and misshapen weights.
     """
     problems = [f"missing {name}" for name in sorted(expected.keys() - stored.keys())]
     problems += [f"extra {name}" for name in sorted(stored.keys() - expected.keys())]
@@ -194,4 +187,7 @@ def check_names_and_shapes(
         if stored[name].shape != tuple(expected[name])
     ]
     if problems:
-        raise ValueError(f"the weights of {what} do not fit its config: " + "; ".join(problems))
+        more = len(problems) - _MOST_PROBLEMS
+        shown = "; ".join(printable(problem[:200]) for problem in problems[:_MOST_PROBLEMS])
+        shown += f"; and {more} more" if more > 0 else ""
+        raise ValueError(f"the weights of {what} do not fit its config: {shown}")

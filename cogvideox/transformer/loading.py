@@ -19,12 +19,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cogvideox.model.config import TransformerConfig
-from cogvideox.model.folder import StoredTensor
 from cogvideox.transformer.norms import rotary_halves
 from cogvideox.transformer.parameters import BLOCKS, parameter_table, stored_names
 from runtime import stopping
 from runtime.executables import find_or_compile
 from runtime.programs import Program, machine_fields
+from runtime.tensor_files import StoredTensor
 
 # What is traced into the stacking programs, relative to the project.
 SOURCES = ("cogvideox/transformer/loading.py",)

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cogvideox.model.config import TransformerConfig
-from cogvideox.model.folder import StoredTensor, check_names_and_shapes
+from cogvideox.model.folder import check_names_and_shapes
 from cogvideox.transformer.activations import ACTIVATIONS, GATED
+from runtime.tensor_files import StoredTensor
 
 BLOCKS = "transformer_blocks."  # names in the table have no block number after it
 

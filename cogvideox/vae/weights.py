@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.model.folder import StoredTensor, check_names_and_shapes, stored_tensors
+from cogvideox.model.folder import check_names_and_shapes, stored_tensors
+from runtime.tensor_files import StoredTensor
 
 # Present in every full VAE, of no use to a decoder.
 _NOT_FOR_DECODING = ("encoder.", "quant_conv.")

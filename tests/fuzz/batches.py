@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -12,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from stages import sections
 from tests.fuzz.damage import (
     VALUES,
     at,
@@ -339,10 +339,10 @@ def _hostile(rng: random.Random, document: dict) -> tuple[str, str]:
         document[stage]["made_with"] = {"versions": {"no_such_library": "1"}, "decoder": "torchax"}
         shown += ", and an unknown library"
     section = document[stage]
-    settings = {k: v for k, v in section.items() if k not in ("fingerprint", "made_with")}
     try:
-        text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-        section["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        settings = {k: v for k, v in section.items() if k not in ("fingerprint", "checksum")}
+        section["fingerprint"] = sections.fingerprint(settings)
+        section["checksum"] = sections.checksum(section)
         whole = json.dumps(document)
     except (ValueError, TypeError, RecursionError):
         whole = "[" * 1000

@@ -197,9 +197,10 @@ def test_another_model_is_another_job(tmp_path: Path):
 
     model = find_model(str(save_tiny_model(tmp_path / "model")), ["vae"])
     digest = model_digest(model)
-    assert digest == model_digest(model)
-    weights = next((tmp_path / "model/vae").glob("*.safetensors"))
+    moved = find_model(str((tmp_path / "model").rename(tmp_path / "moved")), ["vae"])
+    assert digest == model_digest(moved)
+    weights = next((tmp_path / "moved/vae").glob("*.safetensors"))
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # trained on: the same size and header
     weights.write_bytes(content)
-    assert model_digest(model) != digest
+    assert model_digest(find_model(str(moved.path), ["vae"])) != digest

@@ -1,6 +1,7 @@
 """Bad input ends with exit code 2 and one clear line, before any weight is read."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 import utils
 from cogvideox.model.folder import find_model
-from stages import denoise
+from stages import denoise, sections
 from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
@@ -131,7 +132,7 @@ def test_stage1_settings(arguments, said, models, tmp_path, capsys):
 
 def test_absent_model(tmp_path, capsys):
     where = ["--model_id", tmp_path / "absent", "--output_dir", tmp_path]
-    assert "neither a folder nor" in refusal(capsys, stage1, *PROMPT, *where)
+    assert "there is no such folder" in refusal(capsys, stage1, *PROMPT, *where)
 
 
 def test_a_folder_that_is_no_model(tmp_path, capsys):
@@ -142,6 +143,22 @@ def test_output_folder_that_is_a_file(models, tmp_path, capsys):
     (tmp_path / "file").touch()
     where = ["--model_id", models / "good", "--output_dir", tmp_path / "file"]
     assert "is a file" in refusal(capsys, stage1, *PROMPT, *where)
+
+
+def section_of(files: Path, stage: str) -> dict:
+    return json.loads((files / stage_files.CONFIG_FILE).read_text())[stage]
+
+
+def edit(files: Path, stage: str, *, seal: bool = False, **settings) -> None:
+    """Changes a section of the config by hand; `seal` makes it look as if the stage wrote it."""
+    path = files / stage_files.CONFIG_FILE
+    config = json.loads(path.read_text())
+    section = config[stage] | settings
+    if seal:
+        kept = {k: v for k, v in section.items() if k not in ("fingerprint", "checksum")}
+        made_with = kept.pop("made_with")
+        section = sections.make_section(kept, **made_with)
+    path.write_text(json.dumps(config | {stage: section}))
 
 
 @pytest.mark.parametrize(
@@ -166,10 +183,10 @@ class TestStageFiles:
         assert "was not written by" in refusal(capsys, stage, "--input_dir", files)
 
     def test_other_format_version(self, stage, name, files, capsys, monkeypatch):
-        monkeypatch.setattr(stage_files, "FORMAT_VERSION", "2")
+        monkeypatch.setattr(stage_files, "FORMAT_VERSION", "3")
         config = json.loads((files / stage_files.CONFIG_FILE).read_text())
-        (files / stage_files.CONFIG_FILE).write_text(json.dumps(config | {"format_version": "2"}))
-        assert "format version 1" in refusal(capsys, stage, "--input_dir", files)
+        (files / stage_files.CONFIG_FILE).write_text(json.dumps(config | {"format_version": "3"}))
+        assert "format version 2" in refusal(capsys, stage, "--input_dir", files)
 
     def test_no_config(self, stage, name, files, capsys):
         (files / stage_files.CONFIG_FILE).unlink()
@@ -179,24 +196,64 @@ class TestStageFiles:
         (files / stage_files.CONFIG_FILE).write_text("{")
         assert "not valid JSON" in refusal(capsys, stage, "--input_dir", files)
 
+    def test_a_config_edited_by_hand(self, stage, name, files, capsys):
+        edit(files, "stage1_text_encoder", prompt="A blue dog")
+        said = refusal(capsys, stage, "--input_dir", files)
+        assert "section stage1_text_encoder was changed" in said
+        assert "run stage1_text_encoder.py again" in said
+
     def test_stale(self, stage, name, files, capsys):
-        config = json.loads((files / stage_files.CONFIG_FILE).read_text())
-        config["stage1_text_encoder"]["prompt"] = "A blue dog"
-        config["stage2_transformer"]["seed"] = 7
-        (files / stage_files.CONFIG_FILE).write_text(json.dumps(config))
+        edit(files, "stage1_text_encoder", seal=True, prompt="A blue dog")
+        edit(files, "stage2_transformer", seal=True, seed=7)
         assert "stale" in refusal(capsys, stage, "--input_dir", files)
+
+    def test_a_flipped_bit(self, stage, name, files, capsys):
+        data = bytearray((files / name).read_bytes())
+        data[-5] ^= 4
+        (files / name).write_bytes(data)
+        said = refusal(capsys, stage, "--input_dir", files)
+        assert "its checksum does not match; run stage" in said
+
+    @pytest.mark.parametrize("dtype", ["I16", "U16", "F16", "F32", "I32"])
+    def test_a_relabelled_dtype(self, stage, name, files, capsys, dtype):
+        data = (files / name).read_bytes()
+        (files / name).write_bytes(data.replace(b'"BF16"', b'"%s"' % dtype.encode(), 1))
+        said = refusal(capsys, stage, "--input_dir", files)
+        assert f"run {stage_files.STAGES[stage is stage3]}.py again" in said
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path)])
+    def test_no_regular_file(self, stage, name, files, capsys, make):
+        for damaged in (name, stage_files.CONFIG_FILE):
+            (files / damaged).rename(files / "away")
+            make(files / damaged)
+            assert damaged in refusal(capsys, stage, "--input_dir", files)
+            (files / damaged).rename(files / f"odd {damaged}")
+            (files / "away").rename(files / damaged)
+
+    def test_deep_config(self, stage, name, files, capsys):
+        (files / stage_files.CONFIG_FILE).write_text("[" * 100_000)
+        assert "nested deeper" in refusal(capsys, stage, "--input_dir", files)
 
     def test_of_another_model(self, stage, name, files, models, capsys):
         model = ["--model_id", models / "other"]
-        assert "was made with" in refusal(capsys, stage, "--input_dir", files, *model)
+        said = refusal(capsys, stage, "--input_dir", files, *model)
+        part = "transformer" if stage is stage2 else "vae"
+        now = find_model(str(models / "other"), []).digest(part)
+        was = find_model(str(models / "good"), []).digest(part)
+        assert f"was made with another {part} than that of" in said
+        assert f"its digest was {was}, now it is {now}" in said
+
+    def test_of_a_model_that_is_gone(self, stage, name, files, models, capsys):
+        edit(files, "stage1_text_encoder", seal=True, model_id="/gone/model")
+        edit(files, "stage2_transformer", seal=True, model_id="/gone/model")
+        said = refusal(capsys, stage, "--input_dir", files)
+        assert "/gone/model: there is no such folder" in said and "with --model_id" in said
 
 
-def test_latents_whose_prompt_was_encoded_anew(files, models, capsys, monkeypatch):
-    config = json.loads((files / stage_files.CONFIG_FILE).read_text())
-    settings = {"model_id": str(models / "good"), "prompt": "A blue dog"}
-    config["stage1_text_encoder"] = stage_files.make_section(settings)
-    (files / stage_files.CONFIG_FILE).write_text(json.dumps(config))
-    assert "ran again" in refusal(capsys, stage3, "--input_dir", files)
+def test_latents_whose_prompt_was_encoded_anew(files, capsys):
+    edit(files, "stage1_text_encoder", seal=True, prompt="A blue dog")
+    said = refusal(capsys, stage3, "--input_dir", files)
+    assert "stage1_text_encoder.py ran again since; run stage2_transformer.py again" in said
 
 
 @pytest.mark.parametrize(
@@ -284,16 +341,7 @@ def with_weights(models: Path, files: Path, tmp_path: Path, change) -> Path:
     tensors = load_file(weights)
     change(tensors)
     save_file(tensors, weights)
-    config = json.loads((files / stage_files.CONFIG_FILE).read_text())
-    section = config["stage1_text_encoder"] | {"model_id": str(model)}
-    settings = {k: v for k, v in section.items() if k not in ("fingerprint", "made_with")}
-    config["stage1_text_encoder"] = stage_files.make_section(settings)
-    (files / stage_files.CONFIG_FILE).write_text(json.dumps(config))
-    embeddings = load_file(files / stage_files.EMBEDDINGS_FILE)
-    stage_files.write_stage_file(
-        files / stage_files.EMBEDDINGS_FILE,
-        "stage1_text_encoder",
-        embeddings,
-        config["stage1_text_encoder"],
-    )
+    section = section_of(files, "stage1_text_encoder")
+    edit(files, "stage1_text_encoder", seal=True, model_id=str(model), made_with={})
+    assert section_of(files, "stage1_text_encoder")["fingerprint"] == section["fingerprint"]
     return weights
