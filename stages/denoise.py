@@ -351,7 +351,15 @@ def denoise(
     from cogvideox.denoising.loop_checkpoint import read_checkpoint, write_checkpoint
 
     fingerprint, total = checkpoints.section["fingerprint"], len(run.schedule.timesteps)
-    start = read_checkpoint(checkpoints.path, fingerprint) if checkpoints.every else None
+    start = None
+    if checkpoints.every:
+        start = read_checkpoint(
+            checkpoints.path,
+            fingerprint,
+            shape=run.denoiser.latents.sizes,
+            dtype=run.denoiser.dtype,
+            total=total,
+        )
     if start:
         print(f"resuming from {checkpoints.path}, {start.steps} of {total} steps done")
     states = run_loop(

@@ -4,13 +4,13 @@ The noise generator is not saved: its draws depend on the seed alone and are dra
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
-import safetensors
-from safetensors.numpy import save
 
-from runtime.files import atomic_path
+from runtime.tensor_files import check_header, read_header, write_tensors
+from runtime.text import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,24 +30,38 @@ class LoopCheckpoint:
 def write_checkpoint(path: Path, checkpoint: LoopCheckpoint, fingerprint: str) -> None:
     """Writes atomically; `fingerprint` says of which run it is."""
     tensors = {"latents": checkpoint.latents, "previous_x0": checkpoint.previous_x0}
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    stamp = {"fingerprint": fingerprint, "steps": str(checkpoint.steps)}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata=stamp))
+    write_tensors(path, tensors, {"fingerprint": fingerprint, "steps": str(checkpoint.steps)})
 
 
-def read_checkpoint(path: Path, fingerprint: str) -> LoopCheckpoint | None:
-    """The state to go on from; None, with a printed reason, if another run's or damaged."""
-    if not path.exists():
+def read_checkpoint(
+    path: Path, fingerprint: str, *, shape: tuple[int, ...], dtype: str, total: int
+) -> LoopCheckpoint | None:
+    """Reads the state from which to resume.
+
+    Args:
+        shape: of the latents [B, T, C, H, W].
+        dtype: of the latents.
+        total: number of steps of the run.
+
+    Returns:
+        None, after a printed reason, for a checkpoint that belongs to a different run, is damaged,
+        or holds another state than this run's.
+    """
+    if not os.path.lexists(path):
         return None
     try:
-        with safetensors.safe_open(path, "np") as file:
-            stamp = file.metadata() or {}
-            if stamp.get("fingerprint") != fingerprint:
-                print(f"not going on from {path}: it is of another run")
-                return None
-            tensors = (file.get_tensor(name) for name in ("latents", "previous_x0"))
-            return LoopCheckpoint(int(stamp["steps"]), *tensors)
-    except (OSError, safetensors.SafetensorError) as error:
-        print(f"not going on from {path}: {error}")
+        file = read_header(path)
+        if file.metadata.get("fingerprint") != fingerprint:
+            raise ValueError("it belongs to a different run")
+        check_header(file)
+        holds = {name: (tensor.shape, tensor.dtype.name) for name, tensor in file.tensors.items()}
+        if holds != {"latents": (shape, dtype), "previous_x0": (shape, "float32")}:
+            raise ValueError(printable(f"its tensors are {holds}")[:300])
+        steps = int(file.metadata.get("steps", "0"))
+        if not 0 < steps < total:
+            raise ValueError(f"it is after {steps} of {total} steps")
+        tensors = file.read()
+    except ValueError as error:
+        print(f"ignoring checkpoint {path}: {printable(str(error))}")
         return None
+    return LoopCheckpoint(steps, tensors["latents"], tensors["previous_x0"])

@@ -1,5 +1,6 @@
 """A loop that was stopped and goes on from its checkpoint equals the whole one, bit by bit."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 from cogvideox.denoising import loop_checkpoint
+from runtime.tensor_files import write_tensors
 from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
@@ -60,14 +62,57 @@ def test_killed_after_any_step(scheduler, dtype, folder, tmp_path, monkeypatch, 
     assert not (tmp_path / "parts" / stage_files.CHECKPOINT_FILE).exists()
 
 
-def test_other_runs_and_damaged_checkpoints_are_not_gone_on_from(folder, tmp_path, capsys):
-    tmp_path.joinpath(stage_files.CHECKPOINT_FILE).write_bytes(b"no checkpoint")
+def test_other_runs_and_damaged_checkpoints_are_ignored(folder, tmp_path, capsys):
+    path = tmp_path / stage_files.CHECKPOINT_FILE
+    path.write_bytes(b"no checkpoint")
     run(folder, tmp_path, "ddim", "float32", "--checkpoint_every=3")
-    assert "not going on" in capsys.readouterr().out
+    assert "ignoring checkpoint" in capsys.readouterr().out
+    os.mkfifo(path)
+    run(folder, tmp_path, "ddim", "float32", "--checkpoint_every=3")
+    assert "is a named pipe" in capsys.readouterr().out
     state = np.zeros((1, 1), np.float32)
-    checkpoint = loop_checkpoint.LoopCheckpoint(2, state, state)
-    loop_checkpoint.write_checkpoint(
-        tmp_path / stage_files.CHECKPOINT_FILE, checkpoint, "another run"
-    )
+    loop_checkpoint.write_checkpoint(path, loop_checkpoint.LoopCheckpoint(2, state, state), "other")
     run(folder, tmp_path, "ddim", "float32", "--checkpoint_every=3")
-    assert "another run" in capsys.readouterr().out
+    assert "it belongs to a different run" in capsys.readouterr().out
+
+
+SHAPE = (1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "change", "said"),
+    [
+        (2, {}, ""),
+        (0, {}, "after 0 of 4 steps"),
+        (4, {}, "after 4 of 4 steps"),
+        (-1, {}, "after -1 of 4 steps"),
+        ("\x1b[31m", {}, "invalid literal"),
+        (2, {"latents": np.zeros(SHAPE, np.int16)}, "its tensors are"),
+        (2, {"latents": np.zeros((1, 1), np.float32)}, "its tensors are"),
+        (2, {"previous_x0": np.zeros(SHAPE, np.float64)}, "its tensors are"),
+        (2, {"more": np.zeros(1, np.int8)}, "its tensors are"),
+    ],
+)
+def test_odd_contents_of_the_right_fingerprint_are_ignored(steps, change, said, tmp_path, capsys):
+    state = np.ones(SHAPE, np.float32)
+    stamp = {"fingerprint": "this run", "steps": str(steps)}
+    tensors = {"latents": state, "previous_x0": state} | change
+    write_tensors(tmp_path / "checkpoint", tensors, stamp)
+    read = loop_checkpoint.read_checkpoint(
+        tmp_path / "checkpoint", "this run", shape=SHAPE, dtype="float32", total=4
+    )
+    output = capsys.readouterr().out
+    assert (read is None) == bool(said) and said in output
+    assert output.count("\n") == bool(said) and output.rstrip("\n").isprintable()
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_seen(tmp_path, capsys):
+    state = np.ones(SHAPE, np.float32)
+    path = tmp_path / "checkpoint"
+    loop_checkpoint.write_checkpoint(path, loop_checkpoint.LoopCheckpoint(2, state, state), "run")
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    options = {"shape": SHAPE, "dtype": "float32", "total": 4}
+    assert loop_checkpoint.read_checkpoint(path, "run", **options) is None
+    assert "checksum does not match" in capsys.readouterr().out
