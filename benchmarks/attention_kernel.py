@@ -63,13 +63,13 @@ def lower_ours(
     keys = -(-length // 32) * 32 if quantized else length
     rows = head_dim * DIGITS if quantized else head_dim
     beside = kernel.endswith("_beside")
-    operands = {
+    operands: dict[str, tuple[tuple[int, ...], jnp.dtype]] = {
         "q": ((heads, rows, length), dtype),
         "k": ((1, keys, heads * rows) if beside else (heads, keys, rows), dtype),
         "v": ((heads, head_dim, length), value_dtype),
     }
     if quantized:
-        operands["q_scale"] = ((heads, 1, length), jnp.bfloat16)
+        operands["q_scale"] = ((heads, 1, length), jnp.dtype(jnp.bfloat16))
 
     def call(**arrays: Any) -> jax.Array:
         return attention_kernel(

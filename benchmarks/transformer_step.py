@@ -67,8 +67,9 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
     height, width, frames = map(int, arguments.size.split("x"))
     latent_frames = (frames - 1) // 4 + 1
     latent_frames += -latent_frames % (config.patch_size_t or 1)
-    asked = dict(part.split("=") for part in (arguments.mesh or "").split(",") if part)
-    sizes = [int(asked[axis]) if axis in asked else None for axis in AXES]
+    parts = [part.partition("=") for part in (arguments.mesh or "").split(",") if part]
+    asked = {axis: int(size) for axis, _, size in parts}
+    sizes = [asked.get(axis) for axis in AXES]
     if asked:
         sizes = [size or 1 for size in sizes]
     heads = config.num_attention_heads
@@ -106,7 +107,9 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
     (built,) = compile_all([denoiser.program], threads=1)
     compiled = built.executable
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    costs = hlo_costs.read_costs(compiled.as_text())
+    hlo = compiled.as_text()
+    assert hlo is not None
+    costs = hlo_costs.read_costs(hlo)
     layers = denoiser.config.num_layers
     kernels = kernel_cycles(denoiser)
     if costs.kernel_calls != layers * len(kernels):
@@ -295,7 +298,7 @@ def run_diffusers(arguments: argparse.Namespace) -> dict[str, Any]:
         block.compile(fullgraph=True)
     grid = (height // 2, width // 2)
     rotary = get_3d_rotary_pos_embed(
-        64, None, grid, frames // 2, grid_type="slice", max_size=grid, device="cuda"
+        64, None, grid, frames // 2, grid_type="slice", max_size=grid, device=torch.device("cuda")
     )
     inputs = {
         "hidden_states": torch.randn(2, frames, 16, height, width),

@@ -7,6 +7,7 @@ run after compilation, in which cuDNN may still build what it runs.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def summed_in_float32(frames: Frames, kernels: Kernels) -> jax.Array:
     parts = [
         lax.optimization_barrier(convolve(*each)) for each in zip(frames, kernels, strict=True)
     ]
-    return sum(part.astype(jnp.float32) for part in parts).astype(frames[0].dtype)
+    total = functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
+    return total.astype(frames[0].dtype)
 
 
 def three_d(frames: Frames, kernels: Kernels) -> jax.Array:

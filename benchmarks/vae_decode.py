@@ -167,7 +167,7 @@ def published_decoder(name: str, mesh: Any) -> Any:
     from cogvideox.vae.decode import make_decoder
 
     config = VaeConfig(scaling_factor=SCALING_FACTOR)
-    return make_decoder(f"vae_{name}", config, mesh, jnp.bfloat16)
+    return make_decoder(f"vae_{name}", config, mesh, jnp.dtype(jnp.bfloat16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,12 +275,13 @@ def run_here(decoder_name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         frames = sum(batch.shape[1] for batch in decoder.decode(latents, output="uint8"))
         seconds.append(time.perf_counter() - start)
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    known = [peak for peak in peaks if peak is not None]
     return {
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "seconds": statistics.median(seconds[1:]),
         "all_seconds": seconds,
         "frames": frames,
-        "peak_bytes": None if None in peaks else max(peaks),
+        "peak_bytes": max(known) if len(known) == len(peaks) else None,
         "compile_seconds": compile_seconds,
     }
 
@@ -291,13 +292,14 @@ def run_diffusers(shape: tuple[int, ...]) -> dict[str, Any]:
     from diffusers import AutoencoderKLCogVideoX
 
     with torch.device("cuda"):
-        vae = AutoencoderKLCogVideoX(scaling_factor=SCALING_FACTOR).to(torch.bfloat16).eval()
+        vae = AutoencoderKLCogVideoX(scaling_factor=SCALING_FACTOR).eval()
+        torch.nn.Module.to(vae, torch.bfloat16)  # the types of diffusers' own `to` are wrong
     latents = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     seconds, frames = [], 0
     with torch.no_grad():
         for _ in range(1 + RUNS):
             start = time.perf_counter()
-            video = vae.decode(latents / SCALING_FACTOR).sample
+            video = vae.decode(latents / SCALING_FACTOR, return_dict=False)[0]
             pixels = ((video * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
             seconds.append(time.perf_counter() - start)
             frames = pixels.shape[2]

@@ -22,6 +22,7 @@ from jax.experimental import serialize_executable
 
 from runtime.files import atomic_path, write_json
 from runtime.hlo_costs import memory
+from runtime.jax_types import Device
 from runtime.programs import Program
 
 FORMAT = "cogvideox-tpu executable, version 1"
@@ -85,7 +86,7 @@ def parse_manifest(name: str, text: bytes) -> dict[str, Any]:
     return manifest
 
 
-def load(program: Program, folder: Path, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+def load(program: Program, folder: Path, devices: Sequence[Device]) -> jax.stages.Compiled:
     """Loads a program's executable onto `devices`.
 
     Raises:

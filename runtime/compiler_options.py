@@ -1,9 +1,9 @@
 """The compiler options of each program, in one place, each with its reason and effect."""
 
-import jax
 import numpy as np
 
 from runtime.chips import V5E, V6E
+from runtime.jax_types import Device
 
 CompilerOptions = dict[str, str | bool | float]
 
@@ -40,7 +40,7 @@ def transformer_options(devices: np.ndarray) -> CompilerOptions:
     return _ASYNC | (_ROOMY if device.device_kind in (V5E.device_kind, V6E.device_kind) else {})
 
 
-def vae_options(device: jax.Device) -> CompilerOptions:
+def vae_options(device: Device) -> CompilerOptions:
     """Options of the decoder's programs.
 
     At O1 the two of 768x1360 on a v6e-8 take 52 s of CPU time to compile and a decode takes

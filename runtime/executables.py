@@ -17,6 +17,7 @@ from runtime import artifacts, stopping
 from runtime.artifacts import Refused
 from runtime.compilation import cache_hits_of_this_thread, without_persistent_cache
 from runtime.compiler_options import CompilerOptions
+from runtime.jax_types import Device
 from runtime.programs import Program
 
 
@@ -24,7 +25,7 @@ def find_or_compile(
     programs: Sequence[Program],
     folder: Path | None,
     *,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
     threads: int = 1,
 ) -> list[jax.stages.Compiled]:
     """The executables of `programs`, read from a folder where they match, else compiled.
@@ -50,7 +51,7 @@ def find_or_compile(
     return [found[program.name] for program in programs]
 
 
-def kept_folder(devices: Sequence[jax.Device]) -> Path | None:
+def kept_folder(devices: Sequence[Device]) -> Path | None:
     """The folder where runs keep executables for later ones, which then need not even trace.
 
     It lies in the compilation cache. None without a cache, for devices of another machine and for
@@ -127,7 +128,7 @@ def compile_into(programs: Sequence[Program], folder: Path, *, threads: int = 1)
 
 
 def _find(
-    program: Program, folder: Path, devices: Sequence[jax.Device], *, named: bool
+    program: Program, folder: Path, devices: Sequence[Device], *, named: bool
 ) -> jax.stages.Compiled | None:
     """The executable in a folder, or None; reports what it found if the user `named` the folder."""
     try:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from runtime.jax_types import Device
+
 AXES = ("dp", "sp", "tp")
 
 
@@ -69,7 +71,7 @@ def all_devices(dp: int | None, tp: int | None, available: int) -> MeshShape:
     return dp, 1, tp
 
 
-def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(shape: MeshShape, devices: Sequence[Device] | None = None) -> jax.sharding.Mesh:
     """A mesh of the first `devices`, in their order; by default those of all hosts, host by host.
 
     Raises:

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from runtime.jax_types import Device
+
 PROJECT = Path(__file__).parents[1]
 _PLUGINS = {
     "tpu": ("libtpu",),
@@ -109,7 +111,7 @@ def source_hash(sources: tuple[str, ...], root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _place(device: jax.Device) -> list[Any]:
+def _place(device: Device) -> list[Any]:
     return [device.id, device.process_index, *getattr(device, "coords", ())]
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from runtime.chips import MACHINES, Chip
+from runtime.jax_types import Device
 
 
 def machine_devices(name: str) -> np.ndarray:
@@ -23,7 +24,7 @@ def machine_devices(name: str) -> np.ndarray:
     return _devices(machine.topology, name, machine.chips_per_host)
 
 
-def chip_device(chip: Chip) -> jax.Device:
+def chip_device(chip: Chip) -> Device:
     """One chip to compile for, like `machine_devices`."""
     return _devices(chip.topology, chip.accelerator_type, (1, 1, 1)).flat[0]
 

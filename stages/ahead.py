@@ -15,10 +15,9 @@ from runtime.progress import progress
 from stages import decode, denoise, files
 
 if TYPE_CHECKING:
-    import jax
-
     from cogvideox.model.folder import ModelFolder
     from cogvideox.model.settings import DenoisingSettings
+    from runtime.jax_types import Device
     from stages.plan import Target
 
 LOCAL = "local"
@@ -107,7 +106,7 @@ def make_targets(options: AheadOptions) -> list[Target]:
     return [_make_target(options, model, tokens, one, devices) for one in settings]
 
 
-def _devices(options: AheadOptions) -> Sequence[jax.Device]:
+def _devices(options: AheadOptions) -> Sequence[Device]:
     if options.topology == LOCAL:
         start_jax(options.dtype)
         import jax
@@ -125,7 +124,7 @@ def _make_target(
     model: ModelFolder,
     tokens: int,
     settings: DenoisingSettings,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
 ) -> Target:
     from cogvideox.model.settings import latent_shape
     from stages.plan import Target

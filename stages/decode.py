@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from cogvideox.model.folder import ModelFolder
     from cogvideox.vae.decode import Decoder
+    from runtime.jax_types import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def num_frames(model: ModelFolder, latents_shape: tuple[int, ...]) -> int:
     return decoded_frames(latents_shape[2], model.vae.temporal_compression_ratio)
 
 
-def make_mesh(options: DecodeOptions, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+def make_mesh(options: DecodeOptions, devices: Sequence[Device]) -> jax.sharding.Mesh:
     """Makes the mesh of all `devices`.
 
     Raises:

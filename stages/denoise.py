@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cogvideox.denoising.scheduler import Schedule
     from cogvideox.model.folder import ModelFolder
     from cogvideox.model.settings import DenoisingSettings, LatentShape
+    from runtime.jax_types import Device
     from runtime.tensor_files import StoredTensor
 
 
@@ -153,7 +154,7 @@ def make_denoiser(
     dtype: str,
     attention: str,
     mesh: tuple[int | None, int | None, int | None],
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
 ) -> Denoiser:
     """Makes the program for `devices`.
 

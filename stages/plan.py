@@ -20,6 +20,7 @@ from cogvideox.transformer.parameters import abstract_parameters
 from cogvideox.vae.decode import Decoder, frame_batches
 from runtime.chips import PLANNED
 from runtime.hlo_costs import memory, read_costs
+from runtime.jax_types import Device
 from runtime.mesh import fitting_meshes, make_mesh
 from runtime.programs import Program
 
@@ -50,7 +51,7 @@ class Estimate:
     cycles: int | None
     received: int | None
 
-    def describe(self, device: jax.Device) -> dict[str, Any]:
+    def describe(self, device: Device) -> dict[str, Any]:
         """Returns JSON values, with the seconds on that chip.
 
         `seconds` counts compute and then communication at the links' full speed, as if nothing
@@ -92,7 +93,7 @@ class Target:
     decoder: Decoder | None
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Device:
         """The first device of the machine."""
         program = self.denoiser or self.decoder
         assert program is not None
@@ -340,7 +341,7 @@ def _text(compiled: jax.stages.Compiled) -> str:
     return text
 
 
-def _capacity(device: jax.Device) -> float:
+def _capacity(device: Device) -> float:
     """Bytes of a device's memory; infinite if the backend does not report it, as for CPUs."""
     if device.device_kind in PLANNED:
         return PLANNED[device.device_kind].hbm_bytes

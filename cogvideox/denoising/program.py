@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from cogvideox.denoising.scheduler import StepCoefficients, step
 from cogvideox.model.config import TransformerConfig
@@ -23,12 +24,15 @@ from cogvideox.transformer.backends.base import Backend
 from cogvideox.transformer.collectives import row_indices
 from cogvideox.transformer.loading import load_parameters, stack_programs
 from cogvideox.transformer.parameters import abstract_parameters
-from cogvideox.transformer.tokens import TokenLayout, positions
+from cogvideox.transformer.tokens import PositionTables, TokenLayout, positions
 from runtime.compiler_options import transformer_options
 from runtime.executables import find_or_compile
 from runtime.mesh import place
 from runtime.programs import Program, machine_fields
 from runtime.tensor_files import StoredTensor
+
+if TYPE_CHECKING:
+    from cogvideox.transformer.model import TokenTransformer
 
 # What is traced into the step, relative to the project: its executables depend on nothing else.
 SOURCES = (
@@ -80,7 +84,7 @@ class Denoiser:
         return dataclasses.replace(layout, padded=padded)
 
     @cached_property
-    def positions(self) -> dict[str, Any]:
+    def positions(self) -> PositionTables:
         """The positional tables, on the host (see `tokens.positions`)."""
         return positions(self.config, self.layout)
 
@@ -88,8 +92,9 @@ class Denoiser:
         return NamedSharding(self.mesh, spec)
 
     @property
-    def position_specs(self) -> dict[str, Any]:
-        specs = {"rotary": (P(), P()), "embedding": _ROWS}  # attention sees all tokens
+    def position_specs(self) -> dict[str, P | tuple[P, P]]:
+        # Attention sees all tokens.
+        specs: dict[str, P | tuple[P, P]] = {"rotary": (P(), P()), "embedding": _ROWS}
         return {name: specs[name] for name in self.positions}
 
     def load(self, executables: Path | None = None) -> dict[str, jax.Array]:
@@ -153,7 +158,7 @@ class Denoiser:
     def lower(self) -> jax.stages.Lowered:
         """The step lowered for abstract arguments, placed as `run` places the real ones."""
 
-        def abstract(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        def abstract(shape: tuple[int, ...], dtype: DTypeLike, spec: P) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(spec))
 
         parameters = abstract_parameters(self.config, self.mesh, jnp.dtype(self.dtype))
@@ -193,12 +198,12 @@ class Denoiser:
         tokens: jax.Array,
         previous_x0: jax.Array,
         parameters: Mapping[str, jax.Array],
-        position_arrays: Mapping[str, Any],
+        position_arrays: Mapping[str, jax.Array | tuple[jax.Array, jax.Array]],
         prompt_embeds: jax.Array,
         noise: jax.Array,
         timestep: jax.Array,
         guidance_scale: tuple[jax.Array, ...],
-        coefficients: StepCoefficients,
+        coefficients: StepCoefficients[jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         """Transformer, guidance and scheduler on one device.
 
@@ -231,14 +236,14 @@ class Denoiser:
         return following.astype(tokens.dtype), x0
 
     @cached_property
-    def _module(self) -> Any:
+    def _module(self) -> "TokenTransformer":
         from cogvideox.transformer import model as transformer
 
         return transformer.TokenTransformer.abstract(self.config, self.layout, self.attention)
 
     def step_scalars(
-        self, timestep: int, guidance_scale: float, coefficients: StepCoefficients
-    ) -> tuple[np.int32, tuple[np.float32, ...], StepCoefficients]:
+        self, timestep: int, guidance_scale: float, coefficients: StepCoefficients[float]
+    ) -> tuple[np.int32, tuple[np.float32, ...], StepCoefficients[np.float32]]:
         """Returns what changes from step to step as arrays: constants would recompile the program.
 
         Unguided, the step has no guidance scale: JAX drops unused arguments from the executable.

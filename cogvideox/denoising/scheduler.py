@@ -12,7 +12,7 @@ importing them would take longer than reading the weights.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +21,22 @@ import numpy as np
 from cogvideox.model.config import SchedulerConfig
 from cogvideox.model.settings import DenoisingSettings
 
+_Real = float | np.floating
 
-class StepCoefficients(NamedTuple):
-    """The weights of one denoising step; float scalars, or float32 arrays [] inside jit.
+
+class StepCoefficients[Scalar](NamedTuple):
+    """Coefficients of one denoising step: floats on the host, float32 arrays [] inside jit.
 
     x0 = x0_sample * sample + x0_output * model_output
     next = sample * sample + x0 * x0 + previous_x0 * previous_x0 + noise * noise
     """
 
-    x0_sample: float | jax.Array
-    x0_output: float | jax.Array
-    sample: float | jax.Array
-    x0: float | jax.Array
-    previous_x0: float | jax.Array
-    noise: float | jax.Array
+    x0_sample: Scalar
+    x0_output: Scalar
+    sample: Scalar
+    x0: Scalar
+    previous_x0: Scalar
+    noise: Scalar
 
 
 def step(
@@ -42,7 +44,7 @@ def step(
     model_output: jax.Array,
     previous_x0: jax.Array,
     noise: jax.Array,
-    weights: StepCoefficients,
+    coefficients: StepCoefficients[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """One denoising step, computed in float32.
 
@@ -56,9 +58,10 @@ def step(
         The less noisy latents and the predicted x0, both float32.
     """
     sample = sample.astype(jnp.float32)
-    x0 = weights.x0_sample * sample + weights.x0_output * model_output.astype(jnp.float32)
-    drift = weights.sample * sample + weights.x0 * x0 + weights.previous_x0 * previous_x0
-    return drift + weights.noise * noise.astype(jnp.float32), x0
+    x0 = coefficients.x0_sample * sample + coefficients.x0_output * model_output.astype(jnp.float32)
+    drift = coefficients.sample * sample + coefficients.x0 * x0
+    drift = drift + coefficients.previous_x0 * previous_x0
+    return drift + coefficients.noise * noise.astype(jnp.float32), x0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Schedule:
 
     timesteps: tuple[int, ...]
     guidance_scales: tuple[float, ...]
-    coefficients: tuple[StepCoefficients, ...]
+    coefficients: tuple[StepCoefficients[float], ...]
     noise_draws: tuple[int, ...]  # how often diffusers draws noise in each step; the last counts
 
 
@@ -148,7 +151,7 @@ def _timesteps(config: SchedulerConfig, steps: int) -> list[int]:
     return [int(timestep) for timestep in timesteps]
 
 
-def _x0_weights(prediction_type: str, alpha: np.floating) -> tuple[Any, Any]:
+def _x0_weights(prediction_type: str, alpha: np.floating) -> tuple[_Real, _Real]:
     """The weights of sample and model output in the prediction of x0."""
     if prediction_type == "v_prediction":
         return alpha**0.5, -((1 - alpha) ** 0.5)
@@ -159,14 +162,14 @@ def _x0_weights(prediction_type: str, alpha: np.floating) -> tuple[Any, Any]:
     raise ValueError(f"the scheduler's prediction_type {prediction_type!r} is not known")
 
 
-def _ddim_update(alpha: np.floating, alpha_next: np.floating) -> tuple[Any, ...]:
+def _ddim_update(alpha: np.floating, alpha_next: np.floating) -> tuple[_Real, ...]:
     sample = ((1 - alpha_next) / (1 - alpha)) ** 0.5
     return sample, alpha_next**0.5 - alpha**0.5 * sample, 0.0, 0.0
 
 
 def _dpm_update(
     alpha: np.floating, alpha_next: np.floating, alpha_back: np.floating | None
-) -> tuple[Any, ...]:
+) -> tuple[_Real, ...]:
     """First order without `alpha_back`, of the step before."""
 
     def log_snr(alpha: np.floating) -> np.floating:

@@ -83,7 +83,7 @@ def encode(
     whole = tokenizer(prompts, verbose=False).input_ids
     # The last kept position holds the end token, so one more token than the excess is lost.
     dropped = [
-        tokenizer.decode(ids[max_sequence_length - 1 : -1])
+        str(tokenizer.decode(ids[max_sequence_length - 1 : -1]))
         if len(ids) > max_sequence_length
         else ""
         for ids in whole

@@ -23,6 +23,7 @@ from cogvideox.transformer.norms import rotary_halves
 from cogvideox.transformer.parameters import BLOCKS, parameter_table, stored_names
 from runtime import stopping
 from runtime.executables import find_or_compile
+from runtime.jax_types import Device
 from runtime.programs import Program, machine_fields
 from runtime.tensor_files import StoredTensor
 
@@ -177,8 +178,9 @@ def _load(
     """
     stopping.check()
     shape = (len(layers), *layers[0].shape) if stacked else layers[0].shape
-    holders: dict[tuple, list[jax.Device]] = {}
+    holders: dict[tuple, list[Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None  # that is for shardings of no known size
         holders.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
     placed = []
     for bounds, devices in holders.items():

@@ -8,6 +8,7 @@ model is.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import cast
 
 import diffusers
 import jax
@@ -70,7 +71,7 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
             patch = self.patch_embed.proj  # a strided convolution in 1.0, a linear layer in 1.5
             video = torch.nn.functional.linear(tokens, patch.weight.flatten(1), patch.bias)
             text = self.patch_embed.text_proj(encoder_hidden_states)
-            hidden_states = call_jax(text_rows_first, text, video)
+            hidden_states = cast(torch.Tensor, call_jax(text_rows_first, text, video))
             if embedding is not None:
                 hidden_states = hidden_states + embedding.to(hidden_states.dtype)
         with jax.named_scope("blocks"):
@@ -102,11 +103,13 @@ class StackedBlocks(torch.nn.Module):
         """Runs tokens [b, s, E] through all blocks; see `Block.__call__`."""
 
         def scan(stacked, x, temb, rotary):
-            return jax.lax.scan(
+            x, _ = jax.lax.scan(
                 lambda x, layer: (self._block(x, layer, temb, rotary), None), x, stacked
             )
+            return x
 
-        return call_jax(scan, dict(self.named_parameters()), hidden_states, temb, rotary)[0]
+        parameters = dict(self.named_parameters())
+        return cast(torch.Tensor, call_jax(scan, parameters, hidden_states, temb, rotary))
 
 
 def predict(
@@ -124,4 +127,5 @@ def predict(
             return torch.func.functional_call(module, parameters, arguments, positions)
 
     timesteps = jnp.full(tokens.shape[0], timestep)
-    return call_torch(forward, dict(parameters), tokens, prompt_embeds, timesteps, **positions)
+    output = call_torch(forward, dict(parameters), tokens, prompt_embeds, timesteps, **positions)
+    return cast(jax.Array, output)

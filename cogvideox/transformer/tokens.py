@@ -8,12 +8,13 @@ eight-dimensional transposes would cost more to compile than all blocks together
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.settings import LatentShape
+
+PositionTables = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TokenLayout:
         return placed
 
 
-def positions(config: TransformerConfig, layout: TokenLayout) -> dict[str, Any]:
+def positions(config: TransformerConfig, layout: TokenLayout) -> PositionTables:
     """What tells the tokens where they are: rotary tables, or the sincos embedding of 1.0-2b.
 
     The 1.5 tables are a slice from 0 of an unbounded grid, so they do not depend on the sample

@@ -58,6 +58,6 @@ def norm_and_modulate(
     )(text_rows.reshape(1), x, scale, shift)
 
 
-def grid(shape: tuple[int, int, int]) -> tuple[int, int]:
+def grid(shape: tuple[int, ...]) -> tuple[int, int]:
     """Batch and tiles of the kernel for x [b, s, E]."""
     return shape[0], shape[1] // _TILE
