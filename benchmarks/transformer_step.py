@@ -78,13 +78,13 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
     mesh = jax.sharding.Mesh(devices.reshape(-1)[:count].reshape(shape), AXES)
     return Denoiser(
         config=config,
-        weights={},
+        stored={},
         latents=LatentShape(1, latent_frames, 16, height // 8, width // 8),
         text_tokens=config.max_text_seq_length,
         guided=True,
         dtype="bfloat16",
         mesh=mesh,
-        attention=choose_backend("auto", devices.flat[0].platform, "bfloat16"),
+        backend=choose_backend("auto", devices.flat[0].platform, "bfloat16"),
     )
 
 
@@ -264,7 +264,7 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "size": arguments.size,
         "mesh": dict(denoiser.mesh.shape),
-        "attention": denoiser.attention.name,
+        "attention": denoiser.backend.name,
         "seconds_per_step": round(seconds, 4),
         "compile_seconds": round(compile_seconds, 1),
         "peak_bytes": stats.get("peak_bytes_in_use"),

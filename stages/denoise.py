@@ -123,8 +123,8 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
         from cogvideox.model.folder import stored_tensors
         from cogvideox.transformer.parameters import check_weights
 
-        weights = stored_tensors(model.path / "transformer")
-        check_weights(model.transformer, weights)
+        stored = stored_tensors(model.path / "transformer")
+        check_weights(model.transformer, stored)
         schedule = make_schedule(settings, model.scheduler)
         starting.result()
 
@@ -132,7 +132,7 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
 
     denoiser = make_denoiser(
         model,
-        weights,
+        stored,
         latents,
         tokens,
         guided=settings.guided,
@@ -146,7 +146,7 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
 
 def make_denoiser(
     model: ModelFolder,
-    weights: Mapping[str, StoredTensor],
+    stored: Mapping[str, StoredTensor],
     latents: LatentShape,
     tokens: int,
     *,
@@ -159,7 +159,7 @@ def make_denoiser(
     """Makes the program for `devices`.
 
     Args:
-        weights: headers of the weight files; may be empty if nothing will be loaded.
+        stored: headers of the weight files; may be empty if nothing will be loaded.
         attention: the kernel, as in DenoiseOptions.
         mesh: sizes of dp, sp and tp; None takes what fits.
 
@@ -180,13 +180,13 @@ def make_denoiser(
     )
     return Denoiser(
         config=config,
-        weights=weights,
+        stored=stored,
         latents=latents,
         text_tokens=tokens,
         guided=guided,
         dtype=dtype,
         mesh=make_mesh(sizes, devices),
-        attention=backend,
+        backend=backend,
     )
 
 
@@ -216,7 +216,7 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
         checked = check(options, model, batch, tokens)
         tensors = reading.result()
     denoiser = checked.denoiser
-    mesh, attention = dict(denoiser.mesh.shape), denoiser.attention.name
+    mesh, attention = dict(denoiser.mesh.shape), denoiser.backend.name
     print(f"{checked.settings.describe()}\nmesh {mesh}, attention {attention}, {options.dtype}")
 
     from runtime.compilation import CompilationLog
@@ -293,7 +293,7 @@ def denoising_section(
             "dtype": run.denoiser.dtype,
         },
         mesh=dict(run.denoiser.mesh.shape),
-        attention=run.denoiser.attention.name,
+        attention=run.denoiser.backend.name,
         device=jax.devices()[0].device_kind,
         guidance_scales=list(run.schedule.guidance_scales),
         later_parts=sections.later_parts(model, files.DENOISE),

@@ -370,8 +370,7 @@ def _samples(denoiser: Denoiser) -> int:
 
 def _tokens_bytes(denoiser: Denoiser) -> int:
     """Bytes of the tokens that an sp shard of a dp group holds after a gather over tp."""
-    config = denoiser.config
-    width = config.width
+    width = denoiser.config.width
     item = jax.numpy.dtype(denoiser.dtype).itemsize
     return _samples(denoiser) * denoiser.layout.padded * width * item // denoiser.mesh.shape["sp"]
 

@@ -64,13 +64,13 @@ class Denoiser:
     """
 
     config: TransformerConfig  # the transformer's
-    weights: Mapping[str, StoredTensor]  # headers of its safetensors files
+    stored: Mapping[str, StoredTensor]  # headers of its safetensors files; {} loads nothing
     latents: LatentShape
     text_tokens: int
     guided: bool  # classifier-free guidance; doubles the transformer's batch
     dtype: str
     mesh: jax.sharding.Mesh
-    attention: Backend
+    backend: Backend
 
     @property
     def layout(self) -> TokenLayout:
@@ -80,7 +80,7 @@ class Denoiser:
             self.text_tokens, padded=0,
         )  # fmt: skip
         shards = self.mesh.shape["sp"] * self.mesh.shape["tp"]
-        padded = self.attention.padded_tokens(layout.tokens, shards)
+        padded = self.backend.padded_tokens(layout.tokens, shards)
         return dataclasses.replace(layout, padded=padded)
 
     @cached_property
@@ -100,7 +100,7 @@ class Denoiser:
     def load(self, executables: Path | None = None) -> dict[str, jax.Array]:
         """Reads the weights into their shards, with programs from the folder or compiled."""
         dtype = jnp.dtype(self.dtype)
-        return load_parameters(self.config, self.weights, self.mesh, dtype, executables)
+        return load_parameters(self.config, self.stored, self.mesh, dtype, executables)
 
     def prompt_embeds(self, embeddings: Mapping[str, np.ndarray]) -> jax.Array:
         """The transformer's text input [B or 2B, S, E]: negative prompts first if guided."""
@@ -137,7 +137,7 @@ class Denoiser:
             "text_tokens": self.text_tokens,
             "guided": self.guided,
             "dtype": self.dtype,
-            "attention": self.attention.name,
+            "attention": self.backend.name,
             "block_sizes": self._block_sizes,
             "compiler_options": transformer_options(self.mesh.devices),
             **machine_fields(self.mesh, ("torch", "torchax", "diffusers"), SOURCES),
@@ -148,7 +148,7 @@ class Denoiser:
     def _block_sizes(self) -> dict[str, int]:
         """The attention kernel's tiles, which the chip and the shapes decide."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return self.attention.block_sizes(
+            return self.backend.block_sizes(
                 self.config.attention_head_dim,
                 self.layout.padded,
                 self.layout.tokens,
@@ -239,7 +239,7 @@ class Denoiser:
     def _module(self) -> "TokenTransformer":
         from cogvideox.transformer import model as transformer
 
-        return transformer.TokenTransformer.abstract(self.config, self.layout, self.attention)
+        return transformer.TokenTransformer.abstract(self.config, self.layout, self.backend)
 
     def step_scalars(
         self, timestep: int, guidance_scale: float, coefficients: StepCoefficients[float]

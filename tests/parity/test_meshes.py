@@ -30,13 +30,13 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     settings = DenoisingSettings(48, 80, 9, 16, 4, 6.0, True, "dpm", 0)
     denoiser = Denoiser(
         config=model.transformer,
-        weights=stored_tensors(model.path / "transformer"),
+        stored=stored_tensors(model.path / "transformer"),
         latents=LatentShape(1, 4, 8, 6, 10),
         text_tokens=TOKENS,
         guided=True,
         dtype="float32",
         mesh=mesh,
-        attention=CpuBackend(),
+        backend=CpuBackend(),
     )
     parameters = denoiser.load()
     texts = np.random.default_rng(0).normal(size=(2, 1, TOKENS, 32))

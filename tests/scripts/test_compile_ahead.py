@@ -201,7 +201,7 @@ for extra in json.loads(sys.argv[2]):
     found[" ".join(extra)] = {program.name: program.fingerprint for program in programs}
     # The tiles of the TPU's kernel have a field of their own, so that a message can name them.
     tiles = programs[0].fields["block_sizes"].keys()
-    splash = target.denoiser.attention.name == "splash"
+    splash = target.denoiser.backend.name == "splash"
     assert tiles == ({"block_q", "block_kv", "chunk", "unroll"} if splash else set())
 print(json.dumps(found))
 """

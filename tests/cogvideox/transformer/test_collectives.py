@@ -36,13 +36,13 @@ def model(tmp_path_factory) -> Path:
 def test_collectives_of_a_block(shape, model):
     denoiser = Denoiser(
         config=find_model(str(model), ["transformer"]).transformer,
-        weights={},
+        stored={},
         latents=LatentShape(1, 4, 8, 6, 10),
         text_tokens=16,
         guided=True,
         dtype="float32",
         mesh=make_mesh(shape),
-        attention=CpuBackend(),
+        backend=CpuBackend(),
     )
     found = collections.Counter(_COLLECTIVE.findall(_loop_body(denoiser.compile().as_text())))
     assert found == NEEDED[shape]
