@@ -8,16 +8,19 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from cogvideox.model.folder import ModelFolder, find_model
 from jobs.estimate import describe, job_bytes
 from jobs.identity import make_jobs
 from jobs.jobfile import Parse, read_job_file
+from jobs.ledger import CONFIG, DONE, FAILED, Counts, Ledger
 from jobs.options import BatchOptions
 from jobs.records import Job, read_batch, write_job
-from jobs.runner import Counts, Ledger, Runner
+from jobs.runner import DISK_ERRORS, Runner
 from jobs.superseded import write_job_ids
-from runtime.errors import InputError, Stopped, checking_input
+from runtime.errors import InputError, RunError, Stopped, checking_input
+from runtime.text import printable
 from stages import files
 
 _SHOWN_PROBLEMS = 100
@@ -52,11 +55,13 @@ def run(options: BatchOptions, parse: Parse) -> Counts | None:
             runner.check()
         if options.dry_run:
             states = read_batch(options.output_dir) if options.output_dir.exists() else []
+            for job in jobs:
+                print(_plan_line(job, needs[job], runner.ledger))
             print(describe(jobs, needs, states, model, runner.mesh))
             return None
 
     for job in jobs:
-        write_job(options.output_dir / job.folder, job)
+        _write_job(options.output_dir / job.folder, job, runner.ledger)
     write_job_ids(options.output_dir, options.jobs, every_job)
     if options.engine == "ray":
         from jobs import ray_engine
@@ -68,10 +73,45 @@ def run(options: BatchOptions, parse: Parse) -> Counts | None:
         signals = _stop_on_signals(stop)
         counts = runner.run()
     runner.copy()
+    _name_failures(jobs, runner.ledger)
     print(f"{counts.done} done, {counts.failed} failed, {counts.left} left")
     if signals:
         raise Stopped(signals[0])
     return counts
+
+
+def _write_job(folder: Path, job: Job, ledger: Ledger) -> None:
+    """Writes job.json; the job fails if its folder cannot be written."""
+    try:
+        write_job(folder, job)
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise RunError(f"{folder} cannot be written: {error.strerror}") from error
+        ledger.fail(job, f"job.json cannot be written: {error}")
+
+
+def _plan_line(job: Job, need: str, ledger: Ledger) -> str:
+    """One line of a dry run: a job and what will be done."""
+    if need == DONE:
+        plan = "done"
+    elif need == FAILED:
+        plan = f"failed; --retry_failed tries it again: {ledger.failure(job)}"
+    elif need == CONFIG:
+        plan = f"write {files.CONFIG_FILE} again"
+    else:
+        plan = f"run from {need}"
+    return f"  {job.folder} (line {job.line}): {printable(plan)}"
+
+
+def _name_failures(jobs: Sequence[Job], ledger: Ledger) -> None:
+    """Prints the failed jobs, and how to try them again."""
+    failed = [job for job in jobs if ledger.next(job) == FAILED]
+    for job in failed[:_SHOWN_PROBLEMS]:
+        print(f"failed: {job.folder} (line {job.line}): {printable(ledger.failure(job))}")
+    if len(failed) > _SHOWN_PROBLEMS:
+        print(f"and {len(failed) - _SHOWN_PROBLEMS} more failed job(s)")
+    if failed:
+        print("the same command with --retry_failed tries the failed job(s) again")
 
 
 def read_jobs(options: BatchOptions, parse: Parse) -> tuple[ModelFolder, list[Job]]:
@@ -85,7 +125,8 @@ def read_jobs(options: BatchOptions, parse: Parse) -> tuple[ModelFolder, list[Jo
     jobs, more = make_jobs(lines, model)
     problems = sorted(problems + more)
     for number, problem in problems[:_SHOWN_PROBLEMS]:
-        print(f"{options.jobs}:{number}: {' '.join(problem.split())}", file=sys.stderr)
+        line = f"{options.jobs}:{number}: {' '.join(problem.split())}"
+        print(printable(line), file=sys.stderr)
     if problems:
         wrong = len({number for number, _ in problems})
         raise InputError(f"{wrong} line(s) of {options.jobs} are wrong; nothing was done")

@@ -30,6 +30,7 @@ from jobs.records import (
     JobState,
     JobStatus,
     read_batch,
+    warn,
 )
 from jobs.superseded import find_superseded
 from runtime.errors import InputError
@@ -102,6 +103,7 @@ class Gallery:
         self._output_dir = output_dir
         self._lock = threading.Lock()
         self._due = 0.0
+        self._warned: set[str] = set()
         self._later: threading.Timer | None = None
 
     def update(self, *, now: bool = False) -> None:
@@ -135,11 +137,16 @@ class Gallery:
     def _write(self) -> None:
         start = time.monotonic()
         try:
-            write_gallery(self._output_dir, read_batch(self._output_dir))
+            write_gallery(self._output_dir, read_batch(self._output_dir, self._warn_once))
         except (OSError, InputError) as error:
             # The videos matter more than the gallery; the next update tries again.
-            print(f"warning: {GALLERY_FILE} was not updated: {error}")
+            warn(f"{GALLERY_FILE} was not updated: {error}")
         self._due = start + 20 * (time.monotonic() - start)
+
+    def _warn_once(self, problem: str) -> None:
+        if problem not in self._warned:
+            self._warned.add(problem)
+            warn(problem)
 
 
 def page(title: str, states: Sequence[JobState], superseded: Collection[str] = ()) -> str:

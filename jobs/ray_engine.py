@@ -16,9 +16,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.ledger import Counts, Ledger
 from jobs.options import BatchOptions
 from jobs.records import Job
-from jobs.runner import Counts, Ledger, Runner
+from jobs.runner import Runner
 from runtime.errors import RunError
 from stages import files
 
@@ -73,8 +74,9 @@ def run(jobs: Sequence[Job], options: BatchOptions, stop: threading.Event) -> Co
     workers: dict[Slot, tuple[Any, ray.ObjectRef]] = {}
     deaths, started, stopped = 0, 0, False
     counts = ledger.count(jobs)
+    final: Counts | None = None
     while True:
-        if not stop.is_set() and counts.left and deaths < _DEATHS:
+        if not stop.is_set() and counts.left and deaths < _DEATHS and final is None:
             for slot in _slots(options.workers_per_node) - workers.keys():
                 workers[slot] = _start(slot, jobs, options, started)
                 started += 1
@@ -92,7 +94,10 @@ def run(jobs: Sequence[Job], options: BatchOptions, stop: threading.Event) -> Co
             worker, _ = workers.pop(refs[ref])
             left, counts = counts.left, ledger.count(jobs)
             try:
-                ray.get(ref)
+                ended = ray.get(ref)
+                if not ended.left:
+                    # It may count failures that could not be recorded.
+                    final = ended
             except RayTaskError as error:
                 raise RunError(f"a worker failed: {error.cause}") from error
             except RayError as error:
@@ -100,6 +105,8 @@ def run(jobs: Sequence[Job], options: BatchOptions, stop: threading.Event) -> Co
                 print(f"warning: a worker was lost: {' '.join(str(error).split())[:200]}")
             else:
                 ray.kill(worker)
+    if final is not None:
+        return final
     if counts.left and not stop.is_set():
         raise RunError(f"{deaths} workers were lost in a row; {counts.left} job(s) are left")
     return counts

@@ -5,25 +5,27 @@
                 the stage files, as the stage scripts write them
                 claims/                           see claims.py
 
-Every file is written atomically. A record says "running" from before its stage starts until the
-stage ends. If it says so without a valid claim, the process was killed.
+Every file is written atomically. A record is written when its stage ends, by the process that holds
+the job's claim. A claim that was abandoned and not released says that the process was killed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal
 
 from cogvideox.model.settings import DenoisingSettings
-from jobs.claims import is_claimed
+from jobs.claims import claim_state
+from jobs.typed_json import from_json, read_object
 from runtime.errors import InputError
-from runtime.files import write_json
+from runtime.files import open_regular, write_json
+from runtime.text import printable
 from stages import files
 from stages.files import STAGES
 from stages.session import Shape
@@ -43,7 +45,7 @@ INPUTS = {
     files.DECODE: (files.LATENTS_FILE,),
 }
 
-StageStatus = Literal["running", "done", "failed", "interrupted"]
+StageStatus = Literal["done", "failed", "interrupted"]
 JobStatus = Literal["done", "failed", "running", "interrupted", "pending"]
 
 
@@ -102,6 +104,7 @@ class JobState:
     folder: Path
     records: dict[str, StageRecord]  # by stage; a stage that never started has none
     claimed: bool  # a living process works on it
+    abandoned: bool = False  # the last process that worked on it did not release it
 
     @property
     def failure(self) -> StageRecord | None:
@@ -116,9 +119,9 @@ class JobState:
             return "running"
         if "failed" in statuses:
             return "failed"
-        if statuses & {"running", "interrupted"}:
-            return "interrupted"
-        return "done" if self.stages_done == len(STAGES) else "pending"
+        if self.stages_done == len(STAGES):
+            return "done"
+        return "interrupted" if self.abandoned or "interrupted" in statuses else "pending"
 
     @property
     def stages_done(self) -> int:
@@ -130,81 +133,96 @@ class JobState:
         return sum(r.seconds for r in self.records.values() if r.status == "done")
 
 
-def read_batch(output_dir: Path) -> list[JobState]:
-    """Every job in a batch's folder, in the order of the job file.
+def warn(problem: str) -> None:
+    """Prints a problem of a batch's folder that does not end the run."""
+    print(f"warning: {printable(problem)}", file=sys.stderr)
+
+
+def read_batch(output_dir: Path, report: Callable[[str], None] = warn) -> list[JobState]:
+    """Reads every job in a batch's folder, in the order of the job file.
+
+    Args:
+        output_dir: the batch's folder.
+        report: called with one line for each job that cannot be read and is left out.
 
     Raises:
-        InputError: the folder or a job in it cannot be read.
+        InputError: the folder cannot be read.
     """
     if not output_dir.is_dir():
         raise InputError(f"{output_dir} is not a folder")
-    now = time.time()
-    states = [
-        JobState(read_job(path.parent), path.parent, read_records(path.parent),
-                 is_claimed(path.parent, now))
-        for path in output_dir.glob(f"*/{JOB_FILE}")
-    ]  # fmt: skip
+    states, now = [], time.time()
+    for path in sorted(output_dir.glob(f"*/{JOB_FILE}")):
+        folder = path.parent
+        try:
+            job = read_job(folder)
+        except InputError as error:
+            report(f"skipping a job: {error}")
+            continue
+        claim = claim_state(folder, now)
+        records = read_records(folder, report)
+        states.append(JobState(job, folder, records, claim == "alive", claim == "abandoned"))
     return sorted(states, key=lambda state: (state.job.line, state.folder.name))
 
 
 def write_job(folder: Path, job: Job) -> None:
     """Writes job.json, unless just that is there: hundreds of flushes take seconds."""
-    path, fields = folder / JOB_FILE, dataclasses.asdict(job)
     try:
-        written = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
-        written = None
-    if written != fields:
-        write_json(path, fields)
+        if read_job(folder) == job:
+            return
+    except InputError:
+        pass  # damaged or missing; written anew
+    write_json(folder / JOB_FILE, dataclasses.asdict(job))
 
 
 def read_job(folder: Path) -> Job:
     """Raises InputError for a file that is missing, damaged or of another version."""
     path = folder / JOB_FILE
     try:
-        fields = json.loads(path.read_text("utf-8"))
-        job = Job(**fields | {"settings": DenoisingSettings(**fields["settings"])})
-        _require_types(job, str, "id", "name", "prompt", "negative_prompt", "model_id")
-        _require_types(job, int, "line")
-        _require_types(job, str | None, "revision")
-        return job
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} does not describe a job: {error!r}") from error
+        return from_json(Job, read_object(path))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path} does not describe a job: {error}") from error
 
 
 def write_record(folder: Path, record: StageRecord) -> None:
-    write_json(_record_path(folder, record.stage), dataclasses.asdict(record))
+    write_json(record_path(folder, record.stage), dataclasses.asdict(record))
 
 
-def read_records(folder: Path) -> dict[str, StageRecord]:
-    """The records in a job's folder, by stage; one that cannot be read counts as missing."""
+def read_records(folder: Path, report: Callable[[str], None] = warn) -> dict[str, StageRecord]:
+    """Reads the records in a job's folder, by stage; a damaged one counts as missing.
+
+    Args:
+        folder: the job's folder.
+        report: called with one line for each damaged record.
+    """
     records = {}
     for stage in STAGES:
+        path = record_path(folder, stage)
         try:
-            record = StageRecord(**json.loads(_record_path(folder, stage).read_text("utf-8")))
-            _require_types(record, str, "status")
-            _require_types(record, int | float, "attempt", "started", "seconds")
-        except FileNotFoundError:
+            record = from_json(StageRecord, read_object(path))
+            if record.stage != stage:
+                raise ValueError(f"it is of {record.stage}")
+        except (FileNotFoundError, NotADirectoryError):
             continue
-        except (ValueError, TypeError) as error:
-            print(f"warning: {_record_path(folder, stage)} is no record: {error!r}")
-            continue
-        records[stage] = record
+        except InputError as error:
+            report(f"ignoring a record: {error}")
+        except ValueError as error:
+            report(f"ignoring a record: {path} is not one: {error}")
+        else:
+            records[stage] = record
     return records
 
 
-def _require_types(value: object, type_: type | UnionType, *names: str) -> None:
-    """Raises TypeError for an attribute of another type, as in files of other programs."""
-    for name in names:
-        if not isinstance(getattr(value, name), type_):
-            raise TypeError(f"{name} is {getattr(value, name)!r}")
-
-
 def checksum(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    """The sha256 of a regular file, in hexadecimal.
+
+    Raises:
+        InputError: the file cannot be opened, or is not a regular file.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -213,5 +231,13 @@ def worker_name() -> str:
     return f"{os.uname().nodename}:{os.getpid()}"
 
 
-def _record_path(folder: Path, stage: str) -> Path:
+def record_path(folder: Path, stage: str) -> Path:
     return folder / f"{stage.partition('_')[0]}_record.json"
+
+
+# Every file that a job's folder may hold, besides its claims; nothing else in it is ours.
+JOB_FILES = frozenset((
+    *(name for names in OUTPUTS.values() for name in names),
+    *(record_path(Path(), stage).name for stage in STAGES),
+    *(files.CONFIG_FILE, files.CHECKPOINT_FILE, JOB_FILE),
+))  # fmt: skip

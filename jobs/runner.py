@@ -14,12 +14,13 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from cogvideox.model.folder import ModelFolder
 from jobs.claims import Claim, Claims, is_claimed
 from jobs.gallery import Gallery
+from jobs.ledger import CONFIG, DONE, FAILED, Counts, Ledger, config_is_good
 from jobs.mirror import Mirror
+from jobs.open_folder import OpenFolder
 from jobs.options import BatchOptions
 from jobs.records import (
     INPUTS,
@@ -27,106 +28,23 @@ from jobs.records import (
     STAGES,
     Job,
     StageRecord,
-    checksum,
-    read_records,
+    record_path,
     worker_name,
+    write_job,
     write_record,
 )
 from runtime.errors import InputError, RunError
 from runtime.files import write_json
+from runtime.text import printable
 from stages import files
 from stages.denoise import StoppedBetweenSteps
 from stages.session import Session, Shape
 
 ENCODE, DENOISE, DECODE = STAGES
-# What a job may need besides one of its stages.
-DONE, FAILED, CONFIG = "done", "failed", "config"
-
+# The whole disk is concerned, not one job.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DECODES_WAITING = 2
 _POLL_SECONDS = 2.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """How many jobs of a batch are done (all wanted stages are), failed, and left."""
-
-    done: int
-    failed: int
-    left: int
-
-
-class Ledger:
-    """Tells what each job needs next, from its records and the checksums of its files."""
-
-    def __init__(self, output_dir: Path, stages: Sequence[str], retry_failed: bool):
-        """
-        Args:
-            stages: the wanted ones.
-            retry_failed: ignore failures that were recorded before now.
-        """
-        self._output_dir = output_dir
-        self._stages = stages
-        self._forget_before = time.time() if retry_failed else 0.0
-        self._checksums: dict[Path, tuple[tuple[int, ...], str]] = {}
-        self._done: set[Job] = set()  # checked once a run
-
-    def next(self, job: Job) -> str:
-        """The first wanted stage whose files are missing or differ; or CONFIG, FAILED or DONE."""
-        if job in self._done:
-            return DONE
-        folder = self._output_dir / job.folder
-        records = read_records(folder)
-        failed = [record for record in records.values() if record.status == "failed"]
-        if any(record.started >= self._forget_before for record in failed):
-            return FAILED
-        for stage in self._stages:
-            if not self._is_good(folder, stage, records):
-                return stage
-        if not _config_is_good(folder, records):
-            return CONFIG
-        self._done.add(job)
-        return DONE
-
-    def lacks(self, job: Job, stages: Sequence[str]) -> bool:
-        """Whether files of these stages are missing or differ from their records."""
-        folder = self._output_dir / job.folder
-        records = read_records(folder)
-        return not all(self._is_good(folder, stage, records) for stage in stages)
-
-    def count(self, jobs: Sequence[Job]) -> Counts:
-        states = [self.next(job) for job in jobs]
-        done, failed = states.count(DONE), states.count(FAILED)
-        return Counts(done, failed, len(jobs) - done - failed)
-
-    def checksums(self, folder: Path, names: Sequence[str]) -> dict[str, str]:
-        """The sha256 of files by name. A file is read again only if it changed.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-        """
-        return {name: self._checksum(folder / name) for name in names}
-
-    def _checksum(self, path: Path) -> str:
-        stat = path.stat()
-        version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._checksums.get(path, (None,))[0] != version:
-            self._checksums[path] = version, checksum(path)
-        return self._checksums[path][1]
-
-    def _is_good(self, folder: Path, stage: str, records: dict[str, StageRecord]) -> bool:
-        """Whether a stage's files are the recorded ones, made from the files recorded now."""
-        record = records.get(stage)
-        if record is None or record.status != "done":
-            return False
-        made: dict[str, str] = {}
-        for before in STAGES[: STAGES.index(stage)]:
-            made |= records[before].outputs if before in records else {}
-        if any(made.get(name) != value for name, value in record.inputs.items()):
-            return False
-        try:
-            return self.checksums(folder, OUTPUTS[stage]) == record.outputs
-        except FileNotFoundError:
-            return False
 
 
 class Runner:
@@ -201,29 +119,40 @@ class Runner:
         """Works until no job is left or `stop` is set; waits for jobs of other processes.
 
         Raises:
-            RunError: the disk is full.
+            RunError: the disk is full, or the output folder was removed.
         """
-        self._gallery.update(now=True)
-        with Claims(self._expiry) as self._claims:
+        with OpenFolder(self._output_dir) as self._folder, Claims(self._expiry) as self._claims:
+            self._gallery.update(now=True)
             try:
-                waiting = False
-                while not self._stop.is_set():
-                    needs = {job: self.ledger.next(job) for job in self._jobs}
-                    todo = {job: need for job, need in needs.items() if need not in (DONE, FAILED)}
-                    if not todo:
-                        break
-                    light = [job for job, need in todo.items() if need in (ENCODE, CONFIG)]
-                    worked = self._encode(light) + self._make_videos(list(todo))
-                    if not worked:
-                        if not waiting:
-                            print(f"waiting for {len(todo)} job(s) of other processes")
-                        self._stop.wait(_POLL_SECONDS)
-                    waiting = not worked
+                self._work_until_done()
+                self._folder.check()
             except BaseException:
                 self._abort.set()
                 raise
         self._gallery.update(now=True)
         return self.ledger.count(self._jobs)
+
+    def _work_until_done(self) -> None:
+        waiting = looked_again = False
+        while not self._stop.is_set():
+            self._folder.check()
+            needs = {job: self.ledger.next(job) for job in self._jobs}
+            todo = {job: need for job, need in needs.items() if need not in (DONE, FAILED)}
+            if not todo:
+                if looked_again:
+                    return
+                # Files of finished jobs may have been removed meanwhile.
+                self.ledger.forget_done()
+                looked_again = True
+                continue
+            looked_again = False
+            light = [job for job, need in todo.items() if need in (ENCODE, CONFIG)]
+            worked = self._encode(light) + self._make_videos(list(todo))
+            if not worked:
+                if not waiting:
+                    print(f"waiting for {len(todo)} job(s) of other processes")
+                self._stop.wait(_POLL_SECONDS)
+            waiting = not worked
 
     def _encode(self, jobs: Sequence[Job]) -> int:
         """Runs stage 1 of all free jobs; returns how many it worked on."""
@@ -231,7 +160,7 @@ class Runner:
         for job, claim in self._taken(jobs):
             need = self.ledger.next(job)
             if need == CONFIG:
-                self._restore_config(job)
+                self._repair_config(job)
             elif need == ENCODE:
                 self._do(ENCODE, job, claim)
             worked += need in (CONFIG, ENCODE)
@@ -305,7 +234,15 @@ class Runner:
                 return
             if self.ledger.next(job) in (DONE, FAILED):
                 continue
-            claim = self._claims.take(self._output_dir / job.folder)
+            self._folder.check()
+            folder = self._output_dir / job.folder
+            try:
+                write_job(folder, job)
+                claim = self._claims.take(folder)
+            except (OSError, InputError) as error:
+                self._require_disk(error)
+                self.ledger.fail(job, f"cannot be claimed: {error}")
+                continue
             if claim:
                 yield job, claim
 
@@ -328,32 +265,71 @@ class Runner:
 
     def _do(self, stage: str, job: Job, claim: Claim) -> None:
         """Runs one stage of a claimed job and writes its record; records a failure, not raises."""
-        folder = self._output_dir / job.folder
-        self._restore_config(job)
-        earlier = read_records(folder).get(stage)
+        if not self._still_holds(job, claim):
+            return
+        earlier = self.ledger.records(job).get(stage)
         attempt = earlier.attempt + 1 if earlier else 1
-        record = StageRecord(stage, "running", attempt, worker_name(), time.time())
-        write_record(folder, record)
+        record = StageRecord(stage, "interrupted", attempt, worker_name(), time.time())
         try:
+            self._check_record_path(stage, job)
+            self._restore_config(job)
             end = self._work(stage, job)
         except StoppedBetweenSteps:
-            end = {"status": "interrupted"}
+            end = {}
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                write_record(folder, dataclasses.replace(record, status="interrupted"))
-                raise RunError(f"the disk of {self._output_dir} is full") from error
+            self._folder.check()
+            self._require_disk(error)
             line = " ".join(str(error).split()) or type(error).__name__
             if not isinstance(error, ValueError | RunError):
                 line = f"{type(error).__name__}: {line}"
             end = {"status": "failed", "error": line, "traceback": traceback.format_exc()}
-            print(f"failed: {job.folder}: {stage}: {line}")
+            print(f"failed: {job.folder}: {stage}: {printable(line)}")
         except BaseException:
-            write_record(folder, dataclasses.replace(record, status="interrupted"))
+            self._write_record(record, job, claim)
             raise
+        self._write_record(dataclasses.replace(record, **end), job, claim)
+
+    def _still_holds(self, job: Job, claim: Claim) -> bool:
+        """Whether the job is still this process's; a process that slept too long has lost it."""
+        self._folder.check()
         if self._claims.holds(claim):
-            write_record(folder, dataclasses.replace(record, **end))
-        else:
+            return True
+        if claim.path.exists():
             print(f"warning: another process has taken over {job.folder}; this one was too slow")
+        else:
+            print(f"warning: the folder of {job.folder} was removed; it will be made again")
+        return False
+
+    def _write_record(self, record: StageRecord, job: Job, claim: Claim) -> None:
+        """Writes how a stage ended, if the job is still this process's."""
+        if not self._still_holds(job, claim):
+            return
+        try:
+            write_record(self._output_dir / job.folder, record)
+        except OSError as error:
+            self._require_disk(error)
+            self.ledger.fail(job, f"its record cannot be written: {error}")
+
+    def _check_record_path(self, stage: str, job: Job) -> None:
+        """Checks that the record can be written, before the work.
+
+        Raises:
+            InputError: a folder is in its place.
+        """
+        path = record_path(self._output_dir / job.folder, stage)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; delete it")
+
+    def _require_disk(self, error: BaseException) -> None:
+        """Raises RunError if an error says that the disk is full or read-only."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+                raise RunError(
+                    f"{self._output_dir} cannot be written: {cause.strerror}; the same command "
+                    "resumes when it can"
+                ) from error
+            cause = cause.__cause__ or cause.__context__
 
     def _work(self, stage: str, job: Job) -> dict:
         """Runs a stage; returns the last fields of its record."""
@@ -376,22 +352,19 @@ class Runner:
             "section": files.read_config(folder)[stage],
         }
 
+    def _repair_config(self, job: Job) -> None:
+        """Restores the config of a job that needs nothing else; the job fails if that fails."""
+        try:
+            self._restore_config(job)
+        except OSError as error:
+            self._require_disk(error)
+            self.ledger.fail(job, f"its {files.CONFIG_FILE} cannot be written: {error}")
+
     def _restore_config(self, job: Job) -> None:
         """Writes generation_config.json from the records if it is damaged or missing."""
         folder = self._output_dir / job.folder
-        records = read_records(folder)
-        if not _config_is_good(folder, records):
+        records = self.ledger.records(job)
+        if not config_is_good(folder, records):
             sections = {r.stage: r.section for r in records.values() if r.status == "done"}
             version = {"format_version": files.FORMAT_VERSION}
             write_json(folder / files.CONFIG_FILE, version | sections)
-
-
-def _config_is_good(folder: Path, records: dict[str, StageRecord]) -> bool:
-    sections = {r.stage: r.section for r in records.values() if r.status == "done"}
-    if not sections:
-        return True
-    try:
-        config = files.read_config(folder)
-    except InputError:
-        return False
-    return all(config.get(stage) == section for stage, section in sections.items())

@@ -6,11 +6,11 @@ in the batch's folder keeps the ids that each job file asked for in its latest r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.records import Job, JobState
+from jobs.typed_json import read_object
 from runtime.errors import InputError
 from runtime.files import write_json
 
@@ -56,11 +56,11 @@ def _read_job_files(output_dir: Path) -> dict[str, list[str]]:
     """The ids by the name of the job file; none if `batch.json` was never written."""
     path = output_dir / BATCH_FILE
     try:
-        job_files = json.loads(path.read_text("utf-8"))["job_files"]
+        job_files = read_object(path)["job_files"]
+        if not isinstance(job_files, dict):
+            raise TypeError("job_files is not an object")
         return {str(name): [str(id_) for id_ in ids] for name, ids in job_files.items()}
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError) as error:
         raise InputError(f"{path} does not list job files: {error!r}") from error

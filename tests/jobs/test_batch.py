@@ -22,6 +22,7 @@ from cogvideox.denoising.program import Denoiser
 from cogvideox.text import encoder as text_encoder
 from jobs.gallery import Gallery
 from jobs.records import OUTPUTS, STAGES, read_batch, write_record
+from jobs.runner import Runner
 from runtime.errors import RunError, Stopped
 from stages import denoise, session
 from stages import files as stage_files
@@ -209,7 +210,15 @@ def test_one_failure_ends_no_other_job(model, whole, tmp_path, calls, capsys, mo
         assert run(model, tmp_path) == 3
     said = table(tmp_path, capsys)
     assert "2 done, 1 failed" in said and "RuntimeError: the chip melted at noon" in said
+    capsys.readouterr()
     assert run(model, tmp_path) == 3 and calls["_denoise"] == 2
+    said = capsys.readouterr().out
+    name = job_folder(tmp_path, "a-blue").name
+    assert f"failed: {name} (line 2): stage2_transformer: RuntimeError: the chip" in said
+    assert "--retry_failed" in said
+    assert run(model, tmp_path, "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert f"{name} (line 2): failed; --retry_failed" in said and said.count("(line ") == 3
     assert run(model, tmp_path, "--retry_failed") == 0 and calls["_denoise"] == 3
     assert outputs(tmp_path) == outputs(whole)
     assert records(tmp_path)[job_folder(tmp_path, "a-blue").name, STAGES[1]].attempt == 2
@@ -285,6 +294,93 @@ def test_an_output_made_of_other_inputs_is_made_again(model, copy, calls):
     changed = dataclasses.replace(record, inputs={stage_files.LATENTS_FILE: "0" * 64})
     write_record(copy / "out" / name, changed)
     assert run(model, copy) == 0 and calls["_decode"] == 1 and calls["_denoise"] == 0
+
+
+def test_damage_to_one_job_costs_no_other(model, copy, whole, calls, capsys):
+    """What can be made again is made again; what cannot fails alone, by name."""
+    kite, blue, red = (job_folder(copy, start) for start in ("kite", "a-blue", "a-red"))
+    (kite / "job.json").write_bytes(b"[" * 200_000)
+    (kite / "stage3_record.json").write_text('{"stage": 3}')
+    last = max((kite / "claims").iterdir(), key=lambda path: int(path.name))
+    last.write_text("{")
+    (blue / "job.json").unlink()
+    (blue / "stage2_record.json").unlink()
+    os.mkfifo(blue / "stage2_record.json")
+    (red / stage_files.EMBEDDINGS_FILE).unlink()
+    subprocess.run(["rm", "-r", red / "claims"], check=True)
+    (red / "claims").touch()
+    assert run(model, copy) == 3
+    said = capsys.readouterr()
+    assert f"failed: {red.name} (line 3): cannot be claimed" in said.out
+    assert f"{kite.name}/claims/{last.name}" in said.out
+    assert "stage3_record.json is not one" in said.err
+    assert "stage2_record.json is a named pipe" in said.err
+    assert (calls["_encode"], calls["_denoise"], calls["_decode"]) == (0, 1, 1)
+    made = {name: data for name, data in outputs(copy).items() if red.name not in name}
+    assert made.items() <= outputs(whole).items() and len(made) == 10
+    (red / "claims").unlink()
+    assert run(model, copy) == 0 and outputs(copy) == outputs(whole)
+
+
+def test_a_record_that_cannot_be_written_fails_before_the_work(model, copy, calls, capsys):
+    kite = job_folder(copy, "kite")
+    (kite / "stage3_record.json").unlink()
+    (kite / "stage3_record.json").mkdir()
+    assert run(model, copy) == 3 and calls["_decode"] == 0
+    assert "stage3_record.json is a folder; delete it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Runner, "_do"), (session.Session, "_encode")])
+def test_one_that_slept_past_its_claim_changes_no_record(
+    owner, name, model, whole, tmp_path, capsys, monkeypatch
+):
+    """Before or within a stage, while another batch finishes the job."""
+    function, seen = getattr(owner, name), {}
+
+    def sleep_and_go_on(*arguments):
+        claim = max(job_folder(tmp_path, "kite").glob("claims/*"), key=lambda path: int(path.name))
+        if not seen and claim.stat().st_mtime:
+            os.utime(claim, (1, 1))
+            seen["none yet"] = None
+            assert run(model, tmp_path) == 0  # the other batch
+            os.chdir(tmp_path)
+            seen.update(records(tmp_path))
+        function(*arguments)
+
+    monkeypatch.setattr(owner, name, sleep_and_go_on)
+    assert run(model, tmp_path) == 0
+    del seen["none yet"]
+    assert len(seen) == 9 and records(tmp_path) == seen
+    assert "another process has taken over" in capsys.readouterr().out
+    assert outputs(tmp_path) == outputs(whole)
+
+
+def test_the_output_folder_is_removed_while_it_runs(model, tmp_path, monkeypatch):
+    run_stage = session.Session._denoise
+
+    def remove(self, request):
+        subprocess.run(["rm", "-r", tmp_path / "out"], check=True)
+        run_stage(self, request)
+
+    monkeypatch.setattr(session.Session, "_denoise", remove)
+    with pytest.raises(RunError, match="out was removed, moved or replaced"):
+        run(model, tmp_path)
+
+
+def test_a_finished_job_that_is_removed_while_others_run_is_made_again(
+    model, whole, tmp_path, monkeypatch
+):
+    run_stage, removed = session.Session._decode, []
+
+    def remove(self, request):
+        if "blue" in request.encode.prompt[0] and not removed:
+            removed.append(job_folder(tmp_path, "kite"))
+            subprocess.run(["rm", "-r", removed[0]], check=True)
+        run_stage(self, request)
+
+    monkeypatch.setattr(session.Session, "_decode", remove)
+    assert run(model, tmp_path) == 0 and removed
+    assert outputs(tmp_path) == outputs(whole)
 
 
 def test_processes_share_a_folder_and_survive_kills(model, whole, tmp_path):

@@ -1,5 +1,6 @@
 """Claims: one owner at a time, also after kill -9, sleep and a race."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from jobs import claims as module
 from jobs.claims import Claims, is_claimed
+from runtime.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +60,83 @@ def test_another_machines_claim_expires(tmp_path: Path, monkeypatch):
         assert not sleeper.holds(claim)
 
 
+def _edit(claim: Path, **changes) -> None:
+    claim.write_text(json.dumps(json.loads(claim.read_text()) | changes))
+
+
+def test_a_clock_that_is_ahead_blocks_no_job_and_a_living_process_keeps_its_own(tmp_path: Path):
+    with Claims(expiry=0.3) as sleeper, Claims(expiry=60) as other:
+        claim = sleeper.take(tmp_path)
+        assert claim
+        sleeper._held.clear()  # it does not touch the claim any more
+        _edit(claim.path, machine="another machine")
+        ahead = time.time() + 3600
+        os.utime(claim.path, (ahead, ahead))
+        assert other.take(tmp_path) is None and not is_claimed(tmp_path, time.time())
+        time.sleep(0.2)
+        os.utime(claim.path, (ahead + 1, ahead + 1))  # a sign of life
+        time.sleep(0.2)
+        assert other.take(tmp_path) is None
+        time.sleep(0.35)
+        assert other.take(tmp_path)
+
+
+DAMAGED_CLAIMS = {
+    "empty": b"",
+    "half": b'{"host": "a", "machi',
+    "deep": b"[" * 200_000,
+    "list": b"[]",
+    "binary": b"\xff\x00",
+    "no expiry": b'{"host": "a", "machine": "b", "pid": 1, "started": null}',
+    "for ever": b'{"host":"a","machine":"b","pid":1,"started":null,"expiry":1e300}',
+    "text as expiry": b'{"host":"a","machine":"b","pid":1,"started":null,"expiry":"5"}',
+    "no process": b'{"host":"a","machine":"b","pid":"../self","started":null,"expiry":5}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED_CLAIMS.values(), ids=DAMAGED_CLAIMS.keys())
+def test_a_damaged_claim_is_named_and_taken_over(content, tmp_path: Path, capsys):
+    with Claims() as claims:
+        claim = claims.take(tmp_path)
+        assert claim
+        claim.path.write_bytes(content)
+        assert not is_claimed(tmp_path, time.time())
+        assert claims.holds(claims.take(tmp_path))
+    assert str(claim.path) in capsys.readouterr().out
+
+
+def test_other_names_are_not_claims(tmp_path: Path):
+    (tmp_path / "claims").mkdir()
+    for name in ("9" * 40, "9" * 10, "\u0663", "07", "0", "\u00b2", "1.5", "note"):
+        (tmp_path / "claims" / name).touch()
+    os.mkfifo(tmp_path / "claims/3")
+    with Claims() as claims:
+        claim = claims.take(tmp_path)
+        assert claim and claim.path.name == "4" and claims.holds(claim)
+        (tmp_path / "claims" / ("9" * 9)).touch()
+        with pytest.raises(InputError, match="999999999 is no claim"):
+            claims.take(tmp_path)
+
+
+def test_a_claim_is_flushed_before_it_counts(tmp_path: Path, monkeypatch):
+    """After a power cut a claim is whole or absent."""
+    order: list[str] = []
+    link = os.link
+
+    def fsync(descriptor):
+        order.append("flush")
+
+    def linking(*paths):
+        order.append("link")
+        link(*paths)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", linking)
+    with Claims() as claims:
+        claims.take(tmp_path)
+    assert order == ["flush", "link"]
+
+
 def test_the_keeper_shows_life(tmp_path: Path):
     with Claims(expiry=0.2) as claims:
         claim = claims.take(tmp_path)
@@ -72,6 +153,7 @@ def test_a_race_has_one_winner_each_time(tmp_path: Path):
     with Claims() as claims, ThreadPoolExecutor(8) as pool:
         for i in range(25):
             folder = tmp_path / str(i)
+            folder.mkdir()
             claims.release(claims.take(folder))
             won = [c for c in pool.map(lambda _, f=folder: claims.take(f), range(8)) if c]
             assert len(won) == 1

@@ -1,0 +1,40 @@
+"""The output folder of a running batch, watched so that its removal is noticed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from runtime.errors import RunError
+
+
+class OpenFolder:
+    """Keeps a folder open, so that another folder of the same name is told apart.
+
+    Use it in a `with`.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __enter__(self) -> OpenFolder:
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def check(self) -> None:
+        """Raises RunError if the folder was removed, moved or replaced since it was opened."""
+        # An open folder keeps its inode number, so a new folder cannot have the same one.
+        opened = os.fstat(self._descriptor)
+        try:
+            now = os.stat(self._path)
+        except OSError:
+            now = None
+        if now is None or not os.path.samestat(opened, now):
+            raise RunError(
+                f"{self._path} was removed, moved or replaced while the batch ran; "
+                "the same command makes what is missing"
+            )
