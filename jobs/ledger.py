@@ -6,11 +6,13 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jobs.records import OUTPUTS, STAGES, Job, StageRecord, checksum, read_records, warn
 from runtime.errors import InputError
 from runtime.text import printable
 from stages import files
+from stages.sections import is_whole
 
 # What a job may need besides one of its stages.
 DONE, FAILED, CONFIG = "done", "failed", "config"
@@ -114,7 +116,7 @@ class Ledger:
     def _is_good(self, folder: Path, stage: str, records: dict[str, StageRecord]) -> bool:
         """Whether a stage's files are the recorded ones, made from the files recorded now."""
         record = records.get(stage)
-        if record is None or record.status != "done":
+        if record is None or record.status != "done" or not is_whole(record.section):
             return False
         made: dict[str, str] = {}
         for before in STAGES[: STAGES.index(stage)]:
@@ -127,9 +129,15 @@ class Ledger:
             return False
 
 
+def recorded_sections(records: dict[str, StageRecord]) -> dict[str, dict[str, Any]]:
+    """The sections of generation_config.json that the records hold and that were not changed."""
+    done = (record for record in records.values() if record.status == "done")
+    return {record.stage: record.section for record in done if is_whole(record.section)}
+
+
 def config_is_good(folder: Path, records: dict[str, StageRecord]) -> bool:
     """Whether generation_config.json holds the sections of all records."""
-    sections = {r.stage: r.section for r in records.values() if r.status == "done"}
+    sections = recorded_sections(records)
     if not sections:
         return True
     try:

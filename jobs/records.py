@@ -222,8 +222,11 @@ def checksum(path: Path) -> str:
     Raises:
         InputError: the file cannot be opened, or is not a regular file.
     """
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def worker_name() -> str:

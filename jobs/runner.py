@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cogvideox.model.folder import ModelFolder
 from jobs.claims import Claim, Claims, is_claimed
 from jobs.gallery import Gallery
-from jobs.ledger import CONFIG, DONE, FAILED, Counts, Ledger, config_is_good
+from jobs.ledger import CONFIG, DONE, FAILED, Counts, Ledger, config_is_good, recorded_sections
 from jobs.mirror import Mirror
 from jobs.open_folder import OpenFolder
 from jobs.options import BatchOptions
@@ -365,6 +365,5 @@ class Runner:
         folder = self._output_dir / job.folder
         records = self.ledger.records(job)
         if not config_is_good(folder, records):
-            sections = {r.stage: r.section for r in records.values() if r.status == "done"}
             version = {"format_version": files.FORMAT_VERSION}
-            write_json(folder / files.CONFIG_FILE, version | sections)
+            write_json(folder / files.CONFIG_FILE, version | recorded_sections(records))
