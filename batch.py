@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -177,8 +176,6 @@ def rerun(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress as it happens
     if sys.argv[1:2] == ["status"]:
         status(parse_status(sys.argv[2:]))
     elif sys.argv[1:2] == ["rerun"]:

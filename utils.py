@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -38,9 +39,15 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     sys.unraisablehook = _stop_again
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A log file shows lines as they happen, and any encoding shows any prompt.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
         processes.finish()
+    except BrokenPipeError:  # as in `| head -1`
+        _end_unread()
     except InputError as error:
         _end(2, "error: ", " ".join(str(error).split()))
     except (RunError, FloatingPointError, processes.OtherProcessFailed) as error:
@@ -58,6 +65,17 @@ def _end(code: int, kind: str, reason: str) -> NoReturn:
     print(f"{kind}{reason}", file=sys.stderr)
     processes.fail(reason)
     sys.exit(code)
+
+
+def _end_unread() -> NoReturn:
+    """Exits after the reader of stdout or stderr closed it, with whichever of them is left."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)  # Python flushes stdout once more at exit
+    try:
+        _end(1, "failed: ", "the reader of the output closed it")
+    except BrokenPipeError:
+        os.dup2(null, 2)
+        sys.exit(1)
 
 
 def _stop(number: int, _: object) -> NoReturn:

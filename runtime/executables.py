@@ -133,8 +133,10 @@ def _find(
     """The executable in a folder, or None; reports what it found if the user `named` the folder."""
     try:
         if not (folder / program.manifest_name).exists():
-            if named:
-                print(f"{program.name}: {artifacts.why_none_matches(program, folder)}; compiling")
+            why = (
+                artifacts.why_none_matches(program, folder) if named else "first run of this shape"
+            )
+            print(f"{program.name}: {why}; compiling")
             return None
         executable = artifacts.load(program, folder, devices)
     except Refused as refused:

@@ -1,44 +1,138 @@
-"""Progress bars, and timings by phase."""
+"""Says what takes long before it does: activities, progress bars, and timings by phase.
+
+Only the first process says anything: activities on stdout, bars on stderr. On a terminal a bar or a
+count of seconds is redrawn in place. In a log file a bar leaves one line a tenth, and an activity a
+dot a second.
+"""
+
+from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TextIO
 
 from runtime import processes
 from runtime.files import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from tqdm import tqdm
 
-Item = TypeVar("Item")
+_FIRST_SIGN, _SIGNS = 1.0, 1.0  # seconds of an activity until its first sign of life, and between
+Clock = Callable[[], float]
 
 
-def progress(
-    items: "Iterable[Item]" = (),
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Prints what is about to take long, then a sign of life each second until the block ends."""
+    if not processes.is_first():
+        yield
+        return
+    stream = sys.stdout
+    print(f"{what} ...", file=stream, flush=True)
+    ended = threading.Event()
+    signs = threading.Thread(target=_show_signs, args=(stream, ended), daemon=True)
+    signs.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signs.join()
+
+
+def _show_signs(stream: TextIO, ended: threading.Event) -> None:
+    """Shows the seconds on a terminal, a dot a second elsewhere."""
+    start, shown, terminal = time.monotonic(), False, stream.isatty()
+    # A closed pipe or terminal is the business of the thread that works.
+    with contextlib.suppress(OSError, ValueError):
+        while not ended.wait(_SIGNS if shown else _FIRST_SIGN):
+            # The cursor returns to the left, so that the next line replaces the seconds.
+            seconds = f"  {time.monotonic() - start:.0f} s\r"
+            stream.write(seconds if terminal else "." if shown else "  .")
+            stream.flush()
+            shown = True
+        if shown:
+            stream.write("\x1b[K" if terminal else f" {time.monotonic() - start:.0f} s\n")
+            stream.flush()
+
+
+class LogBar[Item]:
+    """A progress bar for log files: a line whenever another tenth is done.
+
+    Has what this project uses of tqdm's interface.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Item],
+        *,
+        total: int,
+        what: str,
+        unit: str,
+        initial: int,
+        stream: TextIO,
+        clock: Clock = time.monotonic,
+    ):
+        self._items, self._total, self._what, self._unit = items, total, what, unit
+        self._stream, self._clock = stream, clock
+        self._done = self._initial = initial
+        self._start = clock()
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self._items:
+            yield item
+            self.update(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        """Counts `count` more units as done."""
+        before, self._done = self._done, self._done + count
+        if self._done * 10 // self._total == before * 10 // self._total:
+            return
+        seconds = self._clock() - self._start
+        left = seconds / (self._done - self._initial) * (self._total - self._done)
+        percent = self._done * 100 // self._total
+        rest = f", {left:.0f} s left" if left >= 1 else ""
+        line = f"{self._what}: {self._done} of {self._total} {self._unit}s, {percent}%"
+        print(f"{line}, {seconds:.1f} s{rest}", file=self._stream, flush=True)
+
+
+def progress[Item](
+    items: Iterable[Item] = (),
     *,
     total: int,
     what: str,
     unit: str = "step",
     initial: int = 0,
-) -> "tqdm[Item]":
-    """Shows a progress bar on stderr, in the first process only.
+    leave: bool = True,
+) -> tqdm[Item] | LogBar[Item]:
+    """Shows progress on stderr, in the first process only: a bar, or in a log a line a tenth.
 
     Args:
         what: the label in front of the bar.
         initial: steps that were done before.
+        leave: keep the full bar on the terminal at the end.
     """
+    if processes.is_first() and not sys.stderr.isatty():
+        return LogBar(items, total=total, what=what, unit=unit, initial=initial, stream=sys.stderr)
     from tqdm import tqdm
 
     hidden = not processes.is_first()
-    return tqdm(items, total=total, desc=what, unit=unit, initial=initial, disable=hidden)
+    return tqdm(
+        items, total=total, desc=what, unit=unit, initial=initial, disable=hidden, leave=leave
+    )
 
 
 class Timings:
-    """Measures phases such as load, compile, run and save, in seconds.
+    """Measures phases such as start, load, compile, run and save, in seconds.
 
     Attributes:
         seconds: by phase.
@@ -59,13 +153,23 @@ class Timings:
     def add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
+    def table(self) -> str:
+        """One line a phase."""
+        notes = {"start": "imports, checks, devices"}
+        lines = []
+        for name, seconds in [*self.seconds.items(), ("total", sum(self.seconds.values()))]:
+            note = f"  ({notes[name]})" if name in notes else ""
+            parts = self.at_once.get(name, {})
+            if parts:
+                note = f"  ({' and '.join(parts)} run at the same time, so they add up to more)"
+            lines.append(f"  {name:<14}{seconds:>10.2f} s{note}")
+            lines += [f"    {part:<12}{busy:>10.2f} s" for part, busy in parts.items()]
+        return "\n".join(lines)
+
     def report(self, path: Path, **details: object) -> None:
-        """Prints a table, and writes it with `details` to the JSON file `path`."""
+        """Prints the table, and writes it with `details` to the JSON file `path`."""
+        print(self.table())
         total = sum(self.seconds.values())
-        for name, seconds in [*self.seconds.items(), ("total", total)]:
-            print(f"  {name:<14}{seconds:>10.2f} s")
-            for part, busy in self.at_once.get(name, {}).items():
-                print(f"    {part:<12}{busy:>10.2f} s, at the same time")
         rounded = {name: round(seconds, 4) for name, seconds in self.seconds.items()}
         details |= {"at_once": self.at_once} if self.at_once else {}
         write_json(path, {"seconds": {**rounded, "total": round(total, 4)}, **details})

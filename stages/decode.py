@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from runtime import processes
 from runtime.devices import start_jax
 from runtime.errors import checking_input
-from runtime.progress import Timings, progress
+from runtime.progress import Timings, progress, working
 from stages import files, sections
 
 if TYPE_CHECKING:
@@ -150,7 +150,12 @@ def run(options: DecodeOptions) -> None:
         options, input_dir=processes.folder_of_first(options.input_dir, inputs)
     )
     # Reading and comparing 22 MB takes 30 ms, while the devices start.
-    with ThreadPoolExecutor(1) as background, checking_input():
+    with (
+        timings.phase("start"),
+        working("stage 3: importing JAX, starting the devices"),
+        ThreadPoolExecutor(1) as background,
+        checking_input(),
+    ):
         files.check_executables(options.executables)
         config, latents_file = open_latents(options.input_dir)
         reading = background.submit(files.read_tensors, latents_file)
@@ -170,7 +175,7 @@ def run(options: DecodeOptions) -> None:
 
     compilations = CompilationLog()
     output = pixel_dtype(videos)
-    with ThreadPoolExecutor(1) as background:
+    with working("loading the VAE decoder and its programs"), ThreadPoolExecutor(1) as background:
         compiling = background.submit(
             decoder.compile, shape, output=output, executables=options.executables
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import processes
 from runtime.devices import start_jax
 from runtime.errors import checking_input
-from runtime.progress import Timings, progress
+from runtime.progress import Timings, progress, working
 from stages import files, sections
 
 if TYPE_CHECKING:
@@ -205,7 +205,12 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
         options, input_dir=processes.folder_of_first(options.input_dir, inputs)
     )
     # Reading and comparing 15 MB takes 20 ms, while the devices start.
-    with ThreadPoolExecutor(1) as background, checking_input():
+    with (
+        timings.phase("start"),
+        working("stage 2: importing JAX, starting the devices"),
+        ThreadPoolExecutor(1) as background,
+        checking_input(),
+    ):
         embeddings, model = open_embeddings(options.input_dir, options.model_id)
         reading = background.submit(files.read_tensors, embeddings)
         files.check_executables(options.executables)
@@ -222,7 +227,7 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
     from runtime.compilation import CompilationLog
 
     compilations = CompilationLog()
-    with ThreadPoolExecutor(1) as background:
+    with working("loading the transformer and its program"), ThreadPoolExecutor(1) as background:
         compiling = background.submit(denoiser.compile, options.executables)
         with timings.phase("load"):
             parameters = denoiser.load(options.executables)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import checking_input
-from runtime.progress import Timings
+from runtime.progress import Timings, working
 from stages import files, sections
 
 if TYPE_CHECKING:
@@ -88,19 +88,18 @@ def check(options: EncodeOptions) -> tuple[ModelFolder, int]:
 
 def run(options: EncodeOptions) -> None:
     """Runs stage 1: checks, loads the text encoder, encodes, and writes the embeddings."""
-    with checking_input():
+    timings = Timings()
+    with timings.phase("start"), checking_input():
         model, tokens = check(options)
+        with working("stage 1: importing torch and transformers"):
+            import torch
 
-        from cogvideox.text.encoder import check_weights, load_text_encoder
-
+            from cogvideox.text.encoder import check_weights, load_text_encoder
         check_weights(model)
 
-    timings = Timings()
-    with timings.phase("load"):
-        import torch
-
+    with timings.phase("load"), working("loading the text encoder"):
         text_encoder = load_text_encoder(model, getattr(torch, options.dtype))
-    with timings.phase("run"):
+    with timings.phase("run"), working("encoding"):
         tensors = embed(text_encoder, options, tokens)
     with timings.phase("save"):
         path = save(tensors, options, model, tokens)

@@ -10,18 +10,19 @@ clients.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from runtime.progress import progress, working
 from stages import decode, denoise, encode, files
 
 if TYPE_CHECKING:
     import jax
     import numpy as np
 
-    from cogvideox.denoising.loop import LoopState
     from cogvideox.model.folder import ModelFolder
     from cogvideox.model.settings import DenoisingSettings
     from cogvideox.text.encoder import TextEncoder
@@ -130,13 +131,13 @@ class Session:
 
     def _prepare_encoder(self, request: VideoRequest) -> None:
         if self._text_encoder is None:
-            import torch
+            with working("loading the text encoder"):
+                import torch
 
-            from cogvideox.text.encoder import load_text_encoder
+                from cogvideox.text.encoder import load_text_encoder
 
-            print("loading the text encoder")
-            dtype = getattr(torch, request.encode.dtype)
-            self._text_encoder = load_text_encoder(self._model, dtype)
+                dtype = getattr(torch, request.encode.dtype)
+                self._text_encoder = load_text_encoder(self._model, dtype)
 
     def _encode(self, request: VideoRequest) -> None:
         # One prompt at a time: the bits of an embedding depend on the size of its batch.
@@ -148,14 +149,15 @@ class Session:
         shape = request.shape
         denoiser = self._runs[shape].denoiser
         if self._parameters is None or self._parameters[0] != denoiser.mesh:
-            print(f"loading the transformer, mesh {self.mesh(shape)}")
             self._parameters = None  # first, so that the devices never hold two
-            self._parameters = denoiser.mesh, denoiser.load()
+            with working(f"loading the transformer, mesh {self.mesh(shape)}"):
+                self._parameters = denoiser.mesh, denoiser.load()
         if self._step is None or self._step[0] != shape:
             from runtime.compilation import CompilationLog
 
             log, self._step = CompilationLog(), None
-            self._step = shape, denoiser.compile(request.denoise.executables)
+            with working(f"{shape}: loading the transformer's program"):
+                self._step = shape, denoiser.compile(request.denoise.executables)
             print(f"{shape}: {log.sentence()}")
 
     def _denoise(self, request: VideoRequest) -> None:
@@ -177,7 +179,8 @@ class Session:
         )
         (_, step), (_, parameters) = self._step, self._parameters
         latents = denoise.denoise(
-            run, step, parameters, prompt_embeds, checkpoints, NoiseSource(), _step_bar
+            *(run, step, parameters, prompt_embeds, checkpoints, NoiseSource()),
+            functools.partial(progress, leave=False),
         )
         denoise.save(latents, section, options.input_dir, options.output_dir)
 
@@ -215,12 +218,3 @@ class Session:
             if self._abort.is_set():
                 raise denoise.StoppedBetweenSteps
             yield batch
-
-
-def _step_bar(
-    states: Iterable[LoopState], *, total: int, initial: int, what: str
-) -> Iterable[LoopState]:
-    """Shows a progress bar of steps on a terminal, none in a log file."""
-    from tqdm import tqdm
-
-    return tqdm(states, total=total, initial=initial, desc=what, leave=False, disable=None)

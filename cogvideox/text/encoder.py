@@ -26,6 +26,7 @@ def check_weights(model: ModelFolder) -> None:
     Raises:
         ValueError: listing every missing or misshapen weight; others (a decoder) are not used.
     """
+    _silence_transformers()
     encoder_class = _class(model, "text_encoder")
     config = encoder_class.config_class.from_pretrained(model.path / "text_encoder")
     with torch.device("meta"):
@@ -46,11 +47,18 @@ def load_text_encoder(model: ModelFolder, dtype: torch.dtype) -> TextEncoder:
     transformers maps the safetensors files and converts tensor by tensor into place, so T5-XXL
     (9.5 GB in bfloat16) is held once.
     """
+    _silence_transformers()
     tokenizer = _class(model, "tokenizer").from_pretrained(model.path / "tokenizer")
     encoder = _class(model, "text_encoder").from_pretrained(
         model.path / "text_encoder", dtype=dtype, use_safetensors=True
     )
     return TextEncoder(tokenizer, encoder.eval())
+
+
+def _silence_transformers() -> None:
+    """Turns off transformers' own bars and warnings: this project checks and reports the same."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _class(model: ModelFolder, part: str) -> type:
