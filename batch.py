@@ -128,6 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jobs import batch
     from jobs.options import BatchOptions
 
+    utils.copy_trusted_executables(arguments)
     counts = batch.run(utils.options(BatchOptions, arguments), line_parser(arguments))
     if counts and counts.failed:
         sys.exit(_FAILED_JOBS)
@@ -172,6 +173,7 @@ def parse_rerun(argv: list[str] | None = None) -> argparse.Namespace:
 def rerun(arguments: argparse.Namespace) -> None:
     from jobs import rerun
 
+    utils.copy_trusted_executables(arguments)
     rerun.run(utils.options(rerun.RerunOptions, arguments))
 
 

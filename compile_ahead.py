@@ -19,7 +19,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.ArgumentParser(
         "Compiles stages 2 and 3 ahead of time. Needs the model's JSON files, no weights, and for "
         "a TPU topology no TPU.",
-        "  python compile_ahead.py --topology v6e-8 --sizes 768x1360x81,720x1280x81\n"
+        "  python compile_ahead.py --topology v6e-8 --sizes 768x1360x81 --executables executables\n"
         "  python compile_ahead.py --topology v6e-8 --sizes 768x1360x81 --plan\n"
         "  python compile_ahead.py --pull hf://me/cogvideox-v6e-8 --executables executables\n"
         "  python compile_ahead.py --push gs://bucket/executables --executables executables",
@@ -54,8 +54,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--pull",
         metavar="SOURCE",
-        help="first copy artifacts from a folder, bucket or hf://owner/repository (only from "
-        "people you trust: artifacts are code); without --sizes, compile nothing",
+        help="first copy artifacts from a folder, bucket or hf://owner/repository (artifacts are "
+        "code: name --trust_executables, or trust all who can write there); without --sizes, "
+        "compile nothing",
     )
     parser.add_argument(
         "--push",
@@ -105,8 +106,11 @@ def run(arguments: argparse.Namespace) -> None:
     with checking_input():
         if arguments.json or arguments.compile_all:
             raise ValueError("--json and --compile_all are for --plan")
-        folder = ahead.check_folder(arguments.executables, utils.EXECUTABLES_VARIABLE)
+        if arguments.trust_executables and not arguments.pull:
+            raise ValueError("--trust_executables is for the source of --pull")
         moves_only = arguments.sizes is None and (arguments.pull or arguments.push)
+        push_only = moves_only and not arguments.pull
+        folder = ahead.check_folder(options, utils.EXECUTABLES_VARIABLE, push_only=push_only)
         targets = [] if moves_only else ahead.make_targets(options)
     ahead.compile_sizes(options, folder, targets)
 

@@ -31,6 +31,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     utils.join_processes(arguments)
+    utils.copy_trusted_executables(arguments)
     folder = arguments.output_dir
     generate.run(
         utils.options(encode.EncodeOptions, arguments),

@@ -34,6 +34,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     utils.join_processes(arguments)
+    utils.copy_trusted_executables(arguments)
     output_dir = arguments.output_dir or arguments.input_dir
     denoise.run(utils.options(denoise.DenoiseOptions, arguments, output_dir=output_dir))
 

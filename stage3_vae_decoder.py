@@ -35,6 +35,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace, decoder: str = "torchax") -> None:
     """Decodes with `decoder`, "torchax" or "flax"."""
     utils.join_processes(arguments)
+    utils.copy_trusted_executables(arguments)
     decode.run(utils.options(decode.DecodeOptions, arguments, decoder=decoder))
 
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from runtime import processes, stopping
 from runtime.errors import InputError, RunError, Stopped, checking_input
+from runtime.trusted_folders import parse_digest
 from runtime.versions import versions
 
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
@@ -326,6 +327,39 @@ def add_executables(parser: ArgumentParser) -> None:
         default=os.environ.get(EXECUTABLES_VARIABLE) or None,
         help="folder of executables from compile_ahead.py; missing ones are compiled "
         f"(default: ${EXECUTABLES_VARIABLE}, or else what earlier runs kept in the cache)",
+    )
+    parser.add_argument(
+        "--trust_executables",
+        metavar="SHA256",
+        type=_digest,
+        help="digest of the executables, as compile_ahead.py prints it: take them from a folder "
+        "that others can write, if nobody has changed them",
+    )
+
+
+def _digest(text: str) -> str:
+    try:
+        return parse_digest(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def copy_trusted_executables(arguments: argparse.Namespace) -> None:
+    """With --trust_executables, makes --executables a copy that nobody else can change.
+
+    Raises:
+        InputError: there is no folder, or its digest is another.
+        RunError: the copy cannot be written.
+    """
+    if not arguments.trust_executables:
+        return
+    if not arguments.executables:
+        raise InputError("--trust_executables is for --executables")
+    from runtime.compilation import cache_folder
+    from runtime.sharing import trusted_copy
+
+    arguments.executables = trusted_copy(
+        arguments.executables, arguments.trust_executables, cache_folder()
     )
 
 

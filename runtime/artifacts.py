@@ -5,27 +5,46 @@ manifest names, with its checksum. The manifest is renamed into place last, so a
 one finds the whole artifact, even while other processes write it. Weights are arguments of the
 programs, so one artifact serves every checkpoint of its shape.
 
-An executable is code, and reading it unpickles it: use only artifacts from people you trust. The
-checksum detects damage, not malice.
+An executable is code: loading it unpickles it and runs it. `runtime.trusted_folders` decides which
+folders are read. The checksum detects damage, not malice.
 """
 
 import dataclasses
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 from jax.experimental import serialize_executable
 
-from runtime.files import atomic_path, write_json
+from runtime.errors import InputError
+from runtime.files import atomic_path, open_regular, write_json
 from runtime.hlo_costs import memory
 from runtime.jax_types import Device
+from runtime.json_files import parse_json_object
 from runtime.programs import Program
+from runtime.text import printable
 
 FORMAT = "cogvideox-tpu executable, version 1"
+MAX_MANIFEST_BYTES = 1 << 20
+# Room for a temporary name beside it.
+_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_+.-]{0,159}\.(json|executable)")
+
+# What damaged pickles raise, by Python's documentation, and JAX's reader.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+)
 
 
 class Refused(Exception):
@@ -40,25 +59,50 @@ class Artifact:
     files: Mapping[str, bytes]
 
 
-def read_artifact(manifest_name: str, read: Callable[[str], bytes]) -> Artifact:
+def read_artifact(manifest_name: str, open_file: Callable[[str], BinaryIO]) -> Artifact:
     """Reads and checks an artifact; unpickles nothing.
 
     Args:
-        read: returns the bytes of a file of the artifact's folder.
+        open_file: opens a file of the artifact's folder.
 
     Raises:
         Refused: it is damaged, incomplete, or not an artifact of this project.
     """
+    shown = printable(manifest_name)
     try:
-        text = read(manifest_name)
+        text = read_manifest_bytes(manifest_name, open_file)
         manifest = parse_manifest(manifest_name, text)
-        file = manifest["executable"]["file"]
-        data = read(file)
-    except OSError as error:
-        raise Refused(f"{manifest_name}: {error}") from error
+        file, size = manifest["executable"]["file"], manifest["executable"]["bytes"]
+        with open_file(file) as stream:
+            data = stream.read(size + 1)
+    except (OSError, InputError) as error:
+        raise Refused(f"{shown}: {printable(str(error))}") from error
     if hashlib.sha256(data).hexdigest() != manifest["executable"]["sha256"]:
-        raise Refused(f"{file}: it is damaged; its checksum differs from that in {manifest_name}")
+        raise Refused(f"{file}: it is damaged; its checksum differs from that in {shown}")
     return Artifact(manifest, {file: data, manifest_name: text})
+
+
+def read_manifest_bytes(name: str, open_file: Callable[[str], BinaryIO]) -> bytes:
+    """Reads a manifest, without parsing it.
+
+    Raises:
+        Refused: its name is none of an artifact.
+        OSError, InputError: it cannot be read.
+    """
+    if not is_artifact_name(name, "json"):
+        raise Refused(f"{printable(name)}: no manifest of this project has such a name")
+    with open_file(name) as stream:
+        return stream.read(MAX_MANIFEST_BYTES + 1)
+
+
+def is_artifact_name(name: str, suffix: str) -> bool:
+    """Whether a file of an artifact can have this name. It then is safe in a path and to print.
+
+    Args:
+        suffix: "json" for manifests, or "executable".
+    """
+    match = _NAME.fullmatch(name)
+    return match is not None and match[1] == suffix
 
 
 def parse_manifest(name: str, text: bytes) -> dict[str, Any]:
@@ -67,22 +111,31 @@ def parse_manifest(name: str, text: bytes) -> dict[str, Any]:
     Raises:
         Refused: it is damaged or not a manifest of this project.
     """
+    shown = printable(name)
     try:
-        manifest = json.loads(text)
-    except ValueError as error:
-        raise Refused(f"{name}: it is not valid JSON ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise Refused(f"{name}: it is not a manifest of the format {FORMAT!r}")
-    executable = manifest.get("executable")
-    kinds = {"program": str, "fingerprint": str, "fields": dict}
-    if (
-        not isinstance(executable, dict)
-        or not all(isinstance(executable.get(key), str) for key in ("file", "sha256"))
-        or not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items())
+        manifest: dict[str, Any] = parse_json_object(text, name, max_bytes=MAX_MANIFEST_BYTES)
+    except InputError as error:
+        raise Refused(str(error)) from error
+    if manifest.get("format") != FORMAT:
+        raise Refused(f"{shown}: it is not a manifest of the format {FORMAT!r}")
+    kinds = {
+        "program": str,
+        "fingerprint": str,
+        "fields": dict,
+        "compile_seconds": int | float,
+        "hbm_bytes_per_device": dict,
+        "executable": dict,
+    }
+    whole = all(isinstance(manifest.get(key), kind) for key, kind in kinds.items())
+    if not whole or not (
+        all(isinstance(manifest["executable"].get(key), str) for key in ("file", "sha256"))
+        and type(manifest["executable"].get("bytes")) is int
+        and 0 <= manifest["executable"]["bytes"] < 1 << 40
+        and type(manifest["hbm_bytes_per_device"].get("total")) is int
     ):
-        raise Refused(f"{name}: parts of the manifest are missing")
-    if Path(executable["file"]).name != executable["file"]:
-        raise Refused(f"{name}: it names a file outside its folder")
+        raise Refused(f"{shown}: parts of the manifest are missing or of the wrong type")
+    if not is_artifact_name(manifest["executable"]["file"], "executable"):
+        raise Refused(f"{shown}: it names a file that is no *.executable of its folder")
     return manifest
 
 
@@ -93,7 +146,7 @@ def load(program: Program, folder: Path, devices: Sequence[Device]) -> jax.stage
         Refused: the artifact is damaged, belongs to another program, or does not load on these
             devices.
     """
-    artifact = read_artifact(program.manifest_name, lambda name: (folder / name).read_bytes())
+    artifact = read_artifact(program.manifest_name, lambda name: open_regular(folder / name))
     file = artifact.manifest["executable"]["file"]
     if artifact.manifest["fingerprint"] != program.fingerprint:
         raise Refused(f"{program.manifest_name}: its name does not match its fingerprint")
@@ -106,8 +159,8 @@ def load(program: Program, folder: Path, devices: Sequence[Device]) -> jax.stage
             backend=devices[0].client,
             execution_devices=devices,
         )
-    except (jax.errors.JaxRuntimeError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (jax.errors.JaxRuntimeError, *_UNPICKLING_ERRORS) as error:
+        reason = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
         raise Refused(f"{file}: the runtime does not load it: {reason}") from error
 
 
@@ -150,8 +203,9 @@ def why_none_matches(program: Program, folder: Path) -> str:
     nearest: list[str] | None = None
     for path in sorted(folder.glob("*.json")):
         try:
-            manifest = parse_manifest(path.name, path.read_bytes())
-        except Refused as refused:
+            text = read_manifest_bytes(path.name, lambda name: open_regular(folder / name))
+            manifest = parse_manifest(path.name, text)
+        except (Refused, InputError) as refused:
             print(f"{program.name}: refused {refused}")
             continue
         if manifest["program"] == program.name:
@@ -166,10 +220,16 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """ "mesh.dp 1 there, 2 here" for every field that differs."""
     there, here = flatten_fields(there), flatten_fields(here)
     return [
-        f"{name} {there.get(name)} there, {here.get(name)} here"
+        f"{_shown(name)} {_shown(there.get(name))} there, {_shown(here.get(name))} here"
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name)
     ]
+
+
+def _shown(value: object) -> str:
+    """A value of a manifest for a message: one line, without a terminal's control characters."""
+    text = printable(str(value))
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def flatten_fields(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

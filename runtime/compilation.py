@@ -10,18 +10,50 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from runtime.errors import InputError
+from runtime.text import printable
+from runtime.trusted_folders import check_trusted, make_folder
+
+# Where runs keep their executables, in the cache's folder.
+KEPT = "executables"
+
+
+def cache_folder() -> Path:
+    """The folder of the compilation cache: `JAX_COMPILATION_CACHE_DIR`, or the user's cache folder.
+
+    Raises:
+        InputError: a variable that names it is empty or relative, or names no folder of this
+            machine.
+    """
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if named:
+        if "://" in named:
+            raise InputError(f"JAX_COMPILATION_CACHE_DIR {printable(named)} is not a local folder")
+        return Path(named).expanduser().absolute()
+    variable = "XDG_CACHE_HOME" if "XDG_CACHE_HOME" in os.environ else "HOME"
+    value = os.environ.get(variable, "")
+    if not os.path.isabs(value):
+        # A relative one would take executables from whatever folder the command is run in.
+        state = f"is relative ({printable(value)})" if value else "is empty or not set"
+        raise InputError(
+            f"{variable} {state}, so there is no folder for the compilation cache; name one with "
+            "JAX_COMPILATION_CACHE_DIR"
+        )
+    return Path(value, "" if variable == "XDG_CACHE_HOME" else ".cache", "cogvideox-tpu", "jax")
+
 
 def enable_persistent_cache() -> Path:
     """Turns on JAX's persistent compilation cache for every program, however small.
 
-    The folder is `JAX_COMPILATION_CACHE_DIR`, or the user's cache folder.
-
     Raises:
+        InputError: there is no folder for it, or others can change its files.
         OSError: the folder cannot be made or written.
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cogvideox-tpu/jax"
-    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or default).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder()
+    make_folder(folder)
+    for used in (folder, folder / KEPT):
+        if used.is_dir():
+            check_trusted(used, "compilation cache")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} is not writable")
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -44,7 +44,8 @@ def vae_options(device: Device) -> CompilerOptions:
     """Options of the decoder's programs.
 
     At O1 the two of 768x1360 on a v6e-8 take 52 s of CPU time to compile and a decode takes
-    0.745e9 cycles; at O0 it is 44 s and 0.776e9 (compiler estimates). The kernels are the same.
+    0.745e9 cycles; at O0 it is 44 s and 0.776e9, by default 103 s and 0.678e9 (compiler estimates).
+    The kernels are the same.
     """
     by_platform: dict[str, CompilerOptions] = {
         "tpu": {"optimization_level": "O1"},

@@ -15,10 +15,13 @@ import jax
 
 from runtime import artifacts, stopping
 from runtime.artifacts import Refused
-from runtime.compilation import cache_hits_of_this_thread, without_persistent_cache
+from runtime.compilation import KEPT, cache_hits_of_this_thread, without_persistent_cache
 from runtime.compiler_options import CompilerOptions
+from runtime.files import open_regular
 from runtime.jax_types import Device
 from runtime.programs import Program
+from runtime.text import printable
+from runtime.trusted_folders import check_trusted, make_folder
 
 
 def find_or_compile(
@@ -35,9 +38,14 @@ def find_or_compile(
             None: uses those that earlier runs kept, and keeps what it compiles for later ones.
         devices: the mesh's, in its order.
         threads: programs to compile at once.
+
+    Raises:
+        InputError: others can change the files of the folder.
     """
     named = folder is not None
     folder = folder or kept_folder(devices)
+    if folder and folder.is_dir():
+        check_trusted(folder, "--executables" if named else "compilation cache")
     found: dict[str, jax.stages.Compiled] = {}
     for program in programs:
         executable = _find(program, folder, devices, named=named) if folder else None
@@ -60,7 +68,7 @@ def kept_folder(devices: Sequence[Device]) -> Path | None:
     cache = jax.config.jax_compilation_cache_dir
     if not cache or not jax.config.jax_enable_compilation_cache:
         return None
-    return Path(cache) / "executables" if set(devices) <= set(jax.local_devices()) else None
+    return Path(cache) / KEPT if set(devices) <= set(jax.local_devices()) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +123,7 @@ def compile_into(programs: Sequence[Program], folder: Path, *, threads: int = 1)
         path = folder / program.manifest_name
         try:
             if path.exists():
-                artifacts.read_artifact(path.name, lambda name: (folder / name).read_bytes())
+                artifacts.read_artifact(path.name, lambda name: open_regular(folder / name))
                 continue
         except Refused as refused:
             print(f"{program.name}: compiling again, because {refused}")
@@ -151,10 +159,11 @@ def _keep(program: Program, built: Built, folder: Path) -> None:
     if built.cached and not _can_write_cached():
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         artifacts.write(program, built.executable, built.seconds, folder)
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
-        print(f"{program.name}: cannot keep the executable, so the next run compiles it: {error}")
+        reason = printable(str(error))
+        print(f"{program.name}: cannot keep the executable, so the next run compiles it: {reason}")
 
 
 def _can_write_cached() -> bool:

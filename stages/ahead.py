@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.chips import MACHINES
 from runtime.devices import start_jax
-from runtime.errors import RunError
+from runtime.errors import InputError, RunError
 from runtime.progress import progress
 from stages import decode, denoise, files
 
@@ -37,6 +37,7 @@ class AheadOptions:
         pull: where to copy artifacts from first.
         push: where to copy all artifacts to at the end.
         compile_all: with a plan, derive nothing.
+        trust_executables: digest of the artifacts to pull.
     """
 
     model_id: str
@@ -58,20 +59,57 @@ class AheadOptions:
     pull: str | None
     push: str | None
     compile_all: bool
+    trust_executables: str | None
 
 
 def compile_sizes(options: AheadOptions, folder: Path, targets: Sequence[Target]) -> None:
     """Pulls artifacts, compiles every target into `folder`, and pushes; prints what was made.
 
     Raises:
-        RunError: artifacts cannot be pulled or pushed.
+        InputError: the source of --pull is refused, or there is nothing to push.
+        RunError: artifacts cannot be pulled, written or pushed.
     """
+    from runtime import sharing
+    from runtime.trusted_folders import make_folder
+
+    make_folder(folder)
     if options.pull:
-        _move("pull", options.pull, folder)
-    for target in targets:
-        compile_target(target, folder, options.frames)
+        pulled = sharing.pull(options.pull, folder, options.trust_executables)
+        _report("pulled", pulled)
+    made = [compile_target(target, folder, options.frames) for target in targets]
+    missing = [name for names in made for name in names if not (folder / name).exists()]
+    if missing:
+        raise RunError(
+            f"{folder} was removed or changed while this ran: {len(missing)} of the executables "
+            "are not there; run the same command again"
+        )
+    digest = folder_digest(folder)
     if options.push:
-        _move("push", options.push, folder)
+        _report("pushed", sharing.push(folder, options.push))
+    print(f"digest of {folder}, for --trust_executables: {digest}")
+
+
+def folder_digest(folder: Path) -> str:
+    """The digest of the manifests of a folder.
+
+    Raises:
+        InputError: it holds none.
+    """
+    from runtime.artifacts import Refused, read_manifest_bytes
+    from runtime.files import open_regular
+    from runtime.trusted_folders import manifest_digest
+
+    manifests = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            text = read_manifest_bytes(path.name, lambda name: open_regular(folder / name))
+        except (Refused, InputError) as refused:
+            print(f"left out of the digest: {refused}")
+            continue
+        manifests[path.name] = text
+    if not manifests:
+        raise InputError(f"{folder} holds no executables")
+    return manifest_digest(manifests)
 
 
 def plan_sizes(options: AheadOptions, targets: Sequence[Target]) -> list[dict[str, Any]]:
@@ -153,10 +191,18 @@ def _make_target(
     )
 
 
-def compile_target(target: Target, folder: Path, frames: Literal["uint8", "float32"]) -> None:
-    """Compiles the programs of one size into `folder`, and prints what was made."""
-    from runtime.artifacts import parse_manifest
+def compile_target(target: Target, folder: Path, frames: Literal["uint8", "float32"]) -> list[str]:
+    """Compiles the programs of one size into `folder`, and prints what was made.
+
+    Returns:
+        The names of their manifests.
+
+    Raises:
+        RunError: the folder cannot be written, or was removed meanwhile.
+    """
+    from runtime.artifacts import Refused, read_artifact
     from runtime.executables import compile_into
+    from runtime.files import open_regular
 
     parts = []
     if target.denoiser:
@@ -168,38 +214,44 @@ def compile_target(target: Target, folder: Path, frames: Literal["uint8", "float
         made = compile_into(programs, folder, threads=threads)
         for program in programs:
             path = folder / program.manifest_name
-            manifest = parse_manifest(path.name, path.read_bytes())
+            try:
+                artifact = read_artifact(path.name, lambda name: open_regular(folder / name))
+            except Refused as refused:
+                raise RunError(f"{folder} was changed while this ran: {refused}") from refused
+            manifest = artifact.manifest
             hbm, size = manifest["hbm_bytes_per_device"]["total"], manifest["executable"]["bytes"]
             seconds = f"compiled in {manifest['compile_seconds']} s"
             print(
                 f"{path.name}: {seconds if path.name in made else 'already there'}, "
                 f"{size / 1e6:.2f} MB, {hbm / 1e9:.2f} GB a device"
             )
+    return [program.manifest_name for programs, _ in parts for program in programs]
 
 
-def check_folder(folder: Path | None, variable: str) -> Path:
-    """Checks the folder of executables to write to.
+def check_folder(options: AheadOptions, variable: str, *, push_only: bool) -> Path:
+    """Checks the folder of executables to write to, or to push.
 
     Args:
         variable: the environment variable that names its default.
+        push_only: nothing will be pulled or compiled.
 
     Raises:
-        ValueError: there is none, or it cannot be written.
+        ValueError: there is none, it cannot be written or read, or others can write it.
     """
+    folder = options.executables
     if folder is None:
         raise ValueError(f"name a folder: --executables or ${variable}")
+    if push_only:
+        if not folder.is_dir():
+            raise ValueError(f"--executables {folder} is not a folder, so there is nothing to push")
+        folder_digest(folder)
     files.check_output_folder(folder)
+    if folder.is_dir():
+        files.check_executables(folder)
     return folder
 
 
-def _move(verb: str, place: str, folder: Path) -> None:
-    """Pulls or pushes artifacts, and prints their names."""
-    from runtime import sharing
-
-    try:
-        moved = sharing.pull(place, folder) if verb == "pull" else sharing.push(folder, place)
-    except (OSError, ImportError, ValueError) as error:
-        raise RunError(f"--{verb} {place}: {error}") from error
-    for name in moved:
-        print(f"{verb}ed {name}")
-    print(f"{verb}ed {len(moved)} artifacts; the others were there")
+def _report(verb: str, names: Sequence[str]) -> None:
+    for name in names:
+        print(f"{verb} {name}")
+    print(f"{verb} {len(names)} artifacts; the others were there")

@@ -18,6 +18,7 @@ from runtime.files import write_json
 from runtime.json_files import read_json_object
 from runtime.tensor_files import TensorFile, check_header, read_header, write_tensors
 from runtime.text import printable
+from runtime.trusted_folders import check_trusted
 from stages.sections import (
     DECODE,
     DENOISE,
@@ -279,10 +280,12 @@ def check_executables(folder: Path | None) -> None:
     """Checks the folder of --executables.
 
     Raises:
-        ValueError: it is not a folder.
+        ValueError: it is not a folder, or others can write it.
     """
     if folder and not os.path.isdir(folder):
         raise ValueError(f"--executables {folder} is not a folder; compile_ahead.py makes it")
+    if folder:
+        check_trusted(folder, "--executables")
 
 
 def check_output_folder(folder: Path, *names: str, needed_bytes: int = 1 << 30) -> None:

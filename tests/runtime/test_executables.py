@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from runtime import artifacts, executables, programs, sharing, stopping
 from runtime.compilation import CompilationLog
+from runtime.errors import InputError, RunError
 from runtime.executables import compile_into, find_or_compile
 from runtime.mesh import make_mesh
 from runtime.programs import Program, machine_fields
@@ -308,7 +310,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(folder, capsys):
     manifest["executable"]["file"] = f"../{folder.name}/{executable_of(folder).name}"
     path.write_text(json.dumps(manifest))
     call(find(make_program(), folder))
-    assert "names a file outside its folder" in capsys.readouterr().out
+    assert "names a file that is no *.executable of its folder" in capsys.readouterr().out
 
 
 def test_an_executable_that_the_runtime_does_not_load_is_refused(folder, capsys):
@@ -384,5 +386,83 @@ def test_damaged_artifacts_are_not_passed_on(way, folder, tmp_path, capsys):
 
 
 def test_pulling_from_nowhere_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         sharing.pull(str(tmp_path / "nowhere"), tmp_path)
+
+
+def test_pulling_overwrites_nothing(folder, tmp_path_factory, capsys):
+    """Not even an executable of another content that the manifest's author named so."""
+    mine = tmp_path_factory.mktemp("mine")
+    (mine / executable_of(folder).name).write_bytes(b"mine")
+    assert sharing.pull(str(folder), mine) == []
+    assert "has another file of this name" in capsys.readouterr().out
+    assert [path.read_bytes() for path in mine.iterdir()] == [b"mine"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.json", "../x.executable", ".x.executable", "x\0.executable", "é.executable"]
+)
+def test_a_manifest_names_an_executable_only(name, folder, tmp_path_factory, capsys):
+    path, mine = manifest_of(folder), tmp_path_factory.mktemp("mine")
+    manifest = json.loads(path.read_text())
+    manifest["executable"]["file"] = name
+    path.write_text(json.dumps(manifest))
+    assert sharing.pull(str(folder), mine) == []
+    assert "names a file that is no *.executable" in capsys.readouterr().out
+    assert not list(mine.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a" * 250 + ".json", "\x1b[31mred.json", "a b.json", ".json"])
+def test_one_bad_name_does_not_end_a_pull(name, folder, tmp_path_factory, capsys):
+    manifest, mine = manifest_of(folder), tmp_path_factory.mktemp("mine")
+    (folder / name).write_bytes(manifest.read_bytes())
+    assert sharing.pull(str(folder), mine) == [manifest.name]
+    out = capsys.readouterr().out
+    assert out.startswith("not pulled: ") and "\x1b" not in out
+
+
+@pytest.mark.parametrize("where", ["manifest", "executable"])
+def test_a_named_pipe_in_a_folder_of_executables_is_refused(where, folder, capsys):
+    path = {"manifest": manifest_of, "executable": executable_of}[where](folder)
+    path.unlink()
+    os.mkfifo(path)
+    call(find(make_program(), folder))
+    assert "is a named pipe" in capsys.readouterr().out
+    mine = folder / "mine"
+    assert sharing.pull(str(folder), mine) == []
+    assert "is a named pipe" in capsys.readouterr().out
+
+
+def test_texts_of_manifests_do_not_reach_the_terminal_raw(folder, capsys):
+    rewrite(folder, size="\x1b]0;title\x07" + "8" * 1000)
+    find(make_program(), folder)
+    out = capsys.readouterr().out
+    assert r"size \x1b]0;title" in out and "\x1b" not in out
+    assert max(map(len, out.splitlines())) < 400
+
+
+@pytest.mark.parametrize("key", ["compile_seconds", "hbm_bytes_per_device", "fields", "executable"])
+def test_a_manifest_with_a_part_of_another_type_is_refused(key, folder, capsys):
+    manifest = json.loads(manifest_of(folder).read_text())
+    manifest_of(folder).write_text(json.dumps(manifest | {key: "text"}))
+    call(find(make_program(), folder))
+    assert "are missing or of the wrong type" in capsys.readouterr().out
+
+
+class Unreachable(LocalFileSystem):
+    """Raises what no caller of fsspec expects, as httpx does offline."""
+
+    def makedirs(self, *_, **__):
+        raise RuntimeError("no route\nto host")
+
+    isdir = ls = makedirs
+
+
+def test_an_unreachable_place_is_one_line(folder, monkeypatch):
+    monkeypatch.setattr(sharing.fsspec, "url_to_fs", lambda url: (Unreachable(), url))
+    for move in (
+        lambda: sharing.push(folder, "gs://bucket"),
+        lambda: sharing.pull("gs://bucket", folder),
+    ):
+        with pytest.raises(RunError, match="^cannot reach gs://bucket: no route.*to host$"):
+            move()

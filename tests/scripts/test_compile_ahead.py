@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import stage3_vae_decoder as stage3
 import utils
 from cogvideox.model.folder import stored_tensors
 from runtime.errors import InputError, RunError
+from stages import ahead
 from stages.files import check_executables
 from tests.tiny_models import save_tiny_model
 
@@ -45,10 +48,10 @@ def compile_for(configs: Path, folder: Path, *arguments: str) -> None:
     compile_ahead.run(compile_ahead.parse_arguments(where))
 
 
-def run_script(name: str, *arguments: object) -> str:
+def run_script(name: str, *arguments: object, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, ROOT / name, *map(str, arguments)],
-        env=os.environ,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=600,
@@ -175,9 +178,111 @@ def test_artifacts_are_pushed_and_pulled_without_compiling(configs, tmp_path, ca
     assert "pulled 1 artifacts" in capsys.readouterr().out
     names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("mine", "other")]
     assert names[0] == names[1]
-    with pytest.raises(RunError, match="--pull .*nowhere: .* is no folder"):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
         where = ["--executables", str(tmp_path), "--pull", str(tmp_path / "nowhere")]
         compile_ahead.run(compile_ahead.parse_arguments(where))
+
+
+@pytest.mark.parametrize(
+    ("there", "said"), [(False, "is not a folder"), (True, "holds no executables")]
+)
+def test_pushing_nothing_is_an_error(there, said, tmp_path):
+    folder = tmp_path / "mine"
+    if there:
+        folder.mkdir()
+    where = ["--executables", str(folder), "--push", str(tmp_path / "shared")]
+    with pytest.raises(InputError, match=said):
+        compile_ahead.run(compile_ahead.parse_arguments(where))
+    assert not (tmp_path / "shared").exists()
+
+
+def test_pushing_to_a_hub_out_of_reach_is_one_line(configs, tmp_path, capsys):
+    compile_for(configs, tmp_path, "--stages", "2")
+    done = subprocess.run(
+        [sys.executable, ROOT / "compile_ahead.py", "--executables", tmp_path]
+        + ["--push", "hf://owner/repository"],
+        env=os.environ | {"HF_ENDPOINT": "http://localhost:9", "HF_TOKEN": "none"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("failed: cannot reach hf://owner/repository: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_removed_while_compiling_is_an_error(configs, tmp_path, monkeypatch):
+    """It would be made again by the next program, without those before."""
+    from runtime import executables
+
+    folder, compile_into = tmp_path / "executables", executables.compile_into
+
+    def remove_between(*arguments, **options):
+        if folder.exists():
+            shutil.rmtree(folder)
+        return compile_into(*arguments, **options)
+
+    monkeypatch.setattr(executables, "compile_into", remove_between)
+    sizes = ("--sizes", "64x80x17,64x80x33", "--allow_unsupported", "--stages", "2")
+    with pytest.raises(RunError, match="was removed or changed while this ran"):
+        compile_for(configs, folder, *sizes)
+
+
+def test_the_examples_of_the_help_are_complete(configs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        compile_ahead.parse_arguments(["--help"])
+    text = capsys.readouterr().out.partition("examples:\n")[2]
+    examples = [shlex.split(line) for line in text.splitlines() if line.strip()]
+    assert len(examples) == 4
+    monkeypatch.setattr(ahead, "make_targets", lambda _: ["target"])
+    monkeypatch.setattr(ahead, "plan_sizes", lambda *_: [])
+    monkeypatch.setattr(ahead, "folder_digest", lambda _: "")
+    monkeypatch.setattr(ahead, "compile_sizes", lambda *_: None)
+    (tmp_path / "executables").mkdir()
+    for _, script, *arguments in examples:
+        assert script == "compile_ahead.py"
+        if "--plan" in arguments:
+            arguments.append("--json")  # there is nothing to tabulate
+        compile_ahead.run(compile_ahead.parse_arguments(arguments))
+
+
+@pytest.fixture
+def other_write(tmp_path) -> Path:
+    """A folder that everybody can write, in one that everybody can enter."""
+    folder = Path(os.path.realpath("/tmp")) / f"shared-{os.getpid()}-{tmp_path.name}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_stages_take_a_shared_folder_by_its_digest_only(model, configs, other_write, tmp_path):
+    mine = tmp_path / "mine"
+    compile_for(configs, mine, "--stages", "2", "--push", str(other_write))
+    digest = ahead.folder_digest(mine)
+    texts = ["--prompt", "A red cat", "--model_id", str(model), "--output_dir", str(tmp_path)]
+    stage1.run(stage1.parse_arguments([*texts, FLOAT]))
+    steps = ["--input_dir", str(tmp_path), *SIZE, FLOAT, "--num_inference_steps=2"]
+    steps += ["--executables", str(other_write)]
+    with pytest.raises(InputError, match="can be written by everybody"):
+        stage2.run(stage2.parse_arguments(steps))
+    with pytest.raises(InputError, match="of --trust_executables"):
+        stage2.run(stage2.parse_arguments([*steps, "--trust_executables", "0" * 64]))
+    out = run_script("stage2_transformer.py", *steps, "--trust_executables", digest)
+    assert "stage2_transformer: executable " in out
+
+
+def test_a_second_run_without_guidance_compiles_nothing(model, tmp_path):
+    texts = ["--prompt", "A red cat", "--model_id", str(model), "--output_dir", str(tmp_path)]
+    stage1.run(stage1.parse_arguments([*texts, FLOAT]))
+    steps = ["--input_dir", tmp_path, *SIZE, FLOAT, "--num_inference_steps=2"]
+    steps += ["--guidance_scale=1"]
+    # A cache of its own: what JAX's cache gives on a CPU is not kept.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    first, second = (run_script("stage2_transformer.py", *steps, **environment) for _ in range(2))
+    assert "stage 2: 0 compilations" not in first and "cannot keep" not in first
+    assert "stage 2: 0 compilations, 0 cache hits" in second
 
 
 def test_a_stage_refuses_a_folder_that_is_none(tmp_path, capsys):
