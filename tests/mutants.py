@@ -5,21 +5,27 @@
     python -m tests.mutants --texts           only check that each old text occurs exactly once
 
 The tree is copied to a temporary folder, one mistake is made there, and its tests run. A mutant is
-killed if they fail. Exit code 1 if one survives or its old text is not found exactly once. Whoever
-changes a mutated line changes its mutant too.
+killed if they fail. First all these tests must pass without any mistake. Tests that do not end in
+15 minutes count as failed only if they pass without the mistake in half that time. Exit code 1 if
+a mutant survives or its old text does not occur exactly once. Whoever changes a mutated line
+changes its mutant too.
 """
 
 import argparse
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 900
+TIMEOUT = 900  # seconds, of one mutant
 
 
 class Mutant(NamedTuple):
@@ -32,37 +38,70 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-BACKEND = "tests/cogvideox/transformer/backends/tpu/test_backend.py"
-MESHES = "tests/parity/test_meshes.py"
-PIPELINE = "tests/parity/test_pipeline.py::test_scripts_equal_diffusers"
+BACKENDS = "tests/cogvideox/transformer/backends"
+BACKEND = f"{BACKENDS}/tpu/test_backend.py"
+CHOICE = f"{BACKENDS}/test_choice.py"
+KERNELS = f"{BACKENDS}/tpu/test_token_shards.py"
+MESHES = "tests/parity/test_meshes.py::test_mesh_equals_one_device"
+PIPELINE = "tests/parity/test_pipeline.py::test_scripts_equal_diffusers[1.5 dpm]"
+TRAPS = "tests/parity/test_traps.py"
 ROBUST = "tests/splash_attention/test_splash_robustness.py"
 INT8 = "tests/splash_attention/test_splash_int8.py"
 SHARDED = "tests/splash_attention/test_splash_sharded.py"
 EXECUTABLES = "tests/runtime/test_executables.py"
-TPU_STAGE2 = "tests/tpu_path/test_stage2.py"
-TPU_STAGE3 = "tests/tpu_path/test_stage3.py"
+FILES = "tests/runtime/test_files.py"
+JSON = "tests/runtime/test_json_files.py"
+BAD_FILES = "tests/scripts/test_bad_input.py::TestStageFiles"
+CHECKPOINTS = "tests/stages/test_checkpoints.py"
+VAE = "tests/parity/test_vae_parity.py"
+VAE_DECODE = f"{VAE}::test_decode_equals_diffusers"
+VAE_SHARDS = "tests/cogvideox/vae/test_decode.py::test_every_width_over_devices_equals_one_device"
+VAE_PROGRAM = "tests/cogvideox/vae/test_program.py"
+VAE_TPU = "tests/cogvideox/vae/test_tpu_layers.py"
+UPSAMPLE = "tests/cogvideox/vae/test_tpu_upsample.py"
 
 TPU_FILE = "cogvideox/transformer/backends/tpu/backend.py"
 BLOCK = "cogvideox/transformer/block.py"
 COLLECTIVES = "cogvideox/transformer/collectives.py"
+PARAMETERS = "cogvideox/transformer/parameters.py"
 PROGRAM = "cogvideox/denoising/program.py"
+LOOP = "cogvideox/denoising/loop.py"
 SCHEDULER = "cogvideox/denoising/scheduler.py"
+VAE_FILE = "cogvideox/vae/program.py"
+VAE_NORM = "cogvideox/vae/norm.py"
+SHARDS = "cogvideox/vae/sharding.py"
+JSON_FILE = "runtime/json_files.py"
 
 MUTANTS = (
-    # The transformer on TPU.
+    # The transformer's backends.
     Mutant("tpu output tokens not parted", TPU_FILE,
            "parts = part_tokens(out, shards, interpret=self.interpret)",
            "parts = out.reshape(out.shape[0], shards, out.shape[1], -1)",
-           (BACKEND, TPU_STAGE2)),
+           (f"{BACKEND}::test_output_tokens_go_to_their_shards",)),
     Mutant("bound on values is their minimum", TPU_FILE,
            "largest_value=bounds.values.reshape(*q.shape[:2], head_dim).max(-1)",
            "largest_value=bounds.values.reshape(*q.shape[:2], head_dim).min(-1)",
-           (BACKEND,)),
+           (f"{BACKEND}::test_the_largest_channel_bounds_a_heads_values",)),
     Mutant("padded keys not masked", TPU_FILE,
-           "kv_len=keys,", "kv_len=k.shape[1],", (BACKEND, TPU_STAGE2)),
+           "kv_len=keys,", "kv_len=k.shape[1],",
+           (f"{BACKEND}::test_attention_equals_the_reference",)),
+    Mutant("cudnn chosen in float32", "cogvideox/transformer/backends/__init__.py",
+           'cudnn_runs = platform == "gpu" and dtype == "bfloat16"',
+           'cudnn_runs = platform == "gpu"', (CHOICE,)),
+    Mutant("keys added without the denominator so far",
+           "cogvideox/transformer/backends/gpu.py",
+           "total = so_far + weights.sum(-1, keepdims=True)",
+           "total = weights.sum(-1, keepdims=True)", (f"{BACKENDS}/test_gpu.py",)),
     # The transformer.
     Mutant("rotary sign", "cogvideox/transformer/norms.py",
-           "[even * cos - odd * sin", "[even * cos + odd * sin", (PIPELINE, TPU_STAGE2)),
+           "[even * cos - odd * sin", "[even * cos + odd * sin", (KERNELS,)),
+    Mutant("q and k rows not reordered", PARAMETERS,
+           'bias=config.attention_bias, row_order="rotary",', "bias=config.attention_bias,",
+           ("tests/cogvideox/transformer/test_parameters.py::test_rows_that_are_reordered",)),
+    Mutant("row-parallel layer split by columns", PARAMETERS,
+           'linear(f"{BLOCKS}attn1.to_out.0", width, width, "row")',
+           'linear(f"{BLOCKS}attn1.to_out.0", width, width, "column")',
+           ("tests/cogvideox/transformer/test_parameters.py::test_published_models_are_split",)),
     Mutant("text gate for video", BLOCK,
            "gate = jnp.where((rows < self.text_tokens)",
            "gate = jnp.where((rows >= self.text_tokens)",
@@ -81,44 +120,52 @@ MUTANTS = (
            'return jnp.split(x, jax.lax.axis_size("tp"), axis=1)[0]', (MESHES,)),
     Mutant("sp order of arriving parts", "cogvideox/transformer/projections.py",
            "starts = [(i - own) % shards * size for i in range(shards)]",
-           "starts = [(i + own) % shards * size for i in range(shards)]", (MESHES,)),
+           "starts = [(i + own) % shards * size for i in range(shards)]",
+           ("tests/cogvideox/transformer/test_projections.py",)),
     # Denoising.
     Mutant("guidance halves swapped", PROGRAM,
            "negative, positive = jnp.split(output, 2)", "positive, negative = jnp.split(output, 2)",
            (PIPELINE,)),
     Mutant("padding rows not cleared", PROGRAM,
            "(rows >= self.layout.text) & (rows < self.layout.tokens)",
-           "(rows >= self.layout.text)", (TPU_STAGE2, "tests/cogvideox/denoising")),
+           "(rows >= self.layout.text)", ("tests/cogvideox/denoising",)),
     Mutant("scheduler drops the second order", SCHEDULER,
            "return sample, x0 * (1 + back), -x0 * back, noise",
-           "return sample, x0, 0.0, noise", (PIPELINE,)),
+           "return sample, x0, 0.0, noise", (f"{TRAPS}::test_steps_and_noise_equal_diffusers",)),
     Mutant("one noise draw too few", SCHEDULER,
-           "drawn = 2 if second_order else 1", "drawn = 1", (PIPELINE,)),
+           "drawn = 2 if second_order else 1", "drawn = 1",
+           (f"{TRAPS}::test_dpm_draws_noise_twice_in_middle_steps",)),
     Mutant("dynamic guidance off by a step", SCHEDULER,
            "((steps - timestep) / steps) ** 5.0", "((steps - timestep - 1) / steps) ** 5.0",
-           (PIPELINE,)),
+           (f"{TRAPS}::test_dynamic_guidance_is_float64",)),
+    Mutant("resumed loop draws the first noise again", LOOP,
+           "noise = next(itertools.islice(noises, done, None))", "noise = next(noises)",
+           (f"{CHECKPOINTS}::test_killed_after_any_step",)),
+    Mutant("resumed loop forgets x0", LOOP,
+           "latents, previous_x0, done = start.latents, start.previous_x0, start.steps",
+           "latents, done = start.latents, start.steps",
+           (f"{CHECKPOINTS}::test_killed_after_any_step",)),
     Mutant("checkpoint of another run accepted", "cogvideox/denoising/loop_checkpoint.py",
-           'if file.metadata.get("fingerprint") != fingerprint:', "if False:",
-           ("tests/stages/test_checkpoints.py",)),
+           'if file.metadata.get("fingerprint") != fingerprint:', "if False:", (CHECKPOINTS,)),
     Mutant("padding frames dropped at the end", "stages/denoise.py",
            "return latents[:, padding_frames:].swapaxes(1, 2)",
            "return latents[:, : latents.shape[1] - padding_frames].swapaxes(1, 2)", (PIPELINE,)),
     # Stage files, executables, jobs.
     Mutant("checksum of a section not compared", "stages/sections.py",
            "    if not is_whole(section):", "    if False:",
-           ("tests/stages", "tests/scripts/test_bad_input.py")),
+           (f"{BAD_FILES}::test_a_config_edited_by_hand",)),
     Mutant("stale stage file accepted", "stages/files.py",
            'if file.section[key] != config.get(stage, {}).get("fingerprint"):', "if False:",
-           ("tests/stages", "tests/scripts/test_bad_input.py")),
+           (f"{BAD_FILES}::test_stale", "tests/scripts/test_bad_input.py")),
     Mutant("checksum of a stage file not compared", "runtime/tensor_files.py",
            "if digest != self.metadata.get(_DATA_DIGEST):", "if False:",
-           ("tests/scripts/test_bad_input.py", "tests/stages/test_checkpoints.py")),
+           (f"{BAD_FILES}::test_a_flipped_bit",)),
     Mutant("header of a stage file not compared", "runtime/tensor_files.py",
            "if digest != file.metadata.get(_HEADER_DIGEST):", "if False:",
-           ("tests/scripts/test_bad_input.py",)),
+           (f"{BAD_FILES}::test_a_relabelled_dtype",)),
     Mutant("changed weights accepted", "stages/files.py",
            "if was and model.digest(part) != was:", "if False:",
-           ("tests/scripts/test_bad_input.py",)),
+           (f"{BAD_FILES}::test_of_another_model",)),
     Mutant("checksum of an executable not compared", "runtime/artifacts.py",
            'if hashlib.sha256(data).hexdigest() != manifest["executable"]["sha256"]:', "if False:",
            (EXECUTABLES,)),
@@ -127,7 +174,24 @@ MUTANTS = (
            (EXECUTABLES,)),
     Mutant("claim of a living process ignored", "jobs/claims.py",
            "if latest and _is_alive(folder / str(latest), now):", "if False:",
-           ("tests/jobs/test_claims.py", "tests/jobs/test_batch.py")),
+           ("tests/jobs/test_claims.py",)),
+    Mutant("gallery does not escape", "jobs/gallery.py",
+           "autoescape=True,", "autoescape=False,",
+           ("tests/jobs/test_gallery.py::test_text_stays_text",)),
+    Mutant("file written in place", "runtime/files.py",
+           "yield temporary\n            flush(temporary)\n            os.replace(temporary, path)",
+           "yield path\n            flush(path)",
+           (f"{FILES}::test_a_failed_write_keeps_the_old_file",)),
+    Mutant("temporary files of the dead kept", "runtime/files.py",
+           'if match and not Path("/proc", match[1]).exists():', "if False:", (FILES,)),
+    Mutant("repeated keys of JSON accepted", JSON_FILE,
+           "if len(value) < len(pairs):", "if False:", (JSON,)),
+    Mutant("depth of JSON not limited", JSON_FILE,
+           "        if depth > limit:", "        if False:", (JSON,)),
+    Mutant("length of JSON not limited", JSON_FILE,
+           "    if len(text) > max_bytes:", "    if False:", (JSON,)),
+    Mutant("NaN of JSON accepted", JSON_FILE,
+           "parse_constant=_refuse, ", "", (JSON,)),
     # The attention kernel.
     Mutant("kernel masks one key too many", "splash_attention/bodies.py",
            "return _key_index(config, start, shape, axis) < refs.kv_len[0]",
@@ -135,27 +199,66 @@ MUTANTS = (
     Mutant("keys past the end not zeroed in P.V", "splash_attention/bodies.py",
            "    if check:\n        # Padding may hold NaN",
            "    if False:\n        # Padding may hold NaN",
-           (ROBUST,)),
+           (f"{ROBUST}::test_padding_is_inert",)),
     Mutant("unsafe groups kept", "splash_attention/bodies.py",
-           "unsafe = jnp.max(jnp.where(safe", "unsafe = jnp.min(jnp.where(safe", (ROBUST,)),
+           "unsafe = jnp.max(jnp.where(safe", "unsafe = jnp.min(jnp.where(safe",
+           (f"{ROBUST}::test_adversarial",)),
     Mutant("int8 scale of the wrong power", "splash_attention/quantize.py",
            "jnp.exp2(jnp.ceil(jnp.log2(", "jnp.exp2(jnp.floor(jnp.log2(", (INT8,)),
     Mutant("int8 second digit without the first", "splash_attention/quantize.py",
            "second = jnp.round(_SHARE * first + _GAIN / _SHARE * (x - first))",
            "second = jnp.round(_GAIN / _SHARE * (x - first))", (INT8,)),
     Mutant("ring forgets to rescale", "splash_attention/sharded.py",
-           "out = out * jnp.exp2(log_total - merged) + part", "out = out + part", (SHARDED,)),
+           "out = out * jnp.exp2(log_total - merged) + part", "out = out + part",
+           (f"{SHARDED}::test_ring_of_the_kernel",)),
     Mutant("ring counts keys of the wrong shard", "splash_attention/sharded.py",
            "shard = (here - step) % axes.tokens",
-           "shard = (here + step) % axes.tokens", (SHARDED,)),
+           "shard = (here + step) % axes.tokens", (f"{SHARDED}::test_ring_of_the_kernel",)),
     # The VAE.
     Mutant("even and odd rows swapped", "cogvideox/vae/tpu/upsample.py",
            "_pack_bfloat16(even, odd, interpret)", "_pack_bfloat16(odd, even, interpret)",
-           ("tests/cogvideox/vae/test_tpu_upsample.py", TPU_STAGE3)),
-    Mutant("values checked on one device only", "cogvideox/vae/program.py",
-           "jax.lax.pmin(finite, AXIS)", "finite", ("tests/cogvideox/vae/test_program.py",)),
-    Mutant("gallery does not escape", "jobs/gallery.py",
-           "autoescape=True,", "autoescape=False,", ("tests/jobs/test_gallery.py",)),
+           (UPSAMPLE,)),
+    Mutant("words of two rows read in the other order", "cogvideox/vae/tpu/upsample.py",
+           "jnp.stack([words & 0xFFFF, words >> 16], axis=1)",
+           "jnp.stack([words >> 16, words & 0xFFFF], axis=1)", (UPSAMPLE,)),
+    Mutant("doubled frames out of order", "cogvideox/vae/tpu/upsample.py",
+           "last = 2 * t + 1 - stored % 2", "last = jnp.minimum(2 * t + 1, frames - 1)",
+           (VAE_TPU,)),
+    Mutant("cached frames swapped on tpu", "cogvideox/vae/tpu/causal_conv.py",
+           "refs.new_cache[0, t, 0] = refs.ring[newest, frames + t]",
+           "refs.new_cache[0, 1 - t, 0] = refs.ring[newest, frames + t]", (VAE_TPU,)),
+    Mutant("cached frames swapped", "cogvideox/vae/xla/layers.py",
+           "before_last, last = (x.squeeze(1) for x in cache)",
+           "last, before_last = (x.squeeze(1) for x in cache)",
+           (f"{VAE_DECODE}[vae_flax-four_levels-4]",)),
+    Mutant("values checked on one device only", VAE_FILE,
+           "jax.lax.pmin(finite, AXIS)", "finite",
+           (f"{VAE_PROGRAM}::test_a_value_that_is_not_finite_on_one_device_only_is_an_error",)),
+    Mutant("scaling factor twice", VAE_FILE,
+           "(1 / self.config.scaling_factor) * latents",
+           "(1 / self.config.scaling_factor**2) * latents",
+           (f"{VAE_DECODE}[vae_flax-four_levels-1]",)),
+    Mutant("uint8 cut off, not rounded", VAE_FILE,
+           "jnp.round(video * 255)", "jnp.floor(video * 255)",
+           (f"{VAE}::test_uint8_frames_are_those_of_diffusers",)),
+    Mutant("norms over all frames", VAE_FILE,
+           "first = min(LATENT_FRAMES_PER_BATCH + odd, latent_frames)", "first = latent_frames",
+           (f"{VAE_DECODE}[vae_flax-four_levels-4]",)),
+    Mutant("norms of one device's columns", VAE_NORM,
+           "sums = lax.psum(sums, shards.axis).reshape(",
+           "sums = (shards.count * sums).reshape(", (VAE_SHARDS,)),
+    Mutant("norms count padding", VAE_NORM,
+           "real_width = shards.width *", "real_width = shards.padded_width *", (VAE_SHARDS,)),
+    Mutant("latents of a later frame", VAE_NORM,
+           "return repeat, repeat - 1", "return repeat, 0",
+           (f"{VAE_DECODE}[vae_flax-four_levels-3]",)),
+    Mutant("neighbours exchanged", SHARDS,
+           "lax.ppermute(edges[:, :, 1:], self.axis, to_right),\n"
+           "            lax.ppermute(edges[:, :, :1], self.axis, to_left),",
+           "lax.ppermute(edges[:, :, :1], self.axis, to_left),\n"
+           "            lax.ppermute(edges[:, :, 1:], self.axis, to_right),", (VAE_SHARDS,)),
+    Mutant("padded border columns sent", SHARDS,
+           "edges = jnp.where(own, edges, 0)", "edges = edges + 0 * own", (VAE_SHARDS,)),
 )  # fmt: skip
 
 
@@ -172,29 +275,70 @@ def texts(mutants: tuple[Mutant, ...], root: Path = ROOT) -> list[str]:
     return problems
 
 
-def survives(mutant: Mutant) -> bool:
-    """Whether the mutant's tests pass on a copy of the tree with the mistake in it."""
+def copy_of_tree(folder: Path) -> Path:
+    root = folder / "tree"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "stage_outputs", "shared")
+    shutil.copytree(ROOT, root, ignore=ignored)
+    return root
+
+
+def fails(root: Path, tests: Sequence[str], timeout: float | None) -> str | None:
+    """The first failure of tests on a tree, or None if they pass.
+
+    Raises:
+        subprocess.TimeoutExpired: they do not end in time; all processes they started are killed.
+        RuntimeError: no test ran, or pytest itself failed.
+    """
+    # PYTHONPATH: an editable install would otherwise import the tree without the mistake.
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", *tests]
+    running = subprocess.Popen(
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = running.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        raise
+    if running.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S.*)", output, re.MULTILINE)
+    if running.returncode != 1 or failed is None:
+        raise RuntimeError(f"pytest ended with {running.returncode}\n{output}")
+    return failed[1]
+
+
+def killed_by(mutant: Mutant) -> str | None:
+    """What caught the mutant, or None if its tests pass.
+
+    Raises:
+        RuntimeError: the tests do not end in `TIMEOUT`, and without the mistake neither, or they
+            fail without it.
+    """
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary) / "tree"
-        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "stage_outputs")
-        shutil.copytree(ROOT, root, ignore=ignored)
+        root = copy_of_tree(Path(temporary))
         path = root / mutant.file
-        path.write_text(path.read_text("utf-8").replace(mutant.old, mutant.new), "utf-8")
-        # PYTHONPATH: an editable install would otherwise import the tree without the mistake.
-        command = [sys.executable, "-m", "pytest", "-x", "-q", *mutant.tests]
+        right = path.read_text("utf-8")
+        path.write_text(right.replace(mutant.old, mutant.new), "utf-8")
         try:
-            done = subprocess.run(
-                ["env", f"PYTHONPATH={root}", *command],
-                cwd=root,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT,
-            )
+            return fails(root, mutant.tests, TIMEOUT)
         except subprocess.TimeoutExpired:
-            return False
-    if done.returncode not in (0, 1):  # no test ran, or pytest itself failed
-        raise RuntimeError(f"{mutant.name}: pytest ended with {done.returncode}\n{done.stdout}")
-    return done.returncode == 0
+            path.write_text(right, "utf-8")
+            start = time.perf_counter()
+            try:
+                failure = fails(root, mutant.tests, TIMEOUT / 2)
+            except subprocess.TimeoutExpired:
+                failure = f"no end in {TIMEOUT // 2} s"
+            if failure:
+                raise RuntimeError(f"{mutant.name}: without the mistake: {failure}") from None
+            took = time.perf_counter() - start
+            return f"no end in {TIMEOUT} s; {took:.0f} s without the mistake"
 
 
 def main() -> int:
@@ -207,13 +351,19 @@ def main() -> int:
     if problems or arguments.texts:
         print("\n".join(problems) or f"{len(chosen)} mutants fit the tree")
         return 1 if problems else 0
+    tests = sorted({test for mutant in chosen for test in mutant.tests})
+    with tempfile.TemporaryDirectory() as temporary:
+        if failure := fails(copy_of_tree(Path(temporary)), tests, None):
+            print(f"the tests fail without any mistake: {failure}")
+            return 1
     alive = 0
     for mutant in chosen:
         start = time.perf_counter()
-        survived = survives(mutant)
-        alive += survived
-        state = "SURVIVED" if survived else "killed"
-        print(f"{state:<9}{mutant.name} ({time.perf_counter() - start:.0f} s)", flush=True)
+        killer = killed_by(mutant)
+        alive += killer is None
+        state = "killed" if killer else "SURVIVED"
+        seconds = time.perf_counter() - start
+        print(f"{state:<9}{mutant.name} ({seconds:.0f} s) {killer or ''}".rstrip(), flush=True)
     print(f"{len(chosen) - alive} killed, {alive} survived")
     return 1 if alive else 0
 

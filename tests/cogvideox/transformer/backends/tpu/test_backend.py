@@ -42,6 +42,27 @@ def test_attention_equals_the_reference(heads, poison, chip):
         assert np.linalg.norm(got - expected) <= 2e-6 * np.linalg.norm(expected)
 
 
+def test_the_largest_channel_bounds_a_heads_values():
+    """Scores of 90 powers of two times values of 1e20 overflow unless the kernel subtracts."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 1, HEAD_DIM, TOKENS)).astype(np.float32)
+    v[:, 3] *= 1e20
+    q *= 90 / np.abs(np.einsum("bcq,bck->bqk", q, k)).max()  # in powers of two: see query_scale
+    bounds = Bounds(jnp.float32(91), jnp.abs(v).max(-1))
+    k = np.swapaxes(k, 1, 2)
+    got = TPU.attend(*map(jnp.asarray, (q, k, v)), HEAD_DIM, TOKENS, bounds)
+    tokens_first = (np.swapaxes(q / query_scale(HEAD_DIM), 1, 2), k, np.swapaxes(v, 1, 2))
+    expected = CpuBackend().attend(*map(jnp.asarray, tokens_first), HEAD_DIM, TOKENS, bounds)
+    expected = np.swapaxes(expected, 1, 2)
+    # The scores reach 90 here, so float32 scores have 1e-5 of error.
+    np.testing.assert_allclose(
+        got / np.abs(v).max(-1, keepdims=True),
+        expected / np.abs(v).max(-1, keepdims=True),
+        rtol=0,
+        atol=1e-4,
+    )
+
+
 def test_block_sizes_are_those_of_the_chip():
     for chip in ("v5e", "v6e"):
         sizes = TpuBackend(chip=chip).block_sizes(HEAD_DIM, 45_568, 45_106, "bfloat16")
