@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +13,15 @@ from cogvideox.model.settings import DenoisingSettings
 from cogvideox.video.reading import read_comment
 from jobs.jobfile import TYPES, check_type
 from runtime.errors import checking_input
+from runtime.json_files import parse_json_object
+from runtime.text import printable
 from runtime.versions import versions
 from stages import files, generate
 from stages.decode import DecodeOptions
 from stages.denoise import DenoiseOptions
 from stages.encode import EncodeOptions
-from stages.sections import is_whole
+from stages.sections import check_section
+from stages.video_digest import digest, recorded_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +82,10 @@ def run(options: RerunOptions) -> None:
             raise ValueError(f"{output_dir} exists and is not empty; name another --output_dir")
         encoding, denoising, decoding = stage_options(provenance, options, output_dir)
         model = find_model(encoding.model_id, files.MODEL_PARTS)
-    print(f"settings of {provenance.source}")
+    print(printable(f"settings of {provenance.source}"))
     for name, was, now in _differences(provenance, model.revision):
-        print(f"warning: made with {name} {was}, this is {now}; the result may differ")
+        line = f"warning: made with {name} {was}, this is {now}; the result may differ"
+        print(printable(line))
     generate.run(encoding, denoising, decoding)
 
 
@@ -100,21 +103,56 @@ def read_provenance(video: Path) -> Provenance:
         source = video.parent / files.CONFIG_FILE
         config = files.read_config(video.parent)
     else:
-        try:
-            config = json.loads(comment)
-        except ValueError as error:
-            raise ValueError(f"the tag of {video} is not this project's: {error}") from error
+        config = parse_json_object(comment, f"the tag of {video}")
     for stage in files.STAGES:
-        section = config.get(stage) if isinstance(config, dict) else None
-        if not isinstance(section, dict) or not is_whole(section):
-            raise ValueError(f"{source} does not say what {stage}.py did for {video}")
+        try:
+            section = check_section(stage, config.get(stage))
+        except ValueError as error:
+            raise ValueError(
+                f"{source} does not say what {stage}.py did for {video}: {error}"
+            ) from error
         for name, value in section.items():
             if name in TYPES and value is not None and name != "prompt":
                 check_type(name, value, TYPES[name])
-    names = [Path(path).name for path in config[files.DECODE]["output_video"]]
-    if comment is None and video.name not in names:
+    sections = {stage: config[stage] for stage in files.STAGES}
+    _check_chain(sections, source)
+    if comment is None:
+        _check_digest(sections[files.DECODE], source, video)
+    return Provenance(source, sections)
+
+
+def _check_chain(sections: Mapping[str, dict[str, Any]], source: Path) -> None:
+    """Checks that each section is of a run on the output of the one before.
+
+    Raises:
+        ValueError: a stage ran again after a later one.
+    """
+    inputs = ((files.ENCODE, files.DENOISE, "embeddings"), (files.DENOISE, files.DECODE, "latents"))
+    for before, after, key in inputs:
+        if sections[after][key] != sections[before]["fingerprint"]:
+            raise ValueError(
+                f"{source} describes different runs: {before}.py ran again after {after}.py"
+            )
+    made_with = sections[files.DECODE]["made_with"]
+    if made_with.get("decoder") not in ("vae_torchax", "vae_flax"):
+        raise ValueError(f"{source} names no decoder of this project")
+
+
+def _check_digest(section: dict[str, Any], source: Path, video: Path) -> None:
+    """Checks that settings beside a video are those of this very file.
+
+    Raises:
+        ValueError: they are of another video, or of another run.
+    """
+    names = [Path(path).name for path in section["output_video"]]
+    if video.name not in names:
         raise ValueError(f"{source} is about {', '.join(names)}, not about {video.name}")
-    return Provenance(source, config)
+    recorded, found = recorded_digest(section, video), digest(video)
+    if recorded != found:
+        raise ValueError(
+            f"{source} describes another {video.name} (sha256 {str(recorded)[:12]}, this file has "
+            f"{found[:12]}): a later run replaced the settings, or the video was changed"
+        )
 
 
 def stage_options(
@@ -162,7 +200,13 @@ def stage_options(
 
 def _differences(provenance: Provenance, revision: str | None) -> list[tuple[str, str, str]]:
     """Name, version then and version now of the model and each library that has changed."""
-    then = {**provenance[files.DENOISE]["made_with"]["versions"]}
-    then["the model's revision"] = provenance[files.DENOISE]["revision"]
+    section = provenance[files.DENOISE]
+    recorded = section["made_with"].get("versions")
+    then = {**recorded} if isinstance(recorded, dict) else {}
+    then["the model's revision"] = section["revision"]
     now = {**versions(), "the model's revision": revision}
-    return [(name, was, now[name]) for name, was in then.items() if was != now[name]]
+    return [
+        (name, str(was)[:80], str(now.get(name, "not installed")))
+        for name, was in then.items()
+        if was != now.get(name)
+    ]

@@ -16,6 +16,7 @@ from runtime.devices import start_jax
 from runtime.errors import checking_input
 from runtime.progress import Timings, progress, working
 from stages import files, sections
+from stages.video_digest import with_digests
 
 if TYPE_CHECKING:
     import jax
@@ -195,7 +196,7 @@ def run(options: DecodeOptions) -> None:
             collections.deque(batches, maxlen=0)
             return
         write_videos(batches, frames, videos, options, {**config, files.DECODE: section})
-        files.record_section(options.input_dir, files.DECODE, section, inherited=options.input_dir)
+        record(section, videos, options.input_dir)
     # The encoder works while the devices decode, so the two add up to more than the phase took.
     timings.at_once["run and save"] = {
         "decoding": round(decoder.decode_seconds, 4),
@@ -227,6 +228,12 @@ def decoding_section(
         mesh=dict(mesh.shape),
         decoder=program_name(options.decoder),
     )
+
+
+def record(section: dict[str, Any], videos: Sequence[Path], folder: Path) -> None:
+    """Writes stage 3's section, with digests of the finished videos, into the config."""
+    section = with_digests(section, videos)
+    files.record_section(folder, files.DECODE, section, inherited=folder)
 
 
 def open_latents(input_dir: Path) -> tuple[dict[str, Any], files.StageFile]:

@@ -16,6 +16,8 @@ from cogvideox.video.writing import open_video_writer
 from jobs import rerun
 from runtime.errors import InputError
 from stages import files as stage_files
+from stages.sections import checksum, fingerprint
+from stages.video_digest import with_digests
 from tests.tiny_models import save_tiny_model
 
 PROMPT = '-- a "red" cat = 100%; #1 \\ <b>猫'
@@ -65,9 +67,7 @@ def test_settings_beside_the_video(made, tmp_path):
     """Those without a tag; only what will be run is looked at."""
     folder = tmp_path / "files"
     shutil.copytree(made, folder)
-    (folder / "a-0.mp4").unlink()
-    with open_video_writer(folder / "a-0.mp4", fps=5, num_frames=1) as writer:
-        writer.write(np.zeros((1, 48, 80, 3), np.uint8))
+    strip_tag(folder)
     options = rerun.RerunOptions(folder / "a-0.mp4")
     provenance = rerun.read_provenance(options.video)
     assert provenance.source == folder / stage_files.CONFIG_FILE and provenance.decoder == "flax"
@@ -76,6 +76,52 @@ def test_settings_beside_the_video(made, tmp_path):
     assert (second.seed, second.guidance_scale, second.use_dynamic_cfg) == (0, 3.3, True)
     assert third.output_video == tmp_path / "out" / "a.mp4" and third.no_metadata
     assert (third.fps, third.quality, third.dtype) == (5, 9, "float32")
+
+
+def strip_tag(folder: Path) -> None:
+    """Replaces a video by one without a tag, as if it had been made so."""
+    with open_video_writer(folder / "a-0.mp4", fps=5, num_frames=1) as writer:
+        writer.write(np.zeros((1, 48, 80, 3), np.uint8))
+    config = json.loads((folder / stage_files.CONFIG_FILE).read_text())
+    third = config[stage_files.DECODE]
+    config[stage_files.DECODE] = with_digests(third, [folder / "a-0.mp4", folder / "a-1.mp4"])
+    (folder / stage_files.CONFIG_FILE).write_text(json.dumps(config))
+
+
+def test_settings_of_another_run_are_refused(made, tmp_path):
+    """A later run replaced the settings beside the video; the video stayed."""
+    shutil.copytree(made, tmp_path / "files")
+    strip_tag(tmp_path / "files")
+    config = json.loads((tmp_path / "files" / stage_files.CONFIG_FILE).read_text())
+    assert rerun.read_provenance(tmp_path / "files/a-0.mp4")
+    with open_video_writer(tmp_path / "files/a-0.mp4", fps=9, num_frames=1) as writer:
+        writer.write(np.zeros((1, 48, 80, 3), np.uint8))
+    with pytest.raises(InputError, match="describes another a-0.mp4"):
+        again(tmp_path / "files/a-0.mp4")
+    first = config["stage1_text_encoder"]
+    first["prompt"] = "Another"
+    first["fingerprint"] = fingerprint(first)
+    first["checksum"] = checksum(first)
+    (tmp_path / "files" / stage_files.CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(InputError, match="stage1_text_encoder.py ran again"):
+        again(tmp_path / "files/a-0.mp4")
+    assert not (tmp_path / "files/a-0_rerun").exists()
+
+
+def test_a_tag_cannot_steer_the_terminal(made, tmp_path, capsys):
+    """Versions of a library that is not here, with terminal escapes."""
+    config = json.loads((made / stage_files.CONFIG_FILE).read_text())
+    second = config["stage2_transformer"]
+    second["made_with"]["versions"] = {"no\x1b[31mlibrary": "\x1b]0;owned\x07", "jax": 9}
+    second["checksum"] = checksum(second)
+    with open_video_writer(
+        tmp_path / "v.mp4", fps=5, num_frames=1, comment=json.dumps(config)
+    ) as writer:
+        writer.write(np.zeros((1, 48, 80, 3), np.uint8))
+    again(tmp_path / "v.mp4")
+    said = capsys.readouterr()
+    assert "\x1b]" not in said.out and "\x1b[31m" not in said.out + said.err
+    assert r"made with no\x1b[31mlibrary \x1b]0;owned\x07, this is not installed" in said.out
 
 
 @pytest.mark.parametrize(
