@@ -104,9 +104,10 @@ def read_provenance(video: Path) -> Provenance:
         config = files.read_config(video.parent)
     else:
         config = parse_json_object(comment, f"the tag of {video}")
+    sections: dict[str, dict[str, Any]] = {}
     for stage in files.STAGES:
         try:
-            section = check_section(stage, config.get(stage))
+            section = sections[stage] = check_section(stage, config.get(stage))
         except ValueError as error:
             raise ValueError(
                 f"{source} does not say what {stage}.py did for {video}: {error}"
@@ -114,7 +115,6 @@ def read_provenance(video: Path) -> Provenance:
         for name, value in section.items():
             if name in TYPES and value is not None and name != "prompt":
                 check_type(name, value, TYPES[name])
-    sections = {stage: config[stage] for stage in files.STAGES}
     _check_chain(sections, source)
     if comment is None:
         _check_digest(sections[files.DECODE], source, video)

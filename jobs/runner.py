@@ -89,9 +89,16 @@ class Runner:
         self._session.check(requests, self._stages, self._output_dir)
 
     def fetch(self) -> None:
-        """Fetches files that this machine lacks from the mirror."""
+        """Fetches files that this machine lacks from the mirror.
+
+        Raises:
+            RunError: the mirror cannot be read.
+        """
         if self._mirror:
-            fetched = self._mirror.pull(self._jobs)
+            try:
+                fetched = self._mirror.pull(self._jobs)
+            except Exception as error:  # of any file system
+                raise RunError(f"the mirror cannot be read: {error}") from error
             print(f"{fetched} file(s) fetched from the mirror")
 
     def copy(self) -> None:
