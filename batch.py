@@ -79,6 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     utils.add_mesh(parser)
     utils.add_dtype(parser)
+    utils.add_platform(parser)
     utils.add_executables(parser)
     return parser.parse_args(argv)
 
@@ -128,6 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jobs import batch
     from jobs.options import BatchOptions
 
+    utils.choose_platform(arguments)
     utils.copy_trusted_executables(arguments)
     counts = batch.run(utils.options(BatchOptions, arguments), line_parser(arguments))
     if counts and counts.failed:
@@ -166,6 +168,7 @@ def parse_rerun(argv: list[str] | None = None) -> argparse.Namespace:
     )
     utils.add_model(parser, default=None)
     utils.add_mesh(parser)
+    utils.add_platform(parser)
     utils.add_executables(parser)
     return parser.parse_args(argv)
 
@@ -173,6 +176,7 @@ def parse_rerun(argv: list[str] | None = None) -> argparse.Namespace:
 def rerun(arguments: argparse.Namespace) -> None:
     from jobs import rerun
 
+    utils.choose_platform(arguments)
     utils.copy_trusted_executables(arguments)
     rerun.run(utils.options(rerun.RerunOptions, arguments))
 

@@ -11,7 +11,7 @@ import json
 import sys
 
 import utils
-from runtime.errors import checking_input
+from runtime.errors import InputError, checking_input
 from stages import ahead
 
 
@@ -38,6 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--topology", choices=ahead.TOPOLOGIES, default=ahead.LOCAL, help="machine to compile for"
     )
     utils.add_mesh(parser)
+    utils.add_platform(parser)
     utils.add_dtype(parser)
     utils.add_attention(parser)
     parser.add_argument("--batch", type=utils.integer(1), default=1, help="prompts at once")
@@ -91,6 +92,9 @@ def _sizes(text: str) -> list[tuple[int, int, int]]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.platform and arguments.topology != ahead.LOCAL:
+        raise InputError("--platform is for this machine; leave it out with --topology")
+    utils.choose_platform(arguments)
     options = utils.options(ahead.AheadOptions, arguments)
     if arguments.plan:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the plan

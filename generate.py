@@ -23,6 +23,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     utils.add_mesh(parser)
     utils.add_distributed(parser)
+    utils.add_platform(parser)
     utils.add_dtype(parser)
     utils.add_executables(parser)
     utils.add_output_dir(parser)
@@ -30,6 +31,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    utils.choose_platform(arguments)
     utils.join_processes(arguments)
     utils.copy_trusted_executables(arguments)
     folder = arguments.output_dir

@@ -27,12 +27,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_profile(parser)
     utils.add_mesh(parser)
     utils.add_distributed(parser)
+    utils.add_platform(parser)
     utils.add_dtype(parser)
     utils.add_executables(parser)
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    utils.choose_platform(arguments)
     utils.join_processes(arguments)
     utils.copy_trusted_executables(arguments)
     output_dir = arguments.output_dir or arguments.input_dir

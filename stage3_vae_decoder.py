@@ -27,6 +27,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_mesh(parser, ("dp", "tp"))
     utils.add_distributed(parser)
     parser.add_argument("--fps", type=utils.integer(1, 240), help="default: the one of stage 2")
+    utils.add_platform(parser)
     utils.add_dtype(parser)
     utils.add_executables(parser)
     return parser.parse_args(argv)
@@ -34,6 +35,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace, decoder: str = "torchax") -> None:
     """Decodes with `decoder`, "torchax" or "flax"."""
+    utils.choose_platform(arguments)
     utils.join_processes(arguments)
     utils.copy_trusted_executables(arguments)
     decode.run(utils.options(decode.DecodeOptions, arguments, decoder=decoder))

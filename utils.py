@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime import processes, stopping
+from runtime.devices import PLATFORMS, insist_on
 from runtime.errors import InputError, RunError, Stopped, checking_input
 from runtime.trusted_folders import parse_digest
 from runtime.versions import versions
@@ -309,6 +310,24 @@ def join_processes(arguments: argparse.Namespace) -> None:
         if not processes.is_first():
             sys.stdout = open(os.devnull, "w")
         processes.check_alike({**vars(arguments), "versions": versions()})
+
+
+def add_platform(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--platform",
+        choices=PLATFORMS,
+        help="run on devices of this kind or not at all (default: TPUs, else GPUs, else the CPU)",
+    )
+
+
+def choose_platform(arguments: argparse.Namespace) -> None:
+    """With --platform, makes JAX use this kind of device.
+
+    Raises:
+        InputError: this machine has none.
+    """
+    if arguments.platform:
+        insist_on(arguments.platform)
 
 
 def add_dtype(parser: ArgumentParser) -> None:

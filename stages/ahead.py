@@ -153,7 +153,7 @@ def _devices(options: AheadOptions) -> Sequence[Device]:
     from runtime.topology import machine_devices
 
     devices = list(machine_devices(options.topology).flat)
-    start_jax(options.dtype)
+    start_jax(options.dtype, devices)
     return devices
 
 

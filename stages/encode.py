@@ -97,6 +97,7 @@ def run(options: EncodeOptions) -> None:
             from cogvideox.text.encoder import check_weights, load_text_encoder
         check_weights(model)
 
+    print("device: CPU, on which the text encoder always runs")
     with timings.phase("load"), working("loading the text encoder"):
         text_encoder = load_text_encoder(model, getattr(torch, options.dtype))
     with timings.phase("run"), working("encoding"):
