@@ -3,6 +3,7 @@
 
 batch.py JOBS --output_dir DIR     make them; the same command resumes
 batch.py status DIR                a table of what is done
+batch.py prune DIR --yes           delete the folders of jobs whose line has changed
 batch.py rerun VIDEO               reproduce a video from its own tag or the settings beside it
 """
 
@@ -17,6 +18,7 @@ from typing import NoReturn
 import utils
 from jobs.claims import DEFAULT_EXPIRY
 from jobs.jobfile import JsonSettings, LineSettings, Parse
+from runtime.errors import InputError
 from stages.files import CONFIG_FILE, STAGES
 
 _FAILED_JOBS = 3  # exit code
@@ -146,12 +148,36 @@ def parse_status(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def status(arguments: argparse.Namespace) -> None:
-    from jobs.records import read_batch
+    from jobs.records import read_batch, warn
     from jobs.status import table
     from jobs.superseded import find_superseded
 
     states = read_batch(arguments.folder)
-    print(table(states, find_superseded(arguments.folder, states)))
+    try:
+        superseded = find_superseded(arguments.folder, states)
+    except InputError as error:
+        warn(f"superseded jobs are not marked: {error}")
+        superseded = set()
+    print(table(states, superseded))
+
+
+def parse_prune(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = utils.ArgumentParser(
+        "Deletes the folders of superseded jobs: those whose line of the job file has changed.\n"
+        "Files of others stay. So do jobs that a process works on.",
+        "  python batch.py prune night --dry_run\n  python batch.py prune night --yes",
+    )
+    parser.prog += " prune"
+    parser.add_argument("folder", type=Path, help="a batch's --output_dir")
+    parser.add_argument("--dry_run", action="store_true", help="list them and end")
+    parser.add_argument("--yes", action="store_true", help="delete; without it nothing is deleted")
+    return parser.parse_args(argv)
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    from jobs import prune
+
+    prune.run(utils.options(prune.PruneOptions, arguments))
 
 
 def parse_rerun(argv: list[str] | None = None) -> argparse.Namespace:
@@ -184,6 +210,8 @@ def rerun(arguments: argparse.Namespace) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["status"]:
         status(parse_status(sys.argv[2:]))
+    elif sys.argv[1:2] == ["prune"]:
+        prune(parse_prune(sys.argv[2:]))
     elif sys.argv[1:2] == ["rerun"]:
         rerun(parse_rerun(sys.argv[2:]))
     else:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from runtime import processes, stopping
 from runtime.devices import PLATFORMS, insist_on
 from runtime.errors import InputError, RunError, Stopped, checking_input
+from runtime.text import printable
 from runtime.trusted_folders import parse_digest
 from runtime.versions import versions
 
@@ -64,7 +65,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 
 def _end(code: int, kind: str, reason: str) -> NoReturn:
     """Exits; prints the reason on stderr and sends it to the other processes."""
-    print(f"{kind}{reason}", file=sys.stderr)
+    print(f"{kind}{printable(reason)}", file=sys.stderr)
     processes.fail(reason)
     sys.exit(code)
 

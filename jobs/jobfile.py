@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtime.errors import InputError
+from runtime.files import open_regular
 from stages.encode import check_prompts
 
 _MAX_FILE_BYTES = 64 << 20
@@ -24,6 +25,8 @@ _JSON_SUFFIXES = (".jsonl", ".ndjson")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 _SEEDS = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
+# A comment is the whole line, or begins with "#" between spaces: "take #2" is part of a prompt.
+_COMMENT = re.compile(r"^#.*|\s+#(?:\s.*)?$")
 _SHORT = {"frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale"}
 # The settings that a line may have, and their types in JSON.
 TYPES: dict[str, type] = {
@@ -96,12 +99,12 @@ def read_job_file(path: Path, parse: Parse) -> tuple[list[Line], list[tuple[int,
         InputError: the file is empty, too large, or cannot be read.
     """
     try:
-        size = path.stat().st_size
-        if size > _MAX_FILE_BYTES:
-            raise InputError(f"{path} has {size >> 20} MiB; at most {_MAX_FILE_BYTES >> 20}")
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+        with open_regular(path) as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise InputError(f"{path} has more than {_MAX_FILE_BYTES >> 20} MiB")
     read = _from_json if path.suffix.lower() in _JSON_SUFFIXES else _from_text
     lines, problems = [], []
     for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
@@ -128,7 +131,8 @@ def _decode(raw: bytes) -> str:
 def _from_text(text: str) -> dict[str, Any] | None:
     if text.startswith("{"):
         raise ValueError(f"looks like JSON; name the file *{_JSON_SUFFIXES[0]} for JSON lines")
-    return {"prompt": text} if text and not text.startswith("#") else None
+    text = _COMMENT.sub("", text)
+    return {"prompt": text} if text else None
 
 
 def _from_json(text: str) -> dict[str, Any] | None:

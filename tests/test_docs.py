@@ -51,7 +51,7 @@ def commands_of(document: Path) -> Iterator[tuple[tuple[str, ...], str]]:
             words = arguments.split()
             if program == "-m pytest":
                 continue
-            if program == "batch.py" and words[:1] in (["status"], ["rerun"]):
+            if program == "batch.py" and words[:1] in (["status"], ["rerun"], ["prune"]):
                 yield (program, words[0]), arguments
             else:
                 yield tuple(program.split()), arguments
@@ -123,7 +123,8 @@ def test_make_targets_exist(document: Path):
 @pytest.fixture(scope="module")
 def every_flag() -> set[str]:
     """The flags of every script and of every program that the documents run."""
-    programs = {(script,) for script in SCRIPTS} | {("batch.py", "status"), ("batch.py", "rerun")}
+    programs = {(script,) for script in SCRIPTS}
+    programs |= {("batch.py", command) for command in ("status", "rerun", "prune")}
     programs |= {program for document in DOCUMENTS for program, _ in commands_of(document)}
     with ThreadPoolExecutor(2) as pool:
         return set().union(*pool.map(flags_of, sorted(programs)))

@@ -1,6 +1,7 @@
 """Job files: what is wrong is said with its line before any work; what is right is read right."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import batch
 import utils
 from jobs.batch import read_jobs
+from jobs.jobfile import read_job_file
 from jobs.options import BatchOptions
 
 MODEL = Path(__file__).parents[2] / "models/toyworld"
@@ -126,7 +128,9 @@ def test_every_problem_is_said_at_once(tmp_path: Path, capsys):
 
 def test_files_that_cannot_be_read(tmp_path: Path, capsys):
     assert "No such file" in refusal(capsys, tmp_path / "absent.jsonl", tmp_path / "out")
-    assert "directory" in refusal(capsys, tmp_path, tmp_path / "out")
+    assert "is a folder" in refusal(capsys, tmp_path, tmp_path / "out")
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "is a named pipe" in refusal(capsys, tmp_path / "pipe.txt", tmp_path / "out")
 
 
 def test_what_does_not_fit_the_batch(tmp_path: Path, capsys):
@@ -156,6 +160,28 @@ def test_text_files_hold_prompts(tmp_path: Path):
     assert [job.prompt for job in jobs] == ["A red kite", "Ein grüner Drachen 🪁"]
     assert [job.line for job in jobs] == [2, 4]
     assert {(job.settings.seed, job.negative_prompt) for job in jobs} == {(0, "blur")}
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt"),
+    [
+        ("A red kite  # take two", "A red kite"),
+        ("A red kite #", "A red kite"),
+        ("A kite\t#\tlater", "A kite"),
+        ("Take #2 of a kite", "Take #2 of a kite"),
+        ("A kite in C#", "A kite in C#"),
+        ("# A kite", None),
+        ("#A kite", None),
+    ],
+)
+def test_comments_in_text_files(line, prompt, tmp_path: Path):
+    (tmp_path / "p.txt").write_text(f"First\n{line}\n")
+    lines, problems = read_job_file(
+        tmp_path / "p.txt", batch.line_parser(batch.parse_arguments(["p.txt", "--output_dir=o"]))
+    )
+    assert not problems
+    found = [line.settings.prompt for line in lines[1:]]
+    assert found == ([prompt] if prompt else [])
 
 
 def test_lines_override_the_command_line(tmp_path: Path):

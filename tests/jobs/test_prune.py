@@ -1,0 +1,70 @@
+"""Pruning deletes the superseded jobs' files and nothing of others."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import batch
+from jobs.claims import Claims
+from jobs.records import STAGES, Job, write_job, write_record
+from jobs.superseded import write_job_ids
+from runtime.errors import InputError
+from stages.files import VIDEO_FILE
+from tests.jobs.test_records import JOB, record
+
+
+def make(folder: Path, id_: str, **fields) -> Job:
+    job = dataclasses.replace(JOB, id=id_, **fields)
+    write_job(folder / job.folder, job)
+    write_record(folder / job.folder, record(STAGES[0], "done"))
+    (folder / job.folder / VIDEO_FILE).write_text("video")
+    with Claims() as claims:
+        claims.take(folder / job.folder)
+    return job
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A current job, and four that it supersedes: plain, with a note, in use, behind a link."""
+    current = make(tmp_path, "current")
+    make(tmp_path, "old")
+    noted = make(tmp_path, "noted")
+    (tmp_path / noted.folder / "note.txt").write_text("mine")
+    make(tmp_path, "used")
+    elsewhere = make(tmp_path / "elsewhere", "linked")
+    (tmp_path / elsewhere.folder).symlink_to(tmp_path / "elsewhere" / elsewhere.folder)
+    write_job_ids(tmp_path, Path("jobs.jsonl"), [current])
+    return tmp_path
+
+
+def prune(folder: Path, *more: str) -> None:
+    batch.prune(batch.parse_prune([str(folder), *more]))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_nothing_is_deleted_without_yes(folder, capsys):
+    before = files(folder)
+    prune(folder, "--dry_run")
+    assert "superseded: kite-old" in capsys.readouterr().out
+    with pytest.raises(InputError, match="nothing was deleted; --yes"):
+        prune(folder)
+    assert files(folder) == before
+
+
+def test_only_what_is_ours_and_superseded_is_deleted(folder, capsys):
+    with Claims() as claims:
+        claims.take(folder / "kite-used")
+        prune(folder, "--yes")
+    assert not (folder / "kite-old").exists()
+    assert (folder / "kite-current" / VIDEO_FILE).exists()
+    assert (folder / "kite-used" / VIDEO_FILE).exists()
+    assert (folder / "elsewhere/kite-linked" / VIDEO_FILE).exists()
+    assert (folder / "kite-noted/note.txt").read_text() == "mine"
+    assert not (folder / "kite-noted" / VIDEO_FILE).exists()
+    said = capsys.readouterr().out
+    assert "deleted kite-old" in said and "kept kite-noted: not of this project: note.txt" in said
+    assert "kite-old" not in (folder / "index.html").read_text()
