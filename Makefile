@@ -22,8 +22,7 @@ export PROMPT
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-# -qq: errors only.
-PIP := $(RUN) -m pip --disable-pip-version-check -qq
+PIP := $(RUN) -m pip --disable-pip-version-check
 
 .PHONY: setup demo test quick check mutants
 
@@ -34,11 +33,11 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@echo "[1/4] Making a virtual environment in $(VENV)"
 	@test -e $@ || { python=$$(.ci/find_python $(PYTHON)) && "$$python" -m venv --clear $(VENV); }
 	@echo "[2/4] Installing torch; on Linux its default build downloads about 3 GB (minutes)"
-	@$(PIP) install -c constraints.txt $(TORCH_INDEX:%=--extra-index-url %) torch
+	@.ci/pip_install $(PIP) install -c constraints.txt $(TORCH_INDEX:%=--extra-index-url %) torch
 	@echo "[3/4] Installing JAX for $* and the other packages (about 1 GB, a minute or two)"
-	@$(PIP) install -c constraints.txt -e ".[$*,dev]"
+	@.ci/pip_install $(PIP) install -c constraints.txt -e ".[$*,dev]"
 	@echo "[4/4] Checking that the packages fit together"
-	@$(RUN) -m pip check
+	@$(PIP) check
 	@touch $@
 	@echo "Done. Next: make demo"
 
