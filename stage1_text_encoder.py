@@ -19,6 +19,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     utils.add_prompt(parser)
     utils.add_text(parser)
+    utils.add_allow_unsupported(parser)
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     utils.add_dtype(parser)
     utils.add_output_dir(parser)

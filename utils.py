@@ -212,11 +212,13 @@ def add_denoising(parser: ArgumentParser) -> None:
     """Adds the arguments that only stage 2 has, except for the profile."""
     parser.add_argument(
         "--num_inference_steps",
+        "--steps",
         type=integer(1),
         help="denoising steps (default: the model's, 50 for the published ones)",
     )
     parser.add_argument(
         "--guidance_scale",
+        "--guidance",
         type=number(0, 1000),
         help="classifier-free guidance; 1 or less turns it off (default: the model's, 6)",
     )
@@ -247,7 +249,7 @@ def add_allow_unsupported(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--allow_unsupported",
         action="store_true",
-        help="allow sizes and frame counts that the model was not trained for",
+        help="allow sizes, frame counts and text lengths that the model was not trained for",
     )
 
 

@@ -66,7 +66,9 @@ def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:
     decides = {
         "prompt": own.prompt,
         "negative_prompt": own.negative_prompt,
-        "max_sequence_length": text_tokens(own.max_sequence_length, model.transformer),
+        "max_sequence_length": text_tokens(
+            own.max_sequence_length, model.transformer, any_length=own.allow_unsupported
+        ),
         "settings": complete_settings(wishes, model, any_size=own.allow_unsupported),
         "model_id": model.model_id,
         "revision": model.revision,

@@ -59,6 +59,7 @@ class BatchOptions:
                 output_dir=folder,
                 negative_prompt=job.negative_prompt,
                 max_sequence_length=job.max_sequence_length,
+                allow_unsupported=True,  # the job was checked when it was made
             ),
             denoise=DenoiseOptions(
                 input_dir=folder,

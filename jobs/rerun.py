@@ -171,6 +171,7 @@ def stage_options(
         output_dir=output_dir,
         negative_prompt=first["negative_prompt"],
         max_sequence_length=first["max_sequence_length"],
+        allow_unsupported=True,  # they were computed once
     )
     denoising = DenoiseOptions(
         input_dir=output_dir,

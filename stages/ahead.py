@@ -133,7 +133,9 @@ def make_targets(options: AheadOptions) -> list[Target]:
     from cogvideox.model.settings import complete_settings, text_tokens
 
     model = find_model(options.model_id, [])
-    tokens = text_tokens(options.max_sequence_length, model.transformer)
+    tokens = text_tokens(
+        options.max_sequence_length, model.transformer, any_length=options.allow_unsupported
+    )
     settings = []
     for height, width, num_frames in options.sizes or [(None, None, None)]:
         wishes: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames}

@@ -204,8 +204,7 @@ def run(options: DecodeOptions) -> None:
     }
     for video in videos:
         print(f"video: {video}\ncontact sheet: {files.contact_sheet(video)}")
-    report = videos[0].with_name(f"{videos[0].stem}_timings.json")
-    timings.report(report, compilation=compilations.summary())
+    timings.report(files.timings_file(videos[0]), compilation=compilations.summary())
 
 
 def decoding_section(

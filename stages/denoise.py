@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import processes
 from runtime.devices import start_jax
-from runtime.errors import checking_input
+from runtime.errors import Stopped, checking_input
 from runtime.progress import Timings, progress, working
 from stages import files, sections
+from stages.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -238,13 +239,15 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
 
     section = denoising_section(checked, model, embeddings)
     with timings.phase("run"), _profile(options.profile):
-        folder = processes.folder_of_first(output_dir, [files.CHECKPOINT_FILE])
-        checkpoints = Checkpoints(folder, section, options.checkpoint_every)
+        name = files.checkpoint_file(section)
+        folder = processes.folder_of_first(output_dir, [name])
+        checkpoints = Checkpoints(folder, section, options.checkpoint_every, name=name)
         latents = denoise(checked, step, parameters, prompt_embeds, checkpoints, noise_source)
     if not processes.is_first():
         return
     with timings.phase("save"):
         path = save(latents, section, options.input_dir, output_dir)
+        (output_dir / name).unlink(missing_ok=True)
     print(f"{path}: latents {list(latents.shape)}")
     timings.report(output_dir / "stage2_timings.json", compilation=compilations.summary())
 
@@ -269,7 +272,7 @@ def open_embeddings(input_dir: Path, model_id: str | None) -> tuple[files.StageF
     if len(shape) != 3 or 0 in shape or file.shapes["negative_prompt_embeds"] != shape:
         raise ValueError(f"{file.path} does not hold two equal [batch, tokens, width] tensors")
     _, tokens, width = shape
-    text_tokens(tokens, transformer)
+    text_tokens(tokens, transformer, any_length=True)  # stage 1 has checked it
     if width != transformer.text_embed_dim:
         raise ValueError(
             f"{file.path} holds embeddings of width {width}; the model takes "
@@ -303,26 +306,6 @@ def denoising_section(
         guidance_scales=list(run.schedule.guidance_scales),
         later_parts=sections.later_parts(model, files.DENOISE),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoints:
-    """Where and when to save the state of the loop, from which a killed run resumes.
-
-    Attributes:
-        section: of this run in generation_config.json; checkpoints of other runs are ignored.
-        every: steps between two saves; None neither saves nor reads a checkpoint.
-        stop: called after each step; if it returns True, the loop saves its state and ends.
-    """
-
-    folder: Path
-    section: dict[str, Any]
-    every: int | None
-    stop: Callable[[], bool] = lambda: False
-
-    @property
-    def path(self) -> Path:
-        return self.folder / files.CHECKPOINT_FILE
 
 
 class StoppedBetweenSteps(Exception):
@@ -373,21 +356,26 @@ def denoise(
         noise_source,
         start,
     )
-    initial = start.steps if start else 0
-    for state in bar(states, total=total, initial=initial, what="denoising"):
-        stop = checkpoints.stop() and state.steps < total
-        if checkpoints.every and state.steps < total:
-            if stop or state.steps % checkpoints.every == 0:
-                checkpoint = to_host(run.denoiser, state)
-                if processes.is_first():
-                    write_checkpoint(checkpoints.path, checkpoint, fingerprint)
-        if stop:
-            raise StoppedBetweenSteps
+    saved = start.steps if start else 0
+    try:
+        for state in bar(states, total=total, initial=saved, what="denoising"):
+            stop = checkpoints.stop() and state.steps < total
+            if checkpoints.every and state.steps < total:
+                if stop or state.steps % checkpoints.every == 0:
+                    checkpoint = to_host(run.denoiser, state)
+                    if processes.is_first():
+                        write_checkpoint(checkpoints.path, checkpoint, fingerprint)
+                    saved = state.steps
+            if stop:
+                raise StoppedBetweenSteps
+    except Stopped:
+        checkpoints.say_what_is_saved(saved, total)
+        raise
     return drop_padding(to_host(run.denoiser, state).latents, run.padding_frames)
 
 
 def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_dir: Path) -> Path:
-    """Writes the latents and this stage's section, and removes the checkpoint."""
+    """Writes the latents and this stage's section, and removes the checkpoint of a job."""
     tensors = {"latents": latents}
     files.check_finite(tensors, files.DENOISE)
     path = output_dir / files.LATENTS_FILE

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime.errors import checking_input
 from runtime.progress import Timings, working
+from runtime.text import printable
 from stages import files, sections
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class EncodeOptions:
     Attributes:
         prompt: one per video of the batch.
         max_sequence_length: tokens per prompt; None takes the model's.
+        allow_unsupported: also take a number that the model was not trained for.
         dtype: "bfloat16" or "float32".
     """
 
@@ -40,6 +42,7 @@ class EncodeOptions:
     output_dir: Path
     negative_prompt: str = ""
     max_sequence_length: int | None = None
+    allow_unsupported: bool = False
 
 
 def check_prompts(prompts: Sequence[str], negative_prompt: str) -> None:
@@ -83,7 +86,10 @@ def check(options: EncodeOptions) -> tuple[ModelFolder, int]:
     read_json_object(model.path / "text_encoder" / "config.json")
     read_json_object(model.path / "tokenizer" / "tokenizer_config.json")
     stored_tensors(model.path / "text_encoder")
-    return model, text_tokens(options.max_sequence_length, model.transformer)
+    tokens = text_tokens(
+        options.max_sequence_length, model.transformer, any_length=options.allow_unsupported
+    )
+    return model, tokens
 
 
 def run(options: EncodeOptions) -> None:
@@ -109,12 +115,12 @@ def run(options: EncodeOptions) -> None:
 
 
 def embed(text_encoder: TextEncoder, options: EncodeOptions, tokens: int) -> dict[str, np.ndarray]:
-    """Encodes the prompts; prints a warning about words that do not fit into `tokens`.
+    """Encodes the prompts; prints warnings about words that are unknown or beyond `tokens`.
 
     Returns:
         `prompt_embeds` and `negative_prompt_embeds`, each [B, tokens, text_dim].
     """
-    from cogvideox.text.encoder import encode
+    from cogvideox.text.encoder import encode, known_words, unknown_words
 
     prompt_embeds, dropped = encode(text_encoder, list(options.prompt), tokens)
     negatives = [options.negative_prompt] * len(options.prompt)
@@ -122,7 +128,18 @@ def embed(text_encoder: TextEncoder, options: EncodeOptions, tokens: int) -> dic
     lost = {"prompt": "; ".join(filter(None, dropped)), "negative_prompt": negative_dropped[0]}
     for name, words in lost.items():
         if words:
-            print(f"warning: --{name} is longer than {tokens} tokens; dropped: {words!r}")
+            print(
+                f"warning: --{name} makes more than {tokens} tokens (an unusual word makes "
+                f"several); dropped: {printable(words)!r}"
+            )
+    tokenizer = text_encoder.tokenizer
+    for name, texts in (("prompt", options.prompt), ("negative_prompt", [options.negative_prompt])):
+        unknown = [word for text in texts for word in unknown_words(tokenizer, text)]
+        if unknown:
+            words = printable(" ".join(dict.fromkeys(unknown)))
+            known = known_words(tokenizer)
+            knows = f"; it knows: {' '.join(known)}" if known else ""
+            print(f"warning: --{name} has words that the model does not know: {words}{knows}")
     return {
         "prompt_embeds": files.to_numpy(prompt_embeds),
         "negative_prompt_embeds": files.to_numpy(negative_prompt_embeds),

@@ -273,7 +273,25 @@ def numbered(path: Path, count: int) -> list[Path]:
 
 def contact_sheet(video: Path) -> Path:
     """Returns the path of a video's contact sheet."""
-    return video.with_name(f"{video.stem}_contact_sheet.png")
+    return video.with_name(f"{_prefix(video)}_contact_sheet.png")
+
+
+def timings_file(video: Path) -> Path:
+    """Returns the path of the timings of the run that made a video."""
+    return video.with_name(f"{_prefix(video)}_timings.json")
+
+
+def _prefix(video: Path) -> str:
+    """A start of names that no other kind of video of the same stem shares."""
+    if video.suffix.lower() == ".mp4":
+        return video.stem
+    return video.name if video.suffix else f"{video.name}.frames"
+
+
+def checkpoint_file(section: Mapping[str, Any]) -> str:
+    """The name of a run's checkpoint: runs with other settings in the same folder have others."""
+    path = Path(CHECKPOINT_FILE)
+    return f"{path.stem}-{section['fingerprint'][:12]}{path.suffix}"
 
 
 def check_executables(folder: Path | None) -> None:

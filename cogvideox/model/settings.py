@@ -143,17 +143,26 @@ def decoded_frames(latent_frames: int, factor: int) -> int:
     return latent_frames * factor - (factor - 1) * (latent_frames % 2)
 
 
-def text_tokens(asked: int | None, transformer: TransformerConfig) -> int:
+def text_tokens(asked: int | None, transformer: TransformerConfig, *, any_length: bool) -> int:
     """Tokens per prompt: what was asked for, or what the model was trained with.
 
+    Args:
+        any_length: lets lengths through that the model was not trained for.
+
     Raises:
-        ValueError: a model with sincos positions takes no other number than its own.
+        ValueError: the model was not trained for that number, or has sincos positions, which no
+            option makes longer or shorter.
     """
     own = transformer.max_text_seq_length
     tokens = own if asked is None else asked
     if tokens != own and not transformer.use_rotary_positional_embeddings:
         raise ValueError(
             f"--max_sequence_length {tokens}: this model's positions are made for {own} tokens"
+        )
+    if tokens != own and not any_length:
+        raise ValueError(
+            f"--max_sequence_length {tokens} is not what the model was trained for; take {own}, or "
+            "allow any with --allow_unsupported"
         )
     return tokens
 

@@ -7,6 +7,8 @@ import transformers
 
 from cogvideox.model.folder import ModelFolder, check_names_and_shapes, stored_tensors
 
+# T5's own vocabulary has 32,100 pieces; a list of the words of one this small can be read.
+_SMALL_VOCABULARY = 1000
 _SAME_WEIGHT = {"shared.weight", "encoder.embed_tokens.weight"}
 
 
@@ -99,3 +101,29 @@ def encode(
     with torch.no_grad():
         embeddings = encoder(cut.input_ids)[0]
     return embeddings.to(encoder.dtype), dropped
+
+
+def known_words(tokenizer: transformers.PreTrainedTokenizerBase) -> list[str]:
+    """The whole words in a small vocabulary, sorted; empty for one as large as T5's."""
+    pieces = tokenizer.get_vocab()
+    if len(pieces) > _SMALL_VOCABULARY:
+        return []
+    return sorted(piece[1:] for piece in pieces if piece.startswith("▁") and len(piece) > 2)
+
+
+def unknown_words(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The words of a text that the tokenizer cannot express.
+
+    They hold a character that it lacks, or, if its vocabulary is small, are spelled letter by
+    letter, which the model was never shown.
+    """
+    spells = bool(known_words(tokenizer))
+    found = []
+    for word in text.split():
+        ids = tokenizer(word, add_special_tokens=False, verbose=False).input_ids
+        pieces = [str(piece).lstrip("▁") for piece in tokenizer.convert_ids_to_tokens(ids)]
+        letters = [piece for piece in pieces if piece.isalnum()]
+        spelled = len(letters) > 1 and all(len(piece) == 1 for piece in letters)
+        if tokenizer.unk_token_id in ids or (spells and spelled):
+            found.append(word)
+    return found

@@ -25,7 +25,17 @@ SETTINGS = ["--num_frames", "9", "--allow_unsupported", "--num_inference_steps",
 SETTINGS += ["--height", "48", "--width", "80", "--seed", "0", "--scheduler", "ddim"]
 SETTINGS += ["--guidance_scale", "3.3", "--use_dynamic_cfg", "--dtype", "float32"]
 SETTINGS += ["--fps", "5", "--quality", "9", "--negative_prompt=-blurry", "--decoder", "flax"]
-SETTINGS += ["--max_sequence_length", "12", "--dp", "1", "--sp", "1", "--tp", "1"]
+SETTINGS += [
+    "--max_sequence_length",
+    "12",
+    "--allow_unsupported",
+    "--dp",
+    "1",
+    "--sp",
+    "1",
+    "--tp",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_frames_equal_those_of_one_process(decoder, folder):
 
 
 def test_the_second_process_leaves_no_file(folder):
-    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob(stage_files.CHECKPOINT_FILE))
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("stage2_checkpoint*"))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def test_stage2_settings(arguments, said, files, capsys):
         ([], "--prompt"),
         (["--prompt", "A", "red", "cat"], "red cat"),
         ([*PROMPT, "--max_sequence_length", 0], "--max_sequence_length"),
+        ([*PROMPT, "--max_sequence_length", 500], "take 16, or allow any with --allow_unsupported"),
         (["--prompt", "\udcff"], "UTF-8"),
     ],
 )

@@ -1,6 +1,7 @@
 """A loop that was stopped and goes on from its checkpoint equals the whole one, bit by bit."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ from safetensors.numpy import load_file
 
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
-from cogvideox.denoising import loop_checkpoint
+from cogvideox.denoising import loop, loop_checkpoint
+from runtime.errors import Stopped
 from runtime.tensor_files import write_tensors
 from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
 STEPS = 7
+CHECKPOINTS = "stage2_checkpoint*"
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +62,48 @@ def test_killed_after_any_step(scheduler, dtype, folder, tmp_path, monkeypatch, 
         assert ("resuming" in said) == (done > 1), said
     parts = run(folder, tmp_path / "parts", scheduler, dtype, "--checkpoint_every=1")
     assert parts.dtype == whole.dtype and parts.tobytes() == whole.tobytes()
-    assert not (tmp_path / "parts" / stage_files.CHECKPOINT_FILE).exists()
+    assert not list((tmp_path / "parts").glob(CHECKPOINTS))
 
 
-def test_other_runs_and_damaged_checkpoints_are_ignored(folder, tmp_path, capsys):
-    path = tmp_path / stage_files.CHECKPOINT_FILE
+def interrupt(folder: Path, output_dir: Path, monkeypatch, after: int, *more: str) -> Path:
+    """Interrupts a run after so many steps; returns its checkpoint."""
+    run_loop = loop.run_loop
+
+    def interrupted(*arguments):
+        for state in run_loop(*arguments):
+            if state.steps > after:
+                raise Stopped(signal.SIGINT)
+            yield state
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop, "run_loop", interrupted)
+        run(folder, output_dir, "ddim", "float32", *more)
+    return max(output_dir.glob(CHECKPOINTS), key=os.path.getmtime, default=output_dir)
+
+
+def test_an_interrupted_run_says_what_is_saved_and_how_to_go_on(
+    folder, tmp_path, monkeypatch, capsys
+):
+    interrupt(folder, tmp_path, monkeypatch, 2, "--checkpoint_every=3")
+    assert "nothing is saved yet: --checkpoint_every 3" in capsys.readouterr().out
+    path = interrupt(folder, tmp_path, monkeypatch, 5, "--checkpoint_every=3")
+    said = capsys.readouterr().out
+    assert f"saved 3 of 7 steps in {path}; the same command resumes there" in said
+
+
+def test_another_seed_keeps_the_checkpoint(folder, tmp_path, monkeypatch, capsys):
+    whole = run(folder, tmp_path / "whole", "ddim", "float32")
+    path = interrupt(folder, tmp_path, monkeypatch, 5, "--checkpoint_every=3")
+    run(folder, tmp_path, "ddim", "float32", "--checkpoint_every=3", "--seed=4")
+    assert list(tmp_path.glob(CHECKPOINTS)) == [path]
+    capsys.readouterr()
+    resumed = run(folder, tmp_path, "ddim", "float32", "--checkpoint_every=3")
+    assert f"resuming from {path}, 3 of 7" in capsys.readouterr().out
+    assert resumed.tobytes() == whole.tobytes()
+
+
+def test_damaged_checkpoints_are_ignored(folder, tmp_path, monkeypatch, capsys):
+    path = interrupt(folder, tmp_path, monkeypatch, 5, "--checkpoint_every=3")
     path.write_bytes(b"no checkpoint")
     run(folder, tmp_path, "ddim", "float32", "--checkpoint_every=3")
     assert "ignoring checkpoint" in capsys.readouterr().out

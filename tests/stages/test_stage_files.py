@@ -49,3 +49,11 @@ def test_transposed_arrays_are_written_as_they_read(tmp_path: Path):
     section = stage_files.make_section({"model_id": "m"})
     stage_files.write_stage_file(tmp_path / "file.safetensors", "stage", {"array": array}, section)
     np.testing.assert_array_equal(load_file(tmp_path / "file.safetensors")["array"], array)
+
+
+def test_every_kind_of_video_has_its_own_sheet_and_timings():
+    names = ["a.mp4", "a.gif", "a.webp", "a.npy", "a"]
+    for of in (stage_files.contact_sheet, stage_files.timings_file):
+        assert len({of(Path("out") / name) for name in names}) == len(names)
+        assert of(Path("out/a.gif")).parent == Path("out")
+    assert stage_files.contact_sheet(Path("a.mp4")).name == "a_contact_sheet.png"
