@@ -41,7 +41,6 @@ class Mutant(NamedTuple):
 BACKENDS = "tests/cogvideox/transformer/backends"
 BACKEND = f"{BACKENDS}/tpu/test_backend.py"
 CHOICE = f"{BACKENDS}/test_choice.py"
-KERNELS = f"{BACKENDS}/tpu/test_token_shards.py"
 MESHES = "tests/parity/test_meshes.py::test_mesh_equals_one_device"
 PIPELINE = "tests/parity/test_pipeline.py::test_scripts_equal_diffusers[1.5 dpm]"
 TRAPS = "tests/parity/test_traps.py"
@@ -95,7 +94,8 @@ MUTANTS = (
            "total = weights.sum(-1, keepdims=True)", (f"{BACKENDS}/test_gpu.py",)),
     # The transformer.
     Mutant("rotary sign", "cogvideox/transformer/norms.py",
-           "[even * cos - odd * sin", "[even * cos + odd * sin", (KERNELS,)),
+           "[even * cos - odd * sin", "[even * cos + odd * sin",
+           ("tests/cogvideox/transformer/test_norms.py",)),
     Mutant("q and k rows not reordered", PARAMETERS,
            'bias=config.attention_bias, row_order="rotary",', "bias=config.attention_bias,",
            ("tests/cogvideox/transformer/test_parameters.py::test_rows_that_are_reordered",)),

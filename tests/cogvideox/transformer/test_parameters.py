@@ -57,6 +57,7 @@ def test_published_models_are_split(name):
         assert parameter.quantizable == (in_block and matrix), parameter_name
         assert parameter.lora == matrix, parameter_name
     assert table[f"{BLOCKS}attn1.to_q.weight"].spec == P(None, "tp", None)
+    assert table[f"{BLOCKS}attn1.to_out.0.weight"].spec == P(None, None, "tp")
     assert table[f"{BLOCKS}ff.net.2.weight"].spec == P(None, None, "tp")
     split = sum(math.prod(p.shape) for p in table.values() if "tp" in p.spec)
     assert split > 0.99 * sum(math.prod(p.shape) for p in table.values())
