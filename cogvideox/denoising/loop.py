@@ -1,4 +1,4 @@
-"""The denoising loop: the compiled step, run over a schedule."""
+"""The denoising loop: runs the compiled step over a schedule."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ from runtime.mesh import place
 
 
 class LoopState(NamedTuple):
-    """The loop's state after `steps` steps, on the devices: [B, S, C] each."""
+    """State of the loop after `steps` steps, on the devices: [B, S, C] each."""
 
     steps: int
     tokens: jax.Array
@@ -37,12 +37,12 @@ def run_loop(
     """Runs the denoising loop.
 
     Args:
-        compiled_step: of `Denoiser.compile`.
-        start: a state of the same run to resume from; the first noise if None.
+        compiled_step: result of `Denoiser.compile`.
+        start: a state of the same run to resume from; None starts from the initial noise.
 
     Yields:
-        The state after each step, once the device has computed it. Its arrays are donated to the
-        next step, so only the last may be kept.
+        The state after each step, once the device has computed it. The next step donates its
+        arrays, so only the last state stays valid.
     """
     rows, dtype = denoiser.sharding(TOKENS), jnp.dtype(denoiser.dtype)
     noises = noise_source.draw(seed, denoiser.latents.sizes, dtype, schedule.noise_draws)
@@ -50,7 +50,7 @@ def run_loop(
     previous_x0 = np.zeros(latents.shape, np.float32)
     if start:
         latents, previous_x0, done = start.latents, start.previous_x0, start.steps
-    # Draws again what earlier steps drew: the generator's state is then the same.
+    # Repeat the draws of earlier steps to restore the generator's state.
     noise = next(itertools.islice(noises, done, None))
     tokens, previous_x0, noise = (
         place(denoiser.layout.from_latents(array), rows) for array in (latents, previous_x0, noise)
@@ -65,15 +65,15 @@ def run_loop(
             tokens, previous_x0, parameters, position_arrays, prompt_embeds, noise, *scalars
         )
         if i + 1 < len(schedule.timesteps):
-            # Drawn on the host while the device computes: 0.1 s of a step of seconds.
+            # The host draws while the device computes: 0.1 s of a step that takes seconds.
             noise = place(denoiser.layout.from_latents(next(noises)), rows)
         yield jax.block_until_ready(LoopState(i + 1, tokens, previous_x0))
 
 
 def to_host(denoiser: Denoiser, state: LoopState) -> LoopCheckpoint:
-    """Copies a state to the host as latents, without what depends on the mesh.
+    """Copies a state to the host as latents, independent of the mesh.
 
-    Of several processes all must call it, and all get the whole state.
+    Every process must call it, and every process gets the full state.
     """
     tokens = multihost_utils.process_allgather((state.tokens, state.previous_x0), tiled=True)
     latents, previous_x0 = map(denoiser.layout.to_latents, tokens)

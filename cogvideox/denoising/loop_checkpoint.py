@@ -1,6 +1,6 @@
-"""The state of the denoising loop on disk, from which a killed run goes on bit for bit.
+"""Checkpoints of the denoising loop; a killed run resumes from one bit for bit.
 
-The noise generator is not saved: its draws depend on the seed alone and are drawn again.
+The noise generator is not saved: its draws depend only on the seed and are repeated.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from runtime.text import printable
 
 @dataclasses.dataclass(frozen=True)
 class LoopCheckpoint:
-    """The loop after `steps` steps.
+    """State of the loop after `steps` steps.
 
     Attributes:
         latents: [B, T, C, H, W] in the run's dtype, padding frames included.
-        previous_x0: the same in float32, the last step's prediction, which DPM uses.
+        previous_x0: the last step's prediction, same shape, float32; DPM uses it.
     """
 
     steps: int
@@ -28,7 +28,7 @@ class LoopCheckpoint:
 
 
 def write_checkpoint(path: Path, checkpoint: LoopCheckpoint, fingerprint: str) -> None:
-    """Writes atomically; `fingerprint` says of which run it is."""
+    """Writes the checkpoint atomically; `fingerprint` identifies the run."""
     tensors = {"latents": checkpoint.latents, "previous_x0": checkpoint.previous_x0}
     write_tensors(path, tensors, {"fingerprint": fingerprint, "steps": str(checkpoint.steps)})
 
@@ -36,16 +36,16 @@ def write_checkpoint(path: Path, checkpoint: LoopCheckpoint, fingerprint: str) -
 def read_checkpoint(
     path: Path, fingerprint: str, *, shape: tuple[int, ...], dtype: str, total: int
 ) -> LoopCheckpoint | None:
-    """Reads the state from which to resume.
+    """Reads the checkpoint to resume from.
 
     Args:
-        shape: of the latents [B, T, C, H, W].
-        dtype: of the latents.
+        shape: shape of the latents [B, T, C, H, W].
+        dtype: dtype of the latents.
         total: number of steps of the run.
 
     Returns:
-        None, after a printed reason, for a checkpoint that belongs to a different run, is damaged,
-        or holds another state than this run's.
+        The checkpoint; or None, after printing the reason, if it belongs to a different run, is
+        damaged, or does not fit this run.
     """
     if not os.path.lexists(path):
         return None

@@ -1,7 +1,7 @@
-"""Noise as diffusers draws it: torch's CPU generator, in the run's dtype, over the padded latents.
+"""Noise as diffusers draws it: torch's CPU generator, in the run's dtype, for the padded latents.
 
-Importing torch takes as long as everything else that comes before the first step. A second process
-can import it at the same time, and draw there.
+Importing torch takes as long as everything else before the first step. So a second process can
+import it in parallel and draw the noise.
 """
 
 import json
@@ -15,9 +15,9 @@ from cogvideox.denoising import noise_process
 
 
 class NoiseSource:
-    """Draws in this process; as a context manager, in another until the context ends.
+    """Draws noise in this process or, as a context manager, in a second process.
 
-    The other process serves one `draw`, and none is started if this one has imported torch.
+    The second process serves one `draw`. It is not started if this process has imported torch.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class NoiseSource:
 
     def __enter__(self) -> "NoiseSource":
         if "torch" not in sys.modules:
-            # The terminal's signals are for this process alone: the other ends when its pipes do.
+            # Only this process gets the terminal's signals; the other ends when its pipes close.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", noise_process.__file__],
                 stdin=subprocess.PIPE,
@@ -46,13 +46,13 @@ class NoiseSource:
         """Draws standard normal noise [B, T, C, H, W] in `dtype`, bfloat16 or float32.
 
         Args:
-            draws: how often diffusers draws in each step; the last draw counts.
+            draws: number of draws by diffusers in each step; the last draw is used.
 
         Yields:
-            The initial noise, then that of each step: zeros where the step adds none.
+            The initial noise, then the noise of each step; zeros if the step adds none.
 
         Raises:
-            RuntimeError: the other process has ended.
+            RuntimeError: the second process has ended.
         """
         if self._process is None:
             values = noise_process.torch_draws(seed, shape, dtype.name)
@@ -70,14 +70,14 @@ class NoiseSource:
 def _received(
     process: subprocess.Popen[bytes], seed: int, shape: Sequence[int], dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """Yields what the other process draws."""
+    """Yields the noise that the second process draws."""
     assert process.stdin is not None and process.stdout is not None
     request = json.dumps({"seed": seed, "shape": list(shape), "dtype": dtype.name})
     process.stdin.write(request.encode() + b"\n")
     process.stdin.flush()
     while True:
         noise = np.empty(shape, dtype)
-        # A buffered reader fills the array unless the stream ends.
+        # A buffered reader returns fewer bytes only at the end of the stream.
         if process.stdout.readinto(noise.view(np.uint8).reshape(-1)) < noise.nbytes:  # type: ignore[attr-defined]
             raise RuntimeError(f"the process that draws noise ended with code {process.wait()}")
         yield noise

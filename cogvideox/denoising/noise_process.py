@@ -1,6 +1,6 @@
-"""The program of the process that draws noise for another (see `noise.NoiseSource`).
+"""Main program of the process that draws noise for another (see `noise.NoiseSource`).
 
-It imports nothing of the project, and torch alone of what takes long.
+To start fast, it imports only torch, numpy and the standard library.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def torch_draws(seed: int, shape: Sequence[int], dtype: str) -> Iterator[np.ndarray]:
-    """Draws standard normal noise with torch's CPU generator, endlessly; bfloat16 as numpy's."""
+    """Yields standard normal noise from torch's CPU generator without end, as numpy arrays."""
     import torch  # takes seconds
 
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -28,8 +28,8 @@ def torch_draws(seed: int, shape: Sequence[int], dtype: str) -> Iterator[np.ndar
 
 
 def main() -> None:
-    """Reads one request from stdin and writes noise to stdout until nobody reads it."""
-    gc.disable()  # a tenth of what importing takes
+    """Reads one request from stdin and writes noise to stdout until the reader closes it."""
+    gc.disable()  # saves a tenth of the import time
     import torch  # noqa: F401 (before the request arrives)
 
     request = sys.stdin.readline()

@@ -1,7 +1,7 @@
 """The denoising step as one compiled program: transformer, guidance and scheduler.
 
-The step is one shard_map over the mesh: every device holds some rows of the token sequence, of all
-samples, and runs the transformer on its share of the guided batch.
+The step is one shard_map over the mesh. Every device holds a shard of the token rows of all samples
+and runs the transformer on its shard of the guided batch.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from runtime.tensor_files import StoredTensor
 if TYPE_CHECKING:
     from cogvideox.transformer.model import TokenTransformer
 
-# What is traced into the step, relative to the project: its executables depend on nothing else.
+# Files traced into the step, relative to the project; its executables depend on no others.
 SOURCES = (
     "cogvideox/model/config.py",
     "cogvideox/transformer",
@@ -43,12 +43,12 @@ SOURCES = (
     "splash_attention",
 )
 
-TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: rows are split, samples are not
+TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: split by rows, not by samples
 _ROWS = P(("sp", "tp"), None)  # [S, E]
 _BATCH = P("dp")  # the transformer's samples, guidance's included
 
-# Of the transformer's config: what makes the positional tables, which are arguments of the program,
-# or nothing that is computed here.
+# Fields of the transformer's config that do not affect the program: they are unused, or only affect
+# the positional tables, which are arguments.
 _NOT_IN_THE_PROGRAM = {
     *("sample_height", "sample_width", "sample_frames", "max_text_seq_length", "dropout"),
     *("spatial_interpolation_scale", "temporal_interpolation_scale", "temporal_compression_ratio"),
@@ -57,14 +57,14 @@ _NOT_IN_THE_PROGRAM = {
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """The denoising program of one model and one shape on one mesh.
+    """Denoising program for one model and one shape on one mesh.
 
-    Prompts, seeds, guidance scales, schedulers and step counts are arguments of the program, so
-    one compilation serves them all.
+    Prompts, noise, guidance scales and scheduler coefficients are arguments: changing the prompt,
+    seed, guidance scale, scheduler or step count does not recompile.
     """
 
-    config: TransformerConfig  # the transformer's
-    stored: Mapping[str, StoredTensor]  # headers of its safetensors files; {} loads nothing
+    config: TransformerConfig
+    stored: Mapping[str, StoredTensor]  # safetensors headers; {} if no weights are loaded
     latents: LatentShape
     text_tokens: int
     guided: bool  # classifier-free guidance; doubles the transformer's batch
@@ -74,7 +74,7 @@ class Denoiser:
 
     @property
     def layout(self) -> TokenLayout:
-        """How latents and text become the rows of a sequence."""
+        """Layout of latents and text in the token sequence."""
         layout = TokenLayout(
             self.latents, self.config.patch_size, self.config.patch_size_t or 1,
             self.text_tokens, padded=0,
@@ -93,17 +93,17 @@ class Denoiser:
 
     @property
     def position_specs(self) -> dict[str, P | tuple[P, P]]:
-        # Attention sees all tokens.
+        # Attention uses the rows of all tokens, so the tables are not split.
         specs: dict[str, P | tuple[P, P]] = {"rotary": (P(), P()), "embedding": _ROWS}
         return {name: specs[name] for name in self.positions}
 
     def load(self, executables: Path | None = None) -> dict[str, jax.Array]:
-        """Reads the weights into their shards, with programs from the folder or compiled."""
+        """Reads the weights into their shards; reads the stacking programs or compiles them."""
         dtype = jnp.dtype(self.dtype)
         return load_parameters(self.config, self.stored, self.mesh, dtype, executables)
 
     def prompt_embeds(self, embeddings: Mapping[str, np.ndarray]) -> jax.Array:
-        """The transformer's text input [B or 2B, S, E]: negative prompts first if guided."""
+        """Builds the transformer's text input [B or 2B, S, E]; negative prompts first if guided."""
         parts = [embeddings["prompt_embeds"]]
         if self.guided:
             parts.insert(0, embeddings["negative_prompt_embeds"])
@@ -111,19 +111,19 @@ class Denoiser:
         return place(text, self.sharding(_BATCH))
 
     def compile(self, executables: Path | None = None) -> Callable:
-        """The step from the folder of executables, or compiled; needs no weights."""
+        """Reads the step from the folder of executables or compiles it; needs no weights."""
         devices = list(self.mesh.devices.flat)
         return find_or_compile([self.program], executables, devices=devices)[0]
 
     @property
     def programs(self) -> list[Program]:
-        """The step, and what loading the weights runs."""
+        """Returns the step's program and the programs that load the weights."""
         stacks = stack_programs(self.config, self.mesh, jnp.dtype(self.dtype))
         return [self.program, *{stack.name: stack for stack in stacks.values()}.values()]
 
     @property
     def program(self) -> Program:
-        """The step, and everything that decides its executable."""
+        """Returns the step's program with everything that determines its executable."""
         b, t, _, h, w = self.latents.sizes
         mesh = "".join(f"-{axis}{size}" for axis, size in self.mesh.shape.items())
         config = {
@@ -146,7 +146,7 @@ class Denoiser:
 
     @property
     def _block_sizes(self) -> dict[str, int]:
-        """The attention kernel's tiles, which the chip and the shapes decide."""
+        """Returns the attention kernel's tile sizes; they depend on chip and shapes."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self.backend.block_sizes(
                 self.config.attention_head_dim,
@@ -156,7 +156,7 @@ class Denoiser:
             )
 
     def lower(self) -> jax.stages.Lowered:
-        """The step lowered for abstract arguments, placed as `run` places the real ones."""
+        """Lowers the step for abstract arguments, sharded as in the loop."""
 
         def abstract(shape: tuple[int, ...], dtype: DTypeLike, spec: P) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(spec))
@@ -185,9 +185,9 @@ class Denoiser:
                 *jax.tree.map(lambda _: P(), scalars),
             ),
             out_specs=(TOKENS, TOKENS),
-            check_vma=False,  # pallas_call does not say over which axes its output varies
+            check_vma=False,  # pallas_call does not declare which axes its output varies over
         )
-        # Pallas asks the abstract mesh which chip it compiles for.
+        # Pallas reads the chip it compiles for from the abstract mesh.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return jax.jit(step, donate_argnums=(0, 1)).lower(
                 tokens, x0, parameters, position_arrays, prompt_embeds, tokens, *scalars
@@ -205,13 +205,13 @@ class Denoiser:
         guidance_scale: tuple[jax.Array, ...],
         coefficients: StepCoefficients[jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
-        """Transformer, guidance and scheduler on one device.
+        """Runs transformer, guidance and scheduler on one device.
 
         Args:
             tokens, noise: [B, s, C] in the run's dtype, this device's rows of every sample.
             previous_x0: the same in float32.
-            prompt_embeds: [b, S_text, text_embed_dim], this device's samples; with guidance the
-                samples are the negative prompts, then the prompts.
+            prompt_embeds: [b, S_text, text_embed_dim], this device's samples; with guidance, the
+                negative prompts come before the prompts.
 
         Returns:
             The next tokens and x0, [B, s, C].
@@ -229,7 +229,7 @@ class Denoiser:
             negative, positive = jnp.split(output, 2)
             output = negative + guidance_scale[0] * (positive - negative)
         following, x0 = step(tokens, output, previous_x0, noise, coefficients)
-        # Rows without a patch stay zero, whatever the transformer makes of them.
+        # Text and padding rows stay zero; the transformer's output there is undefined.
         rows = row_indices(tokens.shape[1])[:, None]
         is_video = (rows >= self.layout.text) & (rows < self.layout.tokens)
         following, x0 = (jnp.where(is_video, x, 0) for x in (following, x0))
@@ -244,9 +244,9 @@ class Denoiser:
     def step_scalars(
         self, timestep: int, guidance_scale: float, coefficients: StepCoefficients[float]
     ) -> tuple[np.int32, tuple[np.float32, ...], StepCoefficients[np.float32]]:
-        """Returns what changes from step to step as arrays: constants would recompile the program.
+        """Returns the scalars of one step as arrays; constants would recompile the program.
 
-        Unguided, the step has no guidance scale: JAX drops unused arguments from the executable.
+        An unguided step has no guidance scale: JAX drops unused arguments from the executable.
         """
         guidance = (np.float32(guidance_scale),) if self.guided else ()
         return np.int32(timestep), guidance, StepCoefficients(*map(np.float32, coefficients))

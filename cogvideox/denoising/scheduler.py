@@ -1,13 +1,13 @@
 """DDIM and DPM steps of CogVideoX as one pure function of arrays.
 
 Both schedulers, for every prediction type, are linear in the sample, the model output, the last
-prediction of x0 and the noise. The coefficients are computed on the host in diffusers' precision
-(float64 for the published beta schedule), so the jitted step holds no schedule: another step count,
-scheduler or prediction type compiles nothing.
+prediction of x0 and the noise. The host computes the coefficients in diffusers' precision (float64
+for the published beta schedule) and passes them to the jitted step. So changing the step count,
+scheduler or prediction type does not recompile.
 
-Follows diffusers' schedulers/scheduling_dpm_cogvideox.py (DPM-Solver++ 2M SDE, arXiv 2211.01095,
-in CogVideoX's form) and scheduling_ddim_cogvideox.py (arXiv 2010.02502), which tests compare;
-importing them would take longer than reading the weights.
+Sources: diffusers' schedulers/scheduling_dpm_cogvideox.py (DPM-Solver++ 2M SDE, arXiv 2211.01095,
+in CogVideoX's form) and scheduling_ddim_cogvideox.py (arXiv 2010.02502). Tests compare both. They
+are not imported here because that takes longer than reading the weights.
 """
 
 import dataclasses
@@ -46,16 +46,16 @@ def step(
     noise: jax.Array,
     coefficients: StepCoefficients[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """One denoising step, computed in float32.
+    """Computes one denoising step in float32.
 
     Args:
         sample: the noisy latents [B, T, C, H, W].
         model_output: the guided prediction, same shape.
-        previous_x0: the last step's x0, same shape (anything finite where its weight is 0).
-        noise: standard normal, same shape (anything finite where its weight is 0).
+        previous_x0: the last step's x0, same shape; any finite values if its weight is 0.
+        noise: standard normal, same shape; any finite values if its weight is 0.
 
     Returns:
-        The less noisy latents and the predicted x0, both float32.
+        The latents of the next timestep and the predicted x0, both float32.
     """
     sample = sample.astype(jnp.float32)
     x0 = coefficients.x0_sample * sample + coefficients.x0_output * model_output.astype(jnp.float32)
@@ -66,23 +66,24 @@ def step(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """All steps of one run, ready on the host."""
+    """Per-step arguments of one run, on the host."""
 
     timesteps: tuple[int, ...]
     guidance_scales: tuple[float, ...]
     coefficients: tuple[StepCoefficients[float], ...]
-    noise_draws: tuple[int, ...]  # how often diffusers draws noise in each step; the last counts
+    noise_draws: tuple[int, ...]  # draws by diffusers in each step; the last one is used
 
 
 def make_schedule(settings: DenoisingSettings, config: SchedulerConfig) -> Schedule:
-    """The timesteps, guidance scales, coefficients and noise draws of a run.
+    """Computes the timesteps, guidance scales, coefficients and noise draws of a run.
 
     Args:
-        settings: names the scheduler, dpm or ddim, the steps and the guidance.
-        config: the model's scheduler, of either class.
+        settings: scheduler (dpm or ddim), steps and guidance.
+        config: the model's scheduler config, of either class.
 
     Raises:
-        ValueError: more steps than the model was trained with, or an unknown prediction type.
+        ValueError: there are more steps than training timesteps, or the prediction type is
+            unknown.
     """
     steps = settings.num_inference_steps
     if steps > config.num_train_timesteps:
@@ -95,13 +96,13 @@ def make_schedule(settings: DenoisingSettings, config: SchedulerConfig) -> Sched
     for i, timestep in enumerate(timesteps):
         previous = timestep - stride
         alpha, alpha_next = alphas[timestep], alphas[previous] if previous >= 0 else final
-        # Zero terminal SNR makes alpha 0: infinities cancel below.
+        # Zero terminal SNR makes alpha 0; the infinities cancel below.
         with np.errstate(divide="ignore"):
             if settings.scheduler == "ddim":
                 update, drawn = _ddim_update(alpha, alpha_next), 0
             else:
-                # diffusers falls back to first order, with one draw, where it has no earlier x0
-                # to use (the first step) or steps past the end (the last one, mostly).
+                # diffusers falls back to first order, with one draw, if there is no earlier x0
+                # (first step) or the step goes past the end (usually the last one).
                 second_order = i > 0 and previous >= 0
                 alpha_back = alphas[timesteps[i - 1]] if second_order else None
                 update = _dpm_update(alpha, alpha_next, alpha_back)
@@ -114,7 +115,7 @@ def make_schedule(settings: DenoisingSettings, config: SchedulerConfig) -> Sched
 
 
 def _alphas(config: SchedulerConfig) -> np.ndarray:
-    """The products of all alphas up to each training timestep."""
+    """Computes the cumulative product of alphas at each training timestep."""
     kind, count = config.beta_schedule, config.num_train_timesteps
     start, stop = config.beta_start, config.beta_end
     if config.trained_betas is not None:
@@ -138,7 +139,7 @@ def _alphas(config: SchedulerConfig) -> np.ndarray:
 
 
 def _timesteps(config: SchedulerConfig, steps: int) -> list[int]:
-    """The training timesteps to denoise at, the noisiest first."""
+    """Returns the training timesteps to denoise at, noisiest first."""
     spacing, trained = config.timestep_spacing, config.num_train_timesteps
     if spacing == "linspace":
         timesteps = np.linspace(0, trained - 1, steps).round()[::-1]
@@ -152,7 +153,7 @@ def _timesteps(config: SchedulerConfig, steps: int) -> list[int]:
 
 
 def _x0_weights(prediction_type: str, alpha: np.floating) -> tuple[_Real, _Real]:
-    """The weights of sample and model output in the prediction of x0."""
+    """Returns the weights of sample and model output in the prediction of x0."""
     if prediction_type == "v_prediction":
         return alpha**0.5, -((1 - alpha) ** 0.5)
     if prediction_type == "epsilon":
@@ -170,7 +171,7 @@ def _ddim_update(alpha: np.floating, alpha_next: np.floating) -> tuple[_Real, ..
 def _dpm_update(
     alpha: np.floating, alpha_next: np.floating, alpha_back: np.floating | None
 ) -> tuple[_Real, ...]:
-    """First order without `alpha_back`, of the step before."""
+    """Computes a DPM update; first order without `alpha_back`, the previous step's alpha."""
 
     def log_snr(alpha: np.floating) -> np.floating:
         return np.log((alpha / (1 - alpha)) ** 0.5)
@@ -186,11 +187,11 @@ def _dpm_update(
 
 
 def _guidance_scale(settings: DenoisingSettings, timestep: int) -> float:
-    """The guidance scale of a step, in float64.
+    """Computes the guidance scale of a step in float64.
 
-    With dynamic guidance diffusers puts the timestep (0..999) where a step's number was meant, so
-    the cosine's argument reaches 1e7 rad and more; float32 gives values that differ by up to 3.45
-    on a scale of 1 to 7.
+    With dynamic guidance, diffusers uses the timestep (0..999) in place of the step index, so the
+    cosine's argument exceeds 1e7 rad. float32 gives values that differ by up to 3.45 on a scale of
+    1 to 7.
     """
     if not settings.use_dynamic_cfg:
         return settings.guidance_scale

@@ -1,7 +1,6 @@
-"""A model folder in diffusers layout: where it is, its configuration, its weight files.
+"""A model folder in diffusers layout: location, configuration and weight files.
 
-Everything that can be refused about a model is refused here, from JSON files and safetensors
-headers alone, before any weight is read.
+Models are checked here from JSON files and safetensors headers only, before weights are read.
 """
 
 import contextlib
@@ -24,33 +23,33 @@ from runtime.text import printable
 
 MODEL_PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 WEIGHTED_PARTS = ("text_encoder", "transformer", "vae")
-_MOST_PROBLEMS = 8  # of the weights, in one message
+_MOST_PROBLEMS = 8  # most problems with weights that one message lists
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """A diffusers-format model on disk, as one stage sees it.
+    """A model on disk in diffusers layout.
 
-    Two folders hold the same model if their parts' digests agree, wherever they are.
+    Two folders hold the same model if the digests of their parts are equal.
     """
 
-    model_id: str  # what the user named: a hub id, or the folder's absolute path
-    revision: str | None  # the hub commit, None for a folder
+    model_id: str  # what the user gave: a hub id, or the folder's absolute path
+    revision: str | None  # hub commit; None for a folder
     path: Path
 
     @cached_property
     def transformer(self) -> TransformerConfig:
-        """The transformer's configuration; the file is read once."""
+        """Configuration of the transformer; the file is read once."""
         return TransformerConfig.from_file(self.path / "transformer" / "config.json")
 
     @cached_property
     def vae(self) -> VaeConfig:
-        """The VAE's configuration."""
+        """Configuration of the VAE."""
         return VaeConfig.from_file(self.path / "vae" / "config.json")
 
     @cached_property
     def scheduler(self) -> SchedulerConfig:
-        """The scheduler's configuration."""
+        """Configuration of the scheduler."""
         return SchedulerConfig.from_file(self.path / "scheduler" / "scheduler_config.json")
 
     @cached_property
@@ -58,7 +57,7 @@ class ModelFolder:
         return {}
 
     def digest(self, part: str) -> str:
-        """What `part` contains, in 16 hexadecimal digits; computed once.
+        """Returns a digest of the contents of `part`, 16 hexadecimal digits; computed once.
 
         Raises:
             ValueError: a file of the part is missing or damaged.
@@ -70,9 +69,9 @@ class ModelFolder:
         return self._digests[part]
 
     def digests(self, parts: Sequence[str]) -> dict[str, str]:
-        """The digests of those of `parts` that are there whole.
+        """Returns the digests of those of `parts` that are complete and undamaged.
 
-        A part that a stage loads is read again by that stage, which says what is wrong with it.
+        The stage that loads a part reads it again and reports what is wrong with it.
         """
         found = {}
         for part in parts:
@@ -81,7 +80,7 @@ class ModelFolder:
         return found
 
     def component_class(self, part: str) -> str:
-        """The class that model_index.json names for `part`, such as "T5EncoderModel"."""
+        """Returns the class in model_index.json for `part`, such as "T5EncoderModel"."""
         index = read_json_object(self.path / "model_index.json")
         entry = index.get(part)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[1]):
@@ -90,18 +89,18 @@ class ModelFolder:
 
 
 def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
-    """Finds the model and makes sure that the JSON files of all and the weights of `parts` exist.
+    """Finds the model; checks that its JSON files and the folders of `parts` exist.
 
     Args:
-        model_id: a folder in diffusers layout or a Hugging Face hub id (downloaded to, or read
-            from, the hub cache; only `parts` are fetched).
+        model_id: a folder in diffusers layout or a Hugging Face hub id; of the latter only `parts`
+            are downloaded to, or read from, the hub cache.
         parts: the sub-folders this stage loads.
 
     Raises:
         ValueError: there is no such model, or a part of it is missing.
     """
     path = Path(model_id).expanduser()
-    if os.path.isdir(path):  # unlike Path.is_dir, false for names that no file system takes
+    if os.path.isdir(path):  # unlike Path.is_dir, false for invalid names
         model = ModelFolder(str(path.resolve()), None, path.resolve())
     else:
         if _names_a_folder(model_id):
@@ -114,18 +113,18 @@ def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
             raise ValueError(f"model {model_id} has no folder {part}/")
         for file in (model.path / part).iterdir():
             if not file.is_dir():
-                check_regular(file)  # libraries open them by their names, and would wait for a pipe
+                check_regular(file)  # libraries open files by name; a pipe would block them
     return model
 
 
 def _names_a_folder(model_id: str) -> bool:
-    """Whether a model id can only be meant for a folder: the hub's are NAME or OWNER/NAME."""
+    """Returns whether a model id can only be a folder: hub ids are NAME or OWNER/NAME."""
     return model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1
 
 
 def _download(model_id: str, patterns: list[str]) -> str:
-    """A hub snapshot holding the files of `patterns`, from the network or the local hub cache."""
-    # Only here: the client takes as long to import as a folder takes to check.
+    """Returns a hub snapshot with the files of `patterns`, from the network or the hub cache."""
+    # Imported only here: importing the client takes as long as checking a folder.
     import huggingface_hub
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -146,10 +145,10 @@ def _download(model_id: str, patterns: list[str]) -> str:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor in the safetensors files of `folder` (one file, or shards with an index).
+    """Returns every tensor in the safetensors files of `folder`: one file, or shards and an index.
 
     Raises:
-        ValueError: no safetensors weights, a missing shard, or a damaged file.
+        ValueError: there are no safetensors weights, a shard is missing, or a file is damaged.
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
@@ -174,10 +173,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def check_names_and_shapes(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], *, what: str
 ) -> None:
-    """Holds the stored weights against the module's, and reports the differences at once.
+    """Compares the stored weights' names and shapes with the module's.
 
     Raises:
-        ValueError: listing the missing, extra and misshapen weights.
+        ValueError: weights are missing, extra or of the wrong shape; the message lists them.
     """
     problems = [f"missing {name}" for name in sorted(expected.keys() - stored.keys())]
     problems += [f"extra {name}" for name in sorted(stored.keys() - expected.keys())]

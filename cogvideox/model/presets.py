@@ -1,7 +1,7 @@
-"""What each published model accepts: the facts that its configuration files do not hold.
+"""Presets: sizes, lengths and defaults that a model's configuration files do not contain.
 
-Sizes, frame counts, frame rates and defaults are those of the model cards. A model that is not a
-published one (a fine-tune of another size, a test model) is held to its own sample size.
+Sizes, frame counts, frame rates and defaults come from the model cards. An unpublished model (a
+fine-tune of another size, a test model) uses its own sample size.
 """
 
 import dataclasses
@@ -11,10 +11,10 @@ from cogvideox.model.config import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """The sizes, lengths and defaults one model was trained for."""
+    """Sizes, lengths and defaults of one model, as trained."""
 
     name: str
-    sizes: tuple[tuple[int, int], ...]  # (height, width) in pixels, the default first
+    sizes: tuple[tuple[int, int], ...]  # (height, width) in pixels, default first
     frame_step: int  # valid frame counts are frame_step * N + 1
     max_frames: int
     num_frames: int
@@ -40,14 +40,14 @@ _V1_5 = Preset(
     fps=16,
 )
 
-# By (num_layers, num_attention_heads) of the transformer: those that THUDM / zai-org published.
+# Models published by THUDM / zai-org, by the transformer's (num_layers, num_attention_heads).
 _PUBLISHED = {
     (30, 30): dataclasses.replace(_V1_0, name="CogVideoX-2b"),
     (42, 48): dataclasses.replace(_V1_0, name="CogVideoX-5b"),
 }
 _PUBLISHED_V1_5 = {
     (42, 48): dataclasses.replace(_V1_5, name="CogVideoX1.5-5B"),
-    # The small model in models/toyworld; its card has the scores behind these defaults.
+    # The small model in models/toyworld; its model card has the scores for these defaults.
     (6, 4): Preset(
         name="toyworld",
         sizes=((96, 160),),
@@ -62,10 +62,10 @@ _PUBLISHED_V1_5 = {
 
 
 def preset_for(transformer: TransformerConfig, spatial_factor: int) -> Preset:
-    """The preset of a transformer, told apart by its configuration, never by its folder's name.
+    """Returns the preset of a transformer, chosen by its configuration, not by its folder's name.
 
     Args:
-        transformer: its configuration.
+        transformer: configuration of the transformer.
         spatial_factor: pixels per latent along height and width (8 for the published VAEs).
     """
     is_v1_5 = transformer.patch_size_t is not None
@@ -89,13 +89,14 @@ def preset_for(transformer: TransformerConfig, spatial_factor: int) -> Preset:
 
 
 def check_size(preset: Preset, height: int, width: int, *, multiple: int, any_size: bool) -> None:
-    """Refuses a size that the model cannot compute, or (unless `any_size`) was not trained for.
+    """Checks that the model can compute a size and, unless `any_size`, was trained for it.
 
     Args:
         multiple: pixels per transformer patch; height and width must be multiples of it.
 
     Raises:
-        ValueError: with the argument, its value and the nearest that works.
+        ValueError: the size is refused; the message has the argument, its value and the nearest
+            valid value.
     """
     for name, value in (("height", height), ("width", width)):
         if value < multiple or value % multiple:
@@ -112,10 +113,10 @@ def check_size(preset: Preset, height: int, width: int, *, multiple: int, any_si
 
 
 def check_frames(preset: Preset, num_frames: int, *, temporal_factor: int, any_size: bool) -> None:
-    """Refuses a frame count that the VAE cannot make, or (unless `any_size`) was not trained for.
+    """Checks that the VAE can make a frame count and, unless `any_size`, was trained for it.
 
     Raises:
-        ValueError: with the value and the nearest counts that work.
+        ValueError: the count is refused; the message has the value and the nearest valid counts.
     """
     step = temporal_factor if any_size else preset.frame_step
     limit = None if any_size else preset.max_frames

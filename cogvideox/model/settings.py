@@ -1,4 +1,4 @@
-"""The settings of one denoising run: asked for, completed from the model, checked."""
+"""Settings of one denoising run: requested values, model defaults and checks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from cogvideox.model.presets import check_frames, check_size, preset_for
 
 @dataclasses.dataclass(frozen=True)
 class LatentShape:
-    """The latents of one run, padding frames included."""
+    """Shape of the latents of one run, padding frames included."""
 
     batch: int
     frames: int
@@ -21,13 +21,13 @@ class LatentShape:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """[B, T, C, H, W], the order that diffusers' pipeline and transformer use."""
+        """[B, T, C, H, W], in the order of diffusers' pipeline and transformer."""
         return dataclasses.astuple(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class DenoisingSettings:
-    """Everything that decides the latents, by diffusers' names, defaults filled in."""
+    """All settings that affect the latents, by diffusers' names, with defaults filled in."""
 
     height: int
     width: int
@@ -45,7 +45,7 @@ class DenoisingSettings:
         return self.guidance_scale > 1.0
 
     def describe(self) -> str:
-        """One line for people."""
+        """Returns a one-line summary for the user."""
         dynamic = " dynamic" if self.use_dynamic_cfg else ""
         return (
             f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps, "
@@ -54,22 +54,22 @@ class DenoisingSettings:
         )
 
 
-# Ten times 161 frames of 768x1360; attention alone would take days beyond.
+# Ten times 161 frames of 768x1360; beyond that, attention alone would take days.
 _MOST_TOKENS = 1 << 20
 
-# What is None is taken from the model.
+# Requested settings; None takes the model's default.
 Wishes = Mapping[str, Any]
 
 
 def complete_settings(wishes: Wishes, model: ModelFolder, *, any_size: bool) -> DenoisingSettings:
-    """Fills the open settings from the model's preset and checks all of them.
+    """Fills unset settings from the model's preset and checks all settings.
 
     Args:
-        wishes: the fields of DenoisingSettings; None where the model decides.
-        any_size: lets sizes and frame counts through that the model was not trained for.
+        wishes: fields of DenoisingSettings; None takes the model's default.
+        any_size: accept sizes and frame counts that the model was not trained for.
 
     Raises:
-        ValueError: a setting that the model cannot compute, with the nearest that it can.
+        ValueError: the model cannot compute a setting; the message has the nearest valid value.
     """
     transformer, vae = model.transformer, model.vae
     _require_text_to_video(transformer)
@@ -122,10 +122,10 @@ def complete_settings(wishes: Wishes, model: ModelFolder, *, any_size: bool) -> 
 def latent_shape(
     settings: DenoisingSettings, model: ModelFolder, batch: int
 ) -> tuple[LatentShape, int]:
-    """The shape to denoise, and how many of its leading latent frames are padding.
+    """Returns the shape to denoise and the number of its leading padding frames.
 
-    CogVideoX 1.5 takes latent frames in groups of patch_size_t; the frames missing to a whole
-    group are added, denoised along and dropped, all at the front, as diffusers does.
+    CogVideoX 1.5 takes latent frames in groups of patch_size_t. As in diffusers, the first group is
+    padded at the front; the padding frames are denoised and then dropped.
     """
     transformer, vae = model.transformer, model.vae
     frames = (settings.num_frames - 1) // vae.temporal_compression_ratio + 1
@@ -136,22 +136,23 @@ def latent_shape(
 
 
 def decoded_frames(latent_frames: int, factor: int) -> int:
-    """Frames that diffusers' VAE makes of latent frames, `factor` of most.
+    """Returns the number of frames that diffusers' VAE decodes from latent frames.
 
-    The odd latent frame of the first batch becomes a single frame; an even number has none.
+    Each latent frame gives `factor` frames. With an odd number of latent frames, the first one
+    gives a single frame.
     """
     return latent_frames * factor - (factor - 1) * (latent_frames % 2)
 
 
 def text_tokens(asked: int | None, transformer: TransformerConfig, *, any_length: bool) -> int:
-    """Tokens per prompt: what was asked for, or what the model was trained with.
+    """Returns the tokens per prompt: as requested, or as the model was trained.
 
     Args:
-        any_length: lets lengths through that the model was not trained for.
+        any_length: accept lengths that the model was not trained for.
 
     Raises:
-        ValueError: the model was not trained for that number, or has sincos positions, which no
-            option makes longer or shorter.
+        ValueError: the model was not trained for that number; or it has sincos positions, whose
+            length no option changes.
     """
     own = transformer.max_text_seq_length
     tokens = own if asked is None else asked

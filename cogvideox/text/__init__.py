@@ -1,1 +1,1 @@
-"""Prompts to embeddings."""
+"""Encoding of prompts."""

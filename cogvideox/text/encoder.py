@@ -1,4 +1,4 @@
-"""Prompts to T5 embeddings, on the CPU with transformers."""
+"""Encoding of prompts to T5 embeddings, on the CPU with transformers."""
 
 import dataclasses
 
@@ -21,12 +21,13 @@ class TextEncoder:
 
 
 def check_weights(model: ModelFolder) -> None:
-    """Holds the encoder's weight headers against its config.
+    """Checks the encoder's weight headers against its config.
 
-    transformers draws what is missing at random, with a warning.
+    transformers initialises missing weights at random and only warns. Extra weights, such as a
+    decoder's, are ignored.
 
     Raises:
-        ValueError: listing every missing or misshapen weight; others (a decoder) are not used.
+        ValueError: weights are missing or of the wrong shape; the message lists them.
     """
     _silence_transformers()
     encoder_class = _class(model, "text_encoder")
@@ -35,7 +36,7 @@ def check_weights(model: ModelFolder) -> None:
         module = encoder_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     stored = stored_tensors(model.path / "text_encoder")
-    if stored.keys() & _SAME_WEIGHT:  # one of the two names is enough
+    if stored.keys() & _SAME_WEIGHT:  # either of the two names is enough
         expected = {
             n: shape for n, shape in expected.items() if n in stored or n not in _SAME_WEIGHT
         }
@@ -44,10 +45,10 @@ def check_weights(model: ModelFolder) -> None:
 
 
 def load_text_encoder(model: ModelFolder, dtype: torch.dtype) -> TextEncoder:
-    """Loads only `tokenizer/` and `text_encoder/`, with the classes that model_index.json names.
+    """Loads `tokenizer/` and `text_encoder/` with the classes in model_index.json.
 
-    transformers maps the safetensors files and converts tensor by tensor into place, so T5-XXL
-    (9.5 GB in bfloat16) is held once.
+    transformers maps the safetensors files and converts tensor by tensor, so T5-XXL (9.5 GB in
+    bfloat16) is in memory only once.
     """
     _silence_transformers()
     tokenizer = _class(model, "tokenizer").from_pretrained(model.path / "tokenizer")
@@ -58,7 +59,7 @@ def load_text_encoder(model: ModelFolder, dtype: torch.dtype) -> TextEncoder:
 
 
 def _silence_transformers() -> None:
-    """Turns off transformers' own bars and warnings: this project checks and reports the same."""
+    """Turns off transformers' progress bars and warnings; this project reports the same itself."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -72,15 +73,15 @@ def encode(
 ) -> tuple[torch.Tensor, list[str]]:
     """Encodes prompts as diffusers' `CogVideoXPipeline._get_t5_prompt_embeds` does.
 
-    Every position counts: the padding is encoded and attended to, as in training.
+    Padding is encoded and attended to, as in training.
 
     Args:
         prompts: B texts.
-        max_sequence_length: S, tokens per prompt; shorter prompts are padded, longer ones cut.
+        max_sequence_length: S, tokens per prompt; prompts are padded or truncated to it.
 
     Returns:
-        The embeddings [B, S, E] in the encoder's dtype, and for each prompt the words that were
-        cut off ("" for none).
+        The embeddings [B, S, E] in the encoder's dtype, and the truncated words of each prompt
+        ("" for none).
     """
     tokenizer, encoder = text_encoder.tokenizer, text_encoder.encoder
     cut = tokenizer(
@@ -91,7 +92,7 @@ def encode(
         return_tensors="pt",
     )
     whole = tokenizer(prompts, verbose=False).input_ids
-    # The last kept position holds the end token, so one more token than the excess is lost.
+    # The end token takes the last position, so one more token than the excess is lost.
     dropped = [
         str(tokenizer.decode(ids[max_sequence_length - 1 : -1]))
         if len(ids) > max_sequence_length

@@ -1,15 +1,15 @@
-"""The transformer block in JAX: what diffusers' CogVideoXBlock computes, laid out for a mesh.
+"""The transformer block in JAX: diffusers' CogVideoXBlock on a device mesh.
 
-All blocks run as one `lax.scan` inside one `shard_map`, so every collective is written out:
+All blocks run as one `lax.scan` inside one `shard_map`; the collectives are explicit:
 
 - dp splits the batch (classifier-free guidance doubles it);
-- sp splits the tokens; around attention token shards become head shards, and each device sees all
-  tokens, text included, for its heads (DeepSpeed Ulysses, arXiv 2309.14509);
-- tp splits the heads and the MLP's columns; norms and residuals are split by tokens over it, so
-  none of that work is repeated (Megatron sequence parallelism, arXiv 2205.05198).
+- sp splits the tokens; for attention, token shards become head shards, and each device has all
+  tokens, text included, of its heads (DeepSpeed Ulysses, arXiv 2309.14509);
+- tp splits the heads and the MLP's columns; it splits norms and residuals by tokens, so no work is
+  repeated (Megatron sequence parallelism, arXiv 2205.05198).
 
-Text and video stay one sequence, told apart by position: splitting and joining them would cost a
-copy of all tokens each time, and lose the sharding.
+Text and video stay one sequence, distinguished by position. Splitting and concatenating them would
+copy all tokens each time and lose the sharding.
 """
 
 import dataclasses
@@ -24,20 +24,20 @@ from cogvideox.transformer.collectives import gather_over_tp, row_indices, sum_o
 from cogvideox.transformer.linear import linear, linear_to_tokens_first
 from cogvideox.transformer.norms import Rotary, longest_row
 
-# Of one layer, by diffusers' names inside the block, split over tp.
+# Parameters of one layer by diffusers' names inside the block, split over tp.
 Parameters = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The static facts of a block; its parameters are arguments.
+    """Static configuration of a block; its parameters are arguments.
 
     Attributes:
         head_dim: D.
-        norm_eps: of the two LayerNorms.
-        activation: of the MLP, a key of ACTIVATIONS.
-        text_tokens: the first tokens of the sequence are text.
-        tokens: text and video tokens, without the padding at the end.
+        norm_eps: epsilon of the two LayerNorms.
+        activation: activation of the MLP, a key of ACTIVATIONS.
+        text_tokens: number of text tokens; they come first.
+        tokens: number of text and video tokens, without the padding at the end.
         backend: runs the norms, attention and its projections.
     """
 
@@ -55,8 +55,8 @@ class Block:
 
         Args:
             x: [b, s, E], this device's batch and tokens (split over sp, then tp).
-            parameters: of this layer.
-            temb: [b, time_embed_dim], the time embedding.
+            parameters: parameters of this layer.
+            temb: time embedding [b, time_embed_dim].
             rotary: cos and sin [D / 2, S] float32.
 
         Returns:
@@ -71,14 +71,14 @@ class Block:
     def _modulate(
         self, parameters: Parameters, norm: str, x: jax.Array, temb: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """CogVideoXLayerNormZero: x normed and modulated [b, E, s], and the gate [b, s, E]."""
+        """Applies CogVideoXLayerNormZero; returns modulated x [b, E, s] and the gate [b, s, E]."""
         weight, bias = parameters[f"{norm}.linear.weight"], parameters[f"{norm}.linear.bias"]
         six = linear(jax.nn.silu(temb), weight, bias)
         six = gather_over_tp(six, axis=1).astype(jnp.float32)
         # Shift, scale and gate of video, then of text; [b, 2, E] each, text first.
         video_and_text = six.reshape(six.shape[0], 2, 3, -1)
         shift, scale, gate = (video_and_text[:, ::-1, i] for i in range(3))
-        # The norm's own weight and bias are folded in.
+        # Fold in the norm's own weight and bias.
         factor = parameters.get(f"{norm}.norm.weight", 1.0) * (1 + scale)
         shift = parameters.get(f"{norm}.norm.bias", 0.0) * (1 + scale) + shift
         rows = row_indices(x.shape[1])
@@ -90,7 +90,7 @@ class Block:
     def _attention(
         self, parameters: Parameters, modulated: jax.Array, rotary: Rotary | None
     ) -> jax.Array:
-        """Joint attention of text and video: modulated [b, E, s] to [b, s, E]."""
+        """Computes joint attention of text and video: modulated [b, E, s] to [b, s, E]."""
         with jax.named_scope("qkv"):
             modulated = gather_over_tp(modulated, axis=2)
             names = [f"attn1.{name}" for name in ("to_q", "to_k", "to_v")]
@@ -105,7 +105,7 @@ class Block:
                 parameters[f"attn1.{name}"].astype(jnp.float32)
                 for name in ("norm_q.weight", "norm_q.bias", "norm_k.weight", "norm_k.bias")
             )
-            # The rotation is linear, so what scales the norm's parameters scales q.
+            # The rotation is linear: scaling the norm's parameters scales q.
             scale = self.backend.query_scale(self.head_dim)
             weight_q, bias_q = weight_q * scale, bias_q * scale
             scores = longest_row(weight_q, bias_q) * longest_row(weight_k, bias_k)
@@ -121,7 +121,7 @@ class Block:
 
     @jax.named_scope("mlp")
     def _mlp(self, parameters: Parameters, modulated: jax.Array) -> jax.Array:
-        """modulated [b, E, s] to [b, s, E]."""
+        """Computes the MLP: modulated [b, E, s] to [b, s, E]."""
         modulated = gather_over_tp(modulated, axis=2)
         hidden = linear_to_tokens_first(modulated, parameters["ff.net.0.proj.weight"])
         if "ff.net.0.proj.bias" in parameters:

@@ -1,8 +1,8 @@
-"""The transformer's weights from mapped files into their shards, the layers of a block stacked.
+"""Loading of the transformer's weights from memory-mapped files into stacked, sharded arrays.
 
-Large parameters travel layer by layer, straight from the mapped files, and are stacked on the
-devices: JAX pins host memory to copy from, at 2 GB/s on the host of an H200, so it should need
-little of it and use that again.
+Large parameters are sent layer by layer from the mapped files and stacked on the devices. JAX pins
+the host memory that it copies from, at 2 GB/s on an H200's host. Small transfers reuse the pinned
+memory.
 """
 
 import collections
@@ -27,15 +27,15 @@ from runtime.jax_types import Device
 from runtime.programs import Program, machine_fields
 from runtime.tensor_files import StoredTensor
 
-# What is traced into the stacking programs, relative to the project.
+# Files traced into the stacking programs, relative to the project.
 SOURCES = ("cogvideox/transformer/loading.py",)
 
-# Layers on their way at once, and the parameters that they may belong to.
+# Limits on concurrent transfers: layers, and parameters they belong to.
 _READERS, _PARAMETERS = 8, 2
-# Layers of less travel stacked: a program to stack each would cost more than it saves.
+# Smaller layers are stacked on the host: a stacking program would cost more than it saves.
 STACKED_ON_DEVICES_BYTES = 1 << 20
 
-# Reads a part of a stored tensor, its rows in the order of `Parameter.row_order`.
+# Reads a slice of a stored tensor with its rows in the order of `Parameter.row_order`.
 RowReader = Callable[[np.ndarray, tuple[slice, ...]], np.ndarray]
 
 
@@ -48,7 +48,7 @@ def _rotary_order(head_dim: int, tensor: np.ndarray, index: tuple[slice, ...]) -
 
 
 def _gated_order(tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-    """Takes half of a shard's rows from each half of the tensor."""
+    """Reads half of a shard's rows from each half of the tensor."""
     start, stop, _ = index[0].indices(tensor.shape[0])
     middle = tensor.shape[0] // 2
     halves = [slice(first + start // 2, first + stop // 2) for first in (0, middle)]
@@ -58,7 +58,7 @@ def _gated_order(tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
 def stack_programs(
     config: TransformerConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype
 ) -> dict[str, Program]:
-    """The program that stacks a parameter's layers, by parameter; equal shapes share a program."""
+    """Returns the stacking program of each parameter, by name; equal shapes share a program."""
     surroundings = machine_fields(mesh, (), SOURCES)
     axes = "".join(f"-{axis}{size}" for axis, size in mesh.shape.items())
     programs, shared = {}, {}
@@ -97,15 +97,15 @@ def load_parameters(
     dtype: jnp.dtype,
     executables: Path | None = None,
 ) -> dict[str, jax.Array]:
-    """Reads the weights from mapped files straight into their shards.
+    """Reads the weights from mapped files directly into their shards.
 
-    Neither the host nor a device ever holds more than a parameter or two beside the model's own.
+    Host and devices hold at most two parameters in addition to the model.
 
     Args:
-        executables: folder of artifacts, which may hold the `stack_programs`.
+        executables: folder of executables; it may contain the `stack_programs`.
 
     Returns:
-        The stacked parameters by name, placed as the table says, in `dtype`.
+        The stacked parameters by name, sharded as in the table, in `dtype`.
     """
     table = parameter_table(config)
     programs = stack_programs(config, mesh, dtype)
@@ -125,7 +125,7 @@ def load_parameters(
             program = programs.get(name)
             loaded[name] = stacks.result()[program.name](*arrays) if program else arrays[0]
 
-        # The largest first: the last transfer is the one that nothing hides.
+        # Largest first: nothing overlaps the last transfer.
         for name in sorted(table, key=lambda name: -math.prod(table[name].shape)):
             parameter = table[name]
             sources = [stored[source] for source in stored_names(name, parameter)]
@@ -152,7 +152,7 @@ def load_parameters(
 def _stacks(
     programs: Iterable[Program], executables: Path | None, mesh: jax.sharding.Mesh
 ) -> dict[str, Callable]:
-    """The executables of `programs` by name."""
+    """Returns the executables of `programs` by name."""
     different = {program.name: program for program in programs}
     found = find_or_compile(
         list(different.values()),
@@ -172,15 +172,15 @@ def _load(
     stacked: bool,
     kept: bool,
 ) -> jax.Array:
-    """Reads a tensor, or several as one with a leading axis, and waits until devices have it.
+    """Reads one tensor, or several along a leading axis, and waits for the transfer.
 
-    What is not `kept` may lie in the mapped file, on CPUs.
+    On CPUs the result may alias the mapped file unless `kept`.
     """
     stopping.check()
     shape = (len(layers), *layers[0].shape) if stacked else layers[0].shape
     holders: dict[tuple, list[Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None  # that is for shardings of no known size
+        assert index is not None  # None only for shardings of unknown size
         holders.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
     placed = []
     for bounds, devices in holders.items():

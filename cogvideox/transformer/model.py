@@ -1,9 +1,8 @@
-"""The whole transformer, top to bottom: diffusers' module through TorchAx, its blocks in JAX.
+"""The transformer: diffusers' module through TorchAx, with its blocks in JAX.
 
-The module is diffusers' own CogVideoXTransformer3DModel, built without weights; they are arguments.
-Its blocks are replaced by one JAX block (cogvideox/transformer/block.py) that `lax.scan` runs over
-stacked parameters of the same names, so that the compiler sees a single block however deep the
-model is.
+The module is diffusers' CogVideoXTransformer3DModel, built without weights; weights are arguments.
+`lax.scan` runs one JAX block (cogvideox/transformer/block.py) over stacked parameters of the same
+names in place of its blocks, so the compiler compiles a single block at any depth.
 """
 
 import dataclasses
@@ -24,9 +23,9 @@ from cogvideox.transformer.tokens import TokenLayout
 
 
 class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
-    """diffusers' transformer on the tokens of one device, its blocks stacked.
+    """diffusers' transformer on the tokens of one device, with stacked blocks.
 
-    Parameters and their names are diffusers'; only what cuts latents into patches is left out.
+    Parameters and their names are diffusers'. Only the cutting of latents into patches is left out.
     """
 
     @classmethod
@@ -58,13 +57,13 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
         """Predicts on one device of a mesh, inside shard_map.
 
         Args:
-            tokens: patches of the noisy latents [b, s, C], the device's rows; text rows are unused.
-            encoder_hidden_states: [b, S_text, text_embed_dim], all of the text.
+            tokens: noisy latents as patches [b, s, C], this device's rows; text rows are unused.
+            encoder_hidden_states: [b, S_text, text_embed_dim], the full text on every device.
             timestep: [b].
-            rotary, embedding: of `tokens.positions`, the device's rows.
+            rotary, embedding: this device's rows of `tokens.positions`.
 
         Returns:
-            [b, s, C], of no meaning in text and padding rows.
+            [b, s, C]; text and padding rows are undefined.
         """
         with jax.named_scope("embed"):
             temb = self.time_embedding(self.time_proj(timestep).to(tokens.dtype))
@@ -85,7 +84,7 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
 class StackedBlocks(torch.nn.Module):
     """All transformer blocks as one `lax.scan` of a JAX block over stacked parameters.
 
-    It replaces diffusers' list of blocks and has the names of one block's parameters.
+    It replaces diffusers' list of blocks; its parameters have the names of one block's.
     """
 
     def __init__(self, first: torch.nn.Module, block: Block) -> None:
@@ -120,7 +119,7 @@ def predict(
     timestep: jax.Array,
     positions: Mapping[str, object],
 ) -> jax.Array:
-    """Runs `TokenTransformer.forward` on JAX arrays; `timestep` [] is the whole batch's."""
+    """Runs `TokenTransformer.forward` on JAX arrays; the batch shares one `timestep` []."""
 
     def forward(parameters, *arguments, **positions):
         with torch.no_grad():

@@ -1,7 +1,7 @@
-"""The norms of a block: LayerNorm with modulation, and the q/k norm with rotary embedding.
+"""Norms of a block: LayerNorm with modulation, and the q/k norm with rotary embedding.
 
-Everything is computed in float32 and rounded once. The rotary pairs of a head lie half a head apart
-(`rotary_halves`), so that rotating moves no lanes.
+All arithmetic is float32, rounded once. The two rows of a rotary pair are half a head apart
+(`rotary_halves`), so the rotation moves no lanes.
 """
 
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# diffusers' CogVideoXBlock gives its q/k norms this epsilon, whatever the config says.
+# diffusers' CogVideoXBlock fixes the epsilon of its q/k norms; it ignores the config.
 EPS = 1e-6
 
 Rotary = tuple[jax.Array, jax.Array]
@@ -19,18 +19,20 @@ Rotary = tuple[jax.Array, jax.Array]
 def norm_and_modulate(
     x: jax.Array, scale: jax.Array, shift: jax.Array, text_rows: jax.Array, eps: float
 ) -> jax.Array:
-    """CogVideoXLayerNormZero: LayerNorm over E without parameters, times `scale`, plus `shift`.
+    """Applies LayerNorm over E without parameters, then multiplies by `scale` and adds `shift`.
+
+    Source: CogVideoXLayerNormZero.
 
     Args:
         x: [b, s, E]; text rows come first.
         scale, shift: [b, 2, E] float32, for text and for video.
-        text_rows: [] int32, how many of the s rows are text.
-        eps: of the norm.
+        text_rows: [] int32, number of text rows among the s rows.
+        eps: epsilon of the norm.
 
     Returns:
-        [b, E, s] in x's dtype. With the tokens last the products that follow give q and v with the
-        tokens last, and a v6e computes the MLP's first product in 1.8M cycles instead of 3.0M
-        (compiler estimates).
+        [b, E, s] in x's dtype. With tokens last, the following products give q and v with tokens
+        last, and the MLP's first product takes 1.8M cycles on a v6e instead of 3.0M (compiler
+        estimates).
     """
     is_text = (jnp.arange(x.shape[1]) < text_rows)[:, None]
     scale, shift = (jnp.where(is_text, part[:, :1], part[:, 1:]) for part in (scale, shift))
@@ -39,15 +41,15 @@ def norm_and_modulate(
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm over the last axis, without parameters."""
+    """Applies LayerNorm over the last axis, without parameters."""
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
 
 
 def rotary_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Reorders each head's rows (first axis) from pairs side by side to even half, odd half.
+    """Reorders each head's rows (first axis): even rows first, then odd rows.
 
-    q.k does not change when q and k are reordered alike.
+    q.k does not change if q and k are reordered in the same way.
     """
     paired = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return np.moveaxis(paired, 2, 1).reshape(rows.shape)
@@ -56,11 +58,11 @@ def rotary_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def norm_and_rotate(
     x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None
 ) -> jax.Array:
-    """LayerNorm over the D numbers of each head, then the rotary embedding.
+    """Applies LayerNorm over the D channels of each head, then the rotary embedding.
 
     Args:
         x: [b, s, R], R = heads x D.
-        weight, bias: of the norm, [D] float32; a factor on the result goes into both.
+        weight, bias: of the norm, [D] float32; scale both to scale the result.
         rotary: cos and sin [D / 2, s] float32.
 
     Returns:
@@ -74,7 +76,7 @@ def norm_and_rotate(
 def norm_heads(
     x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None, axis: int = -2
 ) -> jax.Array:
-    """`norm_and_rotate` of x float32 with D along `axis`; the rest broadcasts against it."""
+    """Applies `norm_and_rotate` to float32 x with D along `axis`; other arguments broadcast."""
     centred = x - x.mean(axis, keepdims=True)
     variance = jnp.square(centred).mean(axis, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + EPS) * weight + bias
@@ -86,10 +88,10 @@ def norm_heads(
 
 
 def longest_row(weight: jax.Array, bias: jax.Array) -> jax.Array:
-    """Upper bound on the norm of a head's row after `norm_and_rotate`, [] float32.
+    """Returns an upper bound on the norm of a head's row after `norm_and_rotate`, [] float32.
 
-    A normed row has a norm of at most sqrt(D) before weight and bias, and rotating keeps norms. 1%
-    covers the rounding to bfloat16.
+    The norm is at most sqrt(D) before weight and bias. Rotation preserves it. 1% covers the
+    rounding to bfloat16.
     """
     longest = jnp.abs(weight).max() * math.sqrt(weight.size) + jnp.linalg.norm(bias)
     return 1.01 * longest

@@ -1,6 +1,6 @@
-"""The table of the transformer's parameters, which serves checks, loading, sharding and compiling.
+"""Table of the transformer's parameters, for checks, loading, sharding and compiling.
 
-Needs neither torch nor diffusers, whose imports would take longer than reading the weights.
+It imports neither torch nor diffusers: their imports take longer than reading the weights.
 """
 
 import dataclasses
@@ -33,16 +33,16 @@ _SPECS: dict[_Split, tuple[P, P]] = {  # of weight and bias
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One parameter; those of the blocks are stacked along a leading axis [L].
+    """One parameter; parameters of the blocks are stacked along a leading axis [L].
 
     Attributes:
-        shape: with the axis L.
-        spec: axes of the mesh that split it.
+        shape: including the axis L.
+        spec: mesh axes that shard it.
         row_order: order of its rows in memory. "rotary": pairs half a head apart, see
             `norms.rotary_halves`. "gated": both halves of a shard's columns, see
             `activations.GATED`. "stored": as in the file.
-        quantizable: it may be stored in fewer bits; it is a factor of a product in `linear`.
-        lora: a LoRA may be added to it.
+        quantizable: whether it may be stored in fewer bits; it is a factor in `linear`.
+        lora: whether a LoRA may be added to it.
     """
 
     shape: tuple[int, ...]
@@ -53,9 +53,9 @@ class Parameter:
 
 
 def parameter_table(config: TransformerConfig) -> dict[str, Parameter]:
-    """Every parameter by diffusers' name, without the number of its block.
+    """Returns every parameter by diffusers' name without its block number.
 
-    Source: diffusers' CogVideoXTransformer3DModel, whose state_dict a test compares.
+    Source: diffusers' CogVideoXTransformer3DModel; a test compares its state_dict.
     """
     width, time, affine = config.width, config.time_embed_dim, config.norm_elementwise_affine
     patch, patch_t = config.patch_size, config.patch_size_t
@@ -84,7 +84,7 @@ def parameter_table(config: TransformerConfig) -> dict[str, Parameter]:
         for kind in ("weight", "bias"):
             table[f"{name}.{kind}"] = Parameter((*layers, size), P(), row_order)
 
-    # Token-wise work at the model's ends, on tensors that every shard holds whole.
+    # Token-wise layers before and after the blocks; their parameters are replicated.
     if patch_t is None:
         shape = (width, config.in_channels, patch, patch)
         table["patch_embed.proj.weight"] = Parameter(shape, P(), lora=True)
@@ -95,8 +95,8 @@ def parameter_table(config: TransformerConfig) -> dict[str, Parameter]:
     linear("patch_embed.text_proj", width, config.text_embed_dim)
     linear("time_embedding.linear_1", time, width)
     linear("time_embedding.linear_2", time, time)
-    # The heads are split over tp from the q/k/v projections to the output projection, the MLP's
-    # hidden width from its first to its second layer.
+    # tp splits the heads from the q/k/v projections to the output projection, and the MLP's hidden
+    # width between its two layers.
     for number in (1, 2):
         # 14% of the 5B model's weights; their outputs are gathered, [B, 6E] each.
         linear(f"{BLOCKS}norm{number}.linear", 6 * width, time, "column")
@@ -126,7 +126,7 @@ def parameter_table(config: TransformerConfig) -> dict[str, Parameter]:
 
 
 def stored_names(name: str, parameter: Parameter) -> list[str]:
-    """The names in the safetensors files: one, or one for each block."""
+    """Returns the names in the safetensors files: one, or one for each block."""
     if not name.startswith(BLOCKS):
         return [name]
     rest = name.removeprefix(BLOCKS)
@@ -134,7 +134,7 @@ def stored_names(name: str, parameter: Parameter) -> list[str]:
 
 
 def stored_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in the safetensors files, by name, from the config alone."""
+    """Returns the shape of every tensor in the safetensors files, by name, from the config."""
     shapes = {}
     for name, parameter in parameter_table(config).items():
         shape = parameter.shape[1:] if name.startswith(BLOCKS) else parameter.shape
@@ -145,7 +145,7 @@ def stored_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 def abstract_parameters(
     config: TransformerConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters as `loading.load_parameters` places them, without any weight."""
+    """Returns shapes and shardings of the parameters that `loading.load_parameters` returns."""
     return {
         name: jax.ShapeDtypeStruct(
             parameter.shape, dtype, sharding=NamedSharding(mesh, parameter.spec)
@@ -158,8 +158,8 @@ def check_weights(config: TransformerConfig, stored: Mapping[str, StoredTensor])
     """Checks the headers of the safetensors files against the config.
 
     Raises:
-        ValueError: the config names an unknown activation or cannot make video from text; or
-            listing every missing, extra or misshapen weight.
+        ValueError: the activation is unknown, the model is not text-to-video, or weights are
+            missing, extra or of the wrong shape; the message lists all of them.
     """
     if config.activation_fn not in ACTIVATIONS:
         raise ValueError(

@@ -1,10 +1,9 @@
-"""Attention's projections by XLA, with the exchange over sp (DeepSpeed Ulysses).
+"""Attention's projections in XLA, with the all-to-all over sp (DeepSpeed Ulysses).
 
-Each device goes from its own tokens of all heads to all tokens of its own heads, and back after
-attention. R = heads x D rows of one device, S = shards x s tokens. The exchange runs part by part,
-overlapped with the products: a part leaves as soon as it is computed. The device's own tokens come
-first, so that what arrives needs no copy; in the order of the sequence a device would have to join
-what it computed and what it received.
+Before attention, shards of tokens become shards of heads; after attention, the reverse. A device
+has R = heads x D rows; S = shards x s tokens. The exchange overlaps the products: each part is sent
+as soon as it is computed. The device's own tokens come first, so received parts need no copy. In
+sequence order, a device would have to concatenate its own part with the received ones.
 """
 
 import jax
@@ -14,15 +13,15 @@ from cogvideox.transformer.linear import linear, linear_to_tokens_first
 
 
 def project(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Projects to q, k or v: this device's heads, all tokens.
+    """Projects to q, k or v, for this device's heads and all tokens.
 
     Args:
         x: [b, E, s], this device's tokens.
-        weight: [shards x R, E], of all heads.
+        weight: [shards x R, E], for all heads.
         bias: [shards x R].
 
     Returns:
-        [b, S, R], this device's tokens first, then those of the shards after it, around.
+        [b, S, R]: this device's tokens, then those of the next shards, cyclically.
     """
     shards, own = jax.lax.axis_size("sp"), jax.lax.axis_index("sp")
     weight = weight.reshape(shards, -1, weight.shape[-1])
@@ -49,7 +48,7 @@ def project_out(x: jax.Array, weight: jax.Array) -> jax.Array:
     stays, *leave = jnp.split(x, shards, axis=1)
     arrive = [_from_shard_before(part, i) for i, part in enumerate(leave, 1)]
     out = linear(stays, _at(weight, own))
-    # Otherwise XLA waits for what arrives before this product.
+    # Without the barrier, XLA waits for the received parts before this product.
     out, own = jax.lax.optimization_barrier((out, own))
     for i, part in enumerate(arrive, 1):
         out = out + linear(part, _at(weight, (own - i) % shards))
@@ -57,7 +56,7 @@ def project_out(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def in_order(x: jax.Array) -> jax.Array:
-    """Reorders [b, S, R] from own tokens first to the order of the sequence."""
+    """Reorders [b, S, R] from own tokens first to sequence order."""
     shards, own = jax.lax.axis_size("sp"), jax.lax.axis_index("sp")
     size = x.shape[1] // shards
     starts = [(i - own) % shards * size for i in range(shards)]
@@ -66,7 +65,7 @@ def in_order(x: jax.Array) -> jax.Array:
 
 
 def own_first(x: jax.Array) -> jax.Array:
-    """Reorders [., S, ...] from the order of the sequence to own tokens first."""
+    """Reorders [., S, ...] from sequence order to own tokens first."""
     size = x.shape[1] // jax.lax.axis_size("sp")
     return jnp.roll(x, -jax.lax.axis_index("sp") * size, axis=1)
 
@@ -76,7 +75,7 @@ def _at(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _from_shard_before(x: jax.Array, places: int) -> jax.Array:
-    """Returns x of the shard that many places before this one along sp."""
+    """Returns x of the shard `places` before this one along sp, cyclically."""
     shards = jax.lax.axis_size("sp")
     if places == 0:
         return x

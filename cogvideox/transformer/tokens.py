@@ -1,7 +1,7 @@
-"""Latents as a sequence of tokens: text, then video patches, then padding; and where each one is.
+"""Conversion of latents to a token sequence (text, video patches, padding), and token positions.
 
-The whole denoising loop runs on tokens. The scheduler works value by value, so latents are cut into
-patches once, on the host, and put together again after the last step: inside the compiled step the
+The denoising loop runs on tokens. The scheduler is elementwise, so the host cuts latents into
+patches once and reassembles them after the last step. Inside the compiled step, the
 eight-dimensional transposes would cost more to compile than all blocks together.
 """
 
@@ -19,12 +19,12 @@ PositionTables = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """How the tokens of one sample lie in a sequence of `padded` rows.
+    """Layout of the tokens of one sample in a sequence of `padded` rows.
 
     Attributes:
         patch, patch_t: latents per token along height and width, and along time.
-        text: rows of text tokens at the start.
-        padded: rows in all, a number that the mesh divides.
+        text: number of text rows; they come first.
+        padded: total number of rows, divisible over the mesh.
     """
 
     latents: LatentShape
@@ -35,25 +35,25 @@ class TokenLayout:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Video tokens along time, height and width."""
+        """Number of video tokens along time, height and width."""
         shape = self.latents
         return shape.frames // self.patch_t, shape.height // self.patch, shape.width // self.patch
 
     @property
     def tokens(self) -> int:
-        """Text and video tokens, S without the padding."""
+        """Number of text and video tokens: S without padding."""
         return self.text + int(np.prod(self.grid))
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[B, padded, channels of a patch]."""
+        """Shape of the sequence: [B, padded, channels of a patch]."""
         channels = self.latents.channels * self.patch_t * self.patch**2
         return self.latents.batch, self.padded, channels
 
     def from_latents(self, latents: np.ndarray) -> np.ndarray:
-        """[B, T, C, H, W] to [B, padded, C patch_t patch patch]; other rows are zero.
+        """Converts [B, T, C, H, W] to [B, padded, C patch_t patch patch]; other rows are zero.
 
-        The order inside a patch is that of diffusers' CogVideoXPatchEmbed.
+        The order inside a patch matches diffusers' CogVideoXPatchEmbed.
         """
         (t, h, w), p, p_t = self.grid, self.patch, self.patch_t
         patches = latents.reshape(-1, t, p_t, self.latents.channels, h, p, w, p)
@@ -61,14 +61,14 @@ class TokenLayout:
         return self.place(patches.reshape(len(latents), t * h * w, -1), axis=1)
 
     def to_latents(self, tokens: np.ndarray) -> np.ndarray:
-        """The reverse of `from_latents`."""
+        """Inverts `from_latents`."""
         (t, h, w), p, p_t = self.grid, self.patch, self.patch_t
         video = tokens[:, self.text : self.tokens]
         patches = video.reshape(-1, t, h, w, self.latents.channels, p_t, p, p)
         return patches.transpose(0, 1, 5, 4, 2, 6, 3, 7).reshape(self.latents.sizes)
 
     def place(self, video: np.ndarray, axis: int, text_value: float = 0) -> np.ndarray:
-        """What belongs to the video tokens, at their rows along `axis`; padding is zero."""
+        """Pads values of the video tokens to all rows along `axis`; padding rows are zero."""
         shape = list(video.shape)
         shape[axis] = self.padded
         placed = np.zeros(shape, video.dtype)
@@ -81,17 +81,18 @@ class TokenLayout:
 
 
 def positions(config: TransformerConfig, layout: TokenLayout) -> PositionTables:
-    """What tells the tokens where they are: rotary tables, or the sincos embedding of 1.0-2b.
+    """Computes the positional tables: rotary, or the sincos embedding of 1.0-2b.
 
     The 1.5 tables are a slice from 0 of an unbounded grid, so they do not depend on the sample
-    size in the config, which differs between published revisions. Text does not rotate, and has
-    no sincos embedding.
+    size in the config, which differs between published revisions. Text tokens are not rotated and
+    have no sincos embedding.
 
     Source: diffusers' models/embeddings.py, get_3d_rotary_pos_embed and get_3d_sincos_pos_embed,
     and get_resize_crop_region_for_grid of its CogVideoX pipeline; tests compare them.
 
     Returns:
-        {"rotary": (cos, sin) [D / 2, S] float32} or {"embedding": [S, E] float32}, S padded.
+        {"rotary": (cos, sin) [D / 2, S] float32} or {"embedding": [S, E] float32}; S includes
+        padding.
     """
     if not config.use_rotary_positional_embeddings:
         return {"embedding": layout.place(_sincos(config, layout.grid), axis=0)}
@@ -104,7 +105,7 @@ def positions(config: TransformerConfig, layout: TokenLayout) -> PositionTables:
     head_dim = config.attention_head_dim
     angles = []
     for axis, width in enumerate((head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)):
-        # diffusers' angles, as it rounds them.
+        # Round the angles as diffusers does.
         powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         rates = 1 / (10_000.0 ** powers.astype(np.float64)).astype(np.float32)
         shape = [width // 2, 1, 1, 1]
@@ -121,7 +122,7 @@ def positions(config: TransformerConfig, layout: TokenLayout) -> PositionTables:
 
 
 def _crop(config: TransformerConfig, grid: Sequence[int]) -> list[tuple[int, int]]:
-    """Where a 1.0 model's grid starts and stops in its own: as large as fits, in the middle."""
+    """Returns (start, stop) per side of the centred, largest fit in a 1.0 model's own grid."""
     height, width = (
         getattr(config, name) // config.patch_size for name in ("sample_height", "sample_width")
     )
@@ -134,7 +135,7 @@ def _crop(config: TransformerConfig, grid: Sequence[int]) -> list[tuple[int, int
 
 
 def _sincos(config: TransformerConfig, grid: tuple[int, int, int]) -> np.ndarray:
-    """[T H W, E] float32: sines, then cosines, of time, then width, then height."""
+    """Returns [T H W, E] float32: sines, then cosines, of time, then width, then height."""
     width = config.width
     scales = [
         getattr(config, f"{kind}_interpolation_scale")

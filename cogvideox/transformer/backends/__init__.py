@@ -1,4 +1,4 @@
-"""One class for each kind of hardware that runs a block."""
+"""Backends: one class for each kind of hardware that runs a block."""
 
 from cogvideox.transformer.backends.base import Backend
 from cogvideox.transformer.backends.cpu import CpuBackend
@@ -12,11 +12,11 @@ def choose_backend(attention: str, platform: str, dtype: str) -> Backend:
     """Returns the backend for `attention`: auto, splash, cudnn or reference.
 
     Args:
-        platform: of the devices: "tpu", "gpu" or "cpu".
-        dtype: of the run.
+        platform: platform of the devices: "tpu", "gpu" or "cpu".
+        dtype: dtype of the run.
 
     Raises:
-        ValueError: the platform cannot run that attention.
+        ValueError: the platform cannot run this attention kernel.
     """
     if attention == "auto":
         cudnn_runs = platform == "gpu" and dtype == "bfloat16"

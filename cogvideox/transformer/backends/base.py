@@ -1,16 +1,16 @@
 """The interface between a block and the hardware that runs it.
 
 A backend computes a block's norms, attention's projections with their exchange over sp, and
-attention. It works on one device, inside shard_map, on b samples. The device holds s of the S
-tokens outside attention, and R = heads x D rows (some heads) of all S tokens inside it.
+attention. It runs on one device, inside shard_map, on b samples. Outside attention, the device has
+s of the S tokens. Inside attention, it has all S tokens of its own heads: R = heads x D rows.
 
 Layouts, for every backend:
 
 | array | layout |
 |---|---|
-| residual, and what `project_out` returns | tokens first, [b, s, E] |
-| modulated, the operand of all first products | tokens last, [b, E, s] |
-| q, k, v and the output between `project` and `project_out` | the backend's own; its class says |
+| residual, and the result of `project_out` | tokens first, [b, s, E] |
+| modulated, the input of q, k, v and the MLP | tokens last, [b, E, s] |
+| q, k, v and the output of `attend` | the backend's own; see its class |
 """
 
 import abc
@@ -34,8 +34,8 @@ class Backend(abc.ABC):
     """Runs the parts of a block that differ between kinds of hardware.
 
     Attributes:
-        name: of its attention kernel, as --attention has it.
-        token_multiple: the tokens of a device must be a multiple of this.
+        name: name of its attention kernel, as in --attention.
+        token_multiple: the number of tokens on a device must be a multiple of this.
     """
 
     name: ClassVar[str]
@@ -49,11 +49,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def project(self, modulated: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """Projects to q, k or v: from this device's tokens to all tokens of its heads.
+        """Projects this device's tokens to q, k or v, and exchanges: all tokens of its heads.
 
         Args:
             modulated: [b, E, s].
-            weight: [shards x R, E], of all heads.
+            weight: [shards x R, E], for all heads.
             bias: [shards x R].
         """
 
@@ -61,7 +61,7 @@ class Backend(abc.ABC):
     def queries(
         self, q: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None
     ) -> jax.Array:
-        """Norms and rotates what `project` made of q.
+        """Applies norm and rotation to the q of `project`.
 
         Args:
             weight, bias: of the norm, [D] float32.
@@ -72,21 +72,21 @@ class Backend(abc.ABC):
     def keys(
         self, k: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary | None
     ) -> jax.Array:
-        """Norms and rotates what `project` made of k."""
+        """Applies norm and rotation to the k of `project`."""
 
     @abc.abstractmethod
     def values(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Lays out what `project` made of v; also the largest magnitude of each row, [b, R]."""
+        """Lays out the v of `project`; also returns the largest magnitude of each row, [b, R]."""
 
     @abc.abstractmethod
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, bounds: Bounds
     ) -> jax.Array:
-        """Computes softmax attention; keys from index `keys` on take no part."""
+        """Computes softmax attention over the first `keys` keys; the others are masked."""
 
     @abc.abstractmethod
     def project_out(self, out: jax.Array, weight: jax.Array) -> jax.Array:
-        """Projects attention's output: from all tokens of some heads to this device's tokens.
+        """Projects attention's output and exchanges: this device's tokens of all heads.
 
         Args:
             weight: [E, shards x R].
@@ -96,14 +96,14 @@ class Backend(abc.ABC):
         """
 
     def query_scale(self, head_dim: int) -> float:
-        """Factor on q before it is rounded, which `attend` expects."""
+        """Returns the factor that `attend` expects on q before q is rounded."""
         return 1.0
 
     def block_sizes(self, head_dim: int, queries: int, keys: int, dtype: str) -> dict[str, int]:
-        """Tile sizes of the attention kernel by name; they are part of a program's fingerprint."""
+        """Returns the attention kernel's tile sizes by name, for the program's fingerprint."""
         return {}
 
     def padded_tokens(self, tokens: int, shards: int) -> int:
-        """Returns the sequence length that splits into `shards` of `token_multiple`."""
+        """Returns `tokens` rounded up to a multiple of `shards` x `token_multiple`."""
         multiple = self.token_multiple * shards
         return -(-tokens // multiple) * multiple

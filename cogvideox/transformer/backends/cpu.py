@@ -1,4 +1,4 @@
-"""The CPU's backend: plain XLA. It runs on any hardware."""
+"""Backend for CPU in plain XLA; it runs on any hardware."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from splash_attention.reference import reference_attention
 
 @dataclasses.dataclass(frozen=True)
 class CpuBackend(XlaBackend):
-    """Attention without a kernel, in blocks of queries (`--attention reference`)."""
+    """Computes attention without a kernel, in blocks of queries (`--attention reference`)."""
 
     name = "reference"
 

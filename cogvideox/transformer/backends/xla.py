@@ -1,4 +1,4 @@
-"""What the backends share that leave all but attention to XLA."""
+"""Base of the backends that use XLA for everything except attention."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from cogvideox.transformer.norms import Rotary
 
 
 class XlaBackend(Backend):
-    """Exchanges heads and tokens part by part, overlapped with the products.
+    """Exchanges heads and tokens in parts, overlapped with the products.
 
-    Its layout is [b, S, R]. k and v have the tokens in the order of the sequence; q and the output
-    have this device's own tokens first, then those of the shards after it, around
-    (`projections`): softmax does not depend on the order of queries, so these need no reordering.
+    Its layout is [b, S, R]. k and v have the tokens in sequence order. q and the output have this
+    device's tokens first, then those of the next shards, cyclically (`projections`). Attention is
+    independent for each query, so these need no reordering.
     """
 
     def norm_and_modulate(

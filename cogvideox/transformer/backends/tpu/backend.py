@@ -1,4 +1,4 @@
-"""The TPU's backend: Pallas kernels for attention, the norms and the exchange over sp."""
+"""Backend for TPU: Pallas kernels for attention, norms and the exchange over sp."""
 
 import dataclasses
 
@@ -20,24 +20,23 @@ from splash_attention.block_sizes import chip_named, choose_block_sizes, current
 
 @dataclasses.dataclass(frozen=True)
 class TpuBackend(Backend):
-    """Splash attention on a TPU core (`--attention splash`).
+    """Runs splash attention on a TPU core (`--attention splash`).
 
-    Its layout has the tokens last, in the order of the sequence: q, v and the output [b, R, S]; k
-    alone [b, S, R]. The kernel multiplies these without a transpose, and with D = 64 last a TPU
-    would pad every row to 128 lanes. `project` leaves the tokens of each shard in an array of their
-    own, [b, shards, R, s], as the all-to-all delivers them; the norm of q and k, and `values`, join
-    them on the way.
+    Layout: tokens last, in sequence order, [b, R, S] for q, v and the output; [b, S, R] for k. The
+    kernel multiplies these without a transpose. With D = 64 last, a TPU would pad every row to 128
+    lanes. `project` returns the all-to-all's layout, [b, shards, R, s], with the tokens of each
+    shard separate; `queries`, `keys` and `values` join the shards.
 
     Attributes:
-        interpret: runs all kernels in TPU interpret mode, on any hardware.
-        chip: v5e, v5p or v6e, which decides the tiles; the chip compiled for if None.
+        interpret: run all kernels in TPU interpret mode, on any hardware.
+        chip: v5e, v5p or v6e; selects the tiles. None selects the chip compiled for.
     """
 
     interpret: bool = False
     chip: str | None = None
 
     name = "splash"
-    token_multiple = 128  # lanes: a shorter last tile would be padded in every array
+    token_multiple = 128  # lanes; a shorter last tile would be padded in every array
 
     def norm_and_modulate(
         self, x: jax.Array, scale: jax.Array, shift: jax.Array, text_rows: jax.Array, eps: float
@@ -102,6 +101,6 @@ class TpuBackend(Backend):
 
 
 def _all_to_all(x: jax.Array) -> jax.Array:
-    """All-to-all over sp along axis 1, which has one entry a shard."""
+    """Runs an all-to-all over sp along axis 1, which has one entry per shard."""
     # XLA's CPU backend keeps a collective of a single device as a copy.
     return x if jax.lax.axis_size("sp") == 1 else jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)

@@ -7,7 +7,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from cogvideox.transformer.norms import layer_norm
 
-# Rows that are fetched together, and rows that are in registers together: 16 x 3072 is 48 of 64.
+# Rows per fetch, and rows held in registers: 16 x 3072 takes 48 of the 64 registers.
 _TILE, _STRIP = 128, 16
 
 
@@ -20,10 +20,10 @@ def norm_and_modulate(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`norm_and_modulate` as a Pallas TPU kernel: one read, one write; s is a multiple of 128.
+    """Computes `norms.norm_and_modulate` with one read and one write; s is a multiple of 128.
 
-    XLA reads x twice for the statistics and normalises again in every product that takes the
-    result: 2.3M cycles of a v6e more for each block (compiler estimate, 11,392 rows of 3072).
+    XLA reads x twice for the statistics and repeats the normalisation in every product that uses
+    the result. It takes 2.3M more v6e cycles per block (compiler estimate, 11,392 rows of 3072).
     """
     batch, rows, width = x.shape
     tile = pl.BlockSpec((1, _TILE, width), lambda b, i: (b, i, 0))
@@ -59,5 +59,5 @@ def norm_and_modulate(
 
 
 def grid(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Batch and tiles of the kernel for x [b, s, E]."""
+    """Returns the kernel's grid, (batch, tiles), for x [b, s, E]."""
     return shape[0], shape[1] // _TILE

@@ -1,8 +1,8 @@
 """Pallas TPU kernels between the all-to-alls and the attention kernel.
 
-An all-to-all leaves the tokens of each shard in an array of their own, [b, shards, R, s]; attention
-wants them as one sequence, [b, R, shards x s]. XLA turns one into the other in two passes; here it
-costs nothing beside the q/k norm, and one pass for v and the output.
+An all-to-all returns the tokens of each shard separately, [b, shards, R, s]. Attention needs one
+sequence, [b, R, shards x s]. XLA converts between the two in two passes. Here the conversion is
+free with the q/k norm and takes one pass for v and the output.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from cogvideox.transformer.norms import Rotary, norm_heads
 
-# What is in registers at once: 128 rows (the lanes of a transposed tile) by this many tokens.
+# Tokens in registers at once, by 128 rows (the lanes of a transposed tile).
 _ROWS, _CHUNK = 128, 1280
 _LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How a kernel walks x [b, shards, R, s]: a shard's tokens at once, some rows at a time.
+    """Tiling of x [b, shards, R, s]: all tokens of a shard, a few rows at a time.
 
-    s need not be a multiple of anything but 128, so only whole shards line up with blocks of the
-    joined sequence. A single shard is cut into chunks.
+    s is a multiple of 128 and of nothing else, so only full shards align with blocks of the joined
+    sequence. A single shard is cut into chunks.
     """
 
     batch: int
@@ -45,37 +45,37 @@ class Tiles:
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
-        """Batch, shards, tiles of tokens in a shard, tiles of rows."""
+        """Grid: batch, shards, tiles of tokens in a shard, tiles of rows."""
         return (
             *(self.batch, self.shards),
             *(pl.cdiv(self.shard_tokens, self.tokens), self.all_rows // self.rows),
         )
 
-    # Of tokens either the shard's index or the tile's is 0, so that their sum counts blocks.
+    # Either the shard index or the token tile index is always 0; their sum is the block index.
 
     @property
     def apart(self) -> pl.BlockSpec:
-        """Of [b, shards, R, s]."""
+        """Blocks of [b, shards, R, s]."""
         return pl.BlockSpec((1, 1, self.rows, self.tokens), lambda b, i, t, r: (b, i, r, t))
 
     @property
     def joined(self) -> pl.BlockSpec:
-        """Of [b, R, shards x s]."""
+        """Blocks of [b, R, shards x s]."""
         return pl.BlockSpec((1, self.rows, self.tokens), lambda b, i, t, r: (b, r, i + t))
 
     @property
     def transposed(self) -> pl.BlockSpec:
-        """Of [b, shards x s, R]."""
+        """Blocks of [b, shards x s, R]."""
         return pl.BlockSpec((1, self.tokens, self.rows), lambda b, i, t, r: (b, i + t, r))
 
     def table(self, rows: int) -> pl.BlockSpec:
-        """Of [rows, shards x s]."""
+        """Returns blocks of a table [rows, shards x s]."""
         return pl.BlockSpec((rows, self.tokens), lambda b, i, t, r: (0, i + t))
 
     def call(
         self, kernel: Callable[..., None], *operands: jax.Array, interpret: bool, **specs: Any
     ) -> Any:
-        # Two buffers of everything: at most in, out and two tables, of 2 and 4 bytes a number.
+        # Everything is double-buffered: at most input, output and two tables, 2 and 4 bytes each.
         block = self.rows * self.tokens * operands[0].dtype.itemsize
         return pl.pallas_call(
             kernel,
@@ -98,16 +98,16 @@ def norm_and_rotate(
     transposed: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """`norm_and_rotate` of tokens that lie in shards, which it joins: one read, one write.
+    """Computes `norms.norm_and_rotate` and joins the shards' tokens: one read, one write.
 
-    XLA needs five passes over float32 for the norm alone, 2.2M cycles of a v6e where this takes
-    0.2M (compiler estimates, 12 heads x 45,568 tokens).
+    XLA takes five float32 passes for the norm alone, 2.2M v6e cycles. This kernel takes 0.2M
+    (compiler estimates, 12 heads x 45,568 tokens).
 
     Args:
         x: [b, shards, R, s]; D divides 128, s is a multiple of 128.
-        weight, bias: as in `norm_and_rotate`.
+        weight, bias: as in `norms.norm_and_rotate`.
         rotary: cos and sin [D / 2, shards x s] float32.
-        transposed: makes the tokens the rows.
+        transposed: return tokens as rows.
 
     Returns:
         [b, R, shards x s], or transposed [b, shards x s, R].
@@ -147,7 +147,7 @@ def _norm_kernel(x_ref, weight_ref, bias_ref, *refs, transposed: bool) -> None:
 
 
 def join_values(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Joins tokens that lie in shards, and finds each row's largest magnitude on the way.
+    """Joins the shards' tokens; also computes the largest magnitude of each row.
 
     Args:
         x: [b, shards, R, s]; two shards or more, s is a multiple of 128.
@@ -187,7 +187,7 @@ def _join_kernel(x_ref, out_ref, largest_ref) -> None:
 
 
 def part_tokens(x: jax.Array, shards: int, *, interpret: bool = False) -> jax.Array:
-    """[b, R, S] to the tokens of each shard, [b, shards, R, S / shards]: the reverse of joining."""
+    """Splits [b, R, S] into the tokens of each shard, [b, shards, R, S / shards]."""
     batch, rows, tokens = x.shape
     tiles = Tiles(batch, shards, rows, tokens // shards)
     return tiles.call(
@@ -206,7 +206,7 @@ def _part_kernel(x_ref, out_ref) -> None:
 
 
 def _by_chunks(tokens: int, chunk: Callable[[pl.Slice], None]) -> None:
-    """Calls `chunk` on slices of at most _CHUNK that make up `tokens`."""
+    """Calls `chunk` on consecutive slices of at most _CHUNK that cover `tokens`."""
     whole, rest = divmod(tokens, _CHUNK)
 
     def body(i: jax.Array, _: None) -> None:
