@@ -129,7 +129,7 @@ MUTANTS = (
            (PIPELINE,)),
     Mutant("padding rows not cleared", PROGRAM,
            "(rows >= self.layout.text) & (rows < self.layout.tokens)",
-           "(rows >= self.layout.text)", ("tests/cogvideox/denoising",)),
+           "(rows >= self.layout.text)", ("tests/cogvideox/denoising/test_program.py",)),
     Mutant("scheduler drops the second order", SCHEDULER,
            "return sample, x0 * (1 + back), -x0 * back, noise",
            "return sample, x0, 0.0, noise", (f"{TRAPS}::test_steps_and_noise_equal_diffusers",)),

@@ -1,16 +1,19 @@
-"""The step's program: unguided runs keep their executable, and equal models share one."""
+"""The step's program: its executable is kept, and rows without a patch stay zero."""
 
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
-from cogvideox.denoising.program import Denoiser
+from cogvideox.denoising.program import TOKENS, Denoiser
+from cogvideox.denoising.scheduler import StepCoefficients
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.settings import LatentShape
 from cogvideox.transformer.backends import CpuBackend
+from cogvideox.transformer.parameters import abstract_parameters
 from runtime.executables import compile_into, find_or_compile
-from runtime.mesh import make_mesh
+from runtime.mesh import make_mesh, place
 
 CONFIG = TransformerConfig(
     num_layers=1,
@@ -41,3 +44,36 @@ def test_an_executable_is_kept_and_found(guided, tmp_path):
 
     again = dataclasses.replace(program, lower=lower)
     assert find_or_compile([again], tmp_path, devices=jax.devices()[:1])
+
+
+def test_rows_without_a_patch_stay_zero():
+    """Three rows of text before the four of the patches, one of padding after them."""
+    rng = np.random.default_rng(0)
+    config = dataclasses.replace(CONFIG, num_attention_heads=2)
+    latents, mesh = LatentShape(1, 1, 4, 4, 4), make_mesh((1, 2, 1))
+    made = Denoiser(config, {}, latents, 3, True, "float32", mesh, CpuBackend())
+    assert made.layout.shape[1] == 8
+
+    def normal(shape: tuple[int, ...]) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    parameters = {
+        name: place(normal(leaf.shape), leaf.sharding)
+        for name, leaf in abstract_parameters(config, mesh, np.dtype("float32")).items()
+    }
+    tokens, previous_x0, noise = (
+        place(made.layout.from_latents(normal(latents.sizes)), made.sharding(TOKENS))
+        for _ in range(3)
+    )
+    positions = jax.tree.map(
+        place, made.positions, jax.tree.map(made.sharding, made.position_specs)
+    )
+    texts = ("negative_prompt_embeds", "prompt_embeds")
+    prompts = made.prompt_embeds({name: normal((1, 3, 8)) for name in texts})
+    scalars = made.step_scalars(5, 2.0, StepCoefficients(*[0.5] * 6))
+    results = made.lower().compile()(
+        tokens, previous_x0, parameters, positions, prompts, noise, *scalars
+    )
+    for rows in map(np.asarray, results):
+        assert not rows[:, :3].any() and not rows[:, 7:].any()
+        assert np.isfinite(rows).all() and rows[:, 3:7].all()
