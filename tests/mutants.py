@@ -172,7 +172,7 @@ MUTANTS = (
            (EXECUTABLES,)),
     Mutant("fingerprint of an executable not compared", "runtime/artifacts.py",
            'if artifact.manifest["fingerprint"] != program.fingerprint:', "if False:",
-           (EXECUTABLES,)),
+           (f"{EXECUTABLES}::test_the_artifact_of_another_program_under_this_ones_name_is_refused",)),
     Mutant("claim of a living process ignored", "jobs/claims.py",
            "if latest and self._is_taken(folder / str(latest), now):", "if False:",
            ("tests/jobs/test_claims.py::test_one_owner_until_released",)),

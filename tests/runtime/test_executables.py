@@ -305,6 +305,13 @@ def test_a_damaged_manifest_is_refused_by_name(text, folder, capsys):
     assert f"refused {manifest_of(folder).name}" in capsys.readouterr().out
 
 
+def test_the_artifact_of_another_program_under_this_ones_name_is_refused(folder, capsys):
+    asked = make_program(16)
+    manifest_of(folder).rename(folder / asked.manifest_name)
+    find(asked, folder)
+    assert "its name does not match its fingerprint" in capsys.readouterr().out
+
+
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(folder, capsys):
     path = manifest_of(folder)
     manifest = json.loads(path.read_text())
