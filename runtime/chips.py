@@ -1,6 +1,6 @@
-"""The facts about chips and machines that estimates and compilers need: one table.
+"""Table of chips and machines, for estimates and compilers.
 
-`splash_attention` keeps the VMEM of a core itself, so that it can be used alone.
+`splash_attention` has its own table of VMEM sizes, so it can be used alone.
 """
 
 import dataclasses
@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One TPU generation, by its datasheet where no other source is named.
+    """One TPU generation; values are from its datasheet unless another source is named.
 
     Attributes:
         device_kind: `jax.Device.device_kind`.
         topology: libtpu's name of a topology of one chip.
-        accelerator_type: a machine that has this chip.
+        accelerator_type: accelerator type of a machine with this chip.
         clock_hz: bundles per second of a TensorCore.
-        hbm_bytes: memory of a chip; the v6e's is what the compiler offers to a program.
-        link_bytes_per_second: to all neighbours together.
-        bfloat16_flops: peak of the matrix units.
+        hbm_bytes: memory of a chip; for v6e, the memory that the compiler gives a program.
+        link_bytes_per_second: sum over all neighbours.
+        bfloat16_flops: peak of the matrix units per second.
     """
 
     name: str
@@ -39,10 +39,10 @@ V6E = Chip(
 )
 CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E)}
 
-# The chips that stages.plan has kernel cycles for, by device kind.
+# Chips for which stages.plan has kernel cycles, by device kind.
 PLANNED = {V6E.device_kind: V6E}
 
-# Operations per second and device that a denoising step reaches, by device kind. v6e: compiler
+# Achieved FLOP/s per device in a denoising step, by device kind. v6e: compiler
 # estimate (0.94 s for a step of 768x1360x81 on eight chips). H200: measured (6.27 s for that step
 # on one).
 DENOISING_FLOPS = {V6E.device_kind: 3.94e14, "NVIDIA H200": 4.72e14}
@@ -51,7 +51,7 @@ DENOISING_FLOPS = {V6E.device_kind: 3.94e14, "NVIDIA H200": 4.72e14}
 class Machine(NamedTuple):
     """A TPU machine: libtpu's topology, and the chips of one host along x, y and z.
 
-    Without the bounds libtpu models a v6e-8 as two hosts of four chips, which gives other
+    Without the bounds, libtpu models a v6e-8 as two hosts of four chips, which changes the
     executables.
     """
 

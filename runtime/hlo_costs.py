@@ -1,7 +1,8 @@
-"""What a compiled TPU program costs, read from its scheduled HLO: cycles, collectives, memory.
+"""Costs of a compiled TPU program from its scheduled HLO: cycles, collectives, memory.
 
-XLA writes the cycles it estimates into every fusion; loops count by their trips. Pallas calls carry
-no estimate (their cycles come from the kernel's schedule) and waiting for collectives is in none.
+XLA writes its cycle estimate into every fusion; loops multiply it by their trip count. Pallas calls
+have no estimate; their cycles come from the kernel's schedule. Waiting for collectives is not
+included.
 """
 
 import collections
@@ -66,7 +67,7 @@ def read_costs(hlo: str) -> Costs:
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """HBM bytes per chip by kind; what is donated counts once."""
+    """Returns HBM bytes per chip by kind; donated buffers count once."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise RuntimeError("the compiler reports no memory for this program")
@@ -95,7 +96,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(computations: dict[str, list[str]], line: str) -> int:
-    """Trips of a while loop that counts from 0: the one constant that its condition compares to."""
+    """Returns the trip count of a while loop from 0: the constant in its condition."""
     found = _CONDITION.search(line)
     if found is None:
         raise ValueError(f"a loop without a condition: {line.strip()[:80]}")
@@ -117,7 +118,7 @@ def _kind(kind: str, line: str) -> str:
 
 
 def _received(kind: str, shape: str, line: str) -> int:
-    """Bytes a chip receives from others, from the result's shape and the group's size."""
+    """Computes the bytes a chip receives, from the result's shape and the group's size."""
     groups = re.search(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]+)\})", line)
     named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
     size = 1
@@ -128,7 +129,7 @@ def _received(kind: str, shape: str, line: str) -> int:
         size = int(groups[2]) if groups[2] else len(groups[3].split(","))
     shapes = _SHAPE.findall(shape)
     if f" {kind}-start(" in line:
-        # Its tuple holds operands, results, and then maybe contexts, which are scalars.
+        # The tuple has operands, results, and possibly contexts, which are scalars.
         shapes = [(dtype, dims) for dtype, dims in shapes if dims]
         operands = len(_SHAPE.findall(shape.split(")")[0])) if shape[1] == "(" else len(shapes) // 2
         shapes = shapes[operands : 2 * operands]

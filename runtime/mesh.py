@@ -1,4 +1,4 @@
-"""Devices to mesh: which (dp, sp, tp) shapes a model and a batch allow, and the best of them."""
+"""Device meshes: valid (dp, sp, tp) shapes for a model and a batch, and the best one."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ MeshShape = tuple[int, int, int]
 
 
 def fitting_meshes(batch: int, num_heads: int, num_devices: int) -> list[MeshShape]:
-    """Every (dp, sp, tp) that fits, whose dp divides `batch` and whose sp * tp divides `num_heads`.
+    """Returns valid (dp, sp, tp): dp divides `batch` and sp * tp divides `num_heads`.
 
-    The best comes first: most devices; then most data parallelism, which needs no communication
-    inside a block; then most sequence parallelism, which moves a quarter of tp's bytes.
+    The best shape is first: most devices; then largest dp, which needs no communication inside a
+    block; then largest sp, which moves a quarter of tp's bytes.
     """
     meshes = [
         (dp, sp, tp)
@@ -40,10 +40,10 @@ def choose_mesh(
     num_heads: int,
     num_devices: int,
 ) -> MeshShape:
-    """The mesh asked for, or the best one for the sizes left open.
+    """Returns the requested mesh shape; unset sizes take the best value.
 
     Raises:
-        ValueError: no such mesh fits; the message lists those that do.
+        ValueError: no valid mesh matches; the message lists the valid ones.
     """
     asked = (dp, sp, tp)
     fitting = fitting_meshes(batch, num_heads, num_devices)
@@ -59,10 +59,10 @@ def choose_mesh(
 
 
 def all_devices(dp: int | None, tp: int | None, available: int) -> MeshShape:
-    """A (dp, 1, tp) over all `available` devices, for work that any number of them can share.
+    """Returns a (dp, 1, tp) over all `available` devices, for work that any number can share.
 
     Raises:
-        ValueError: the sizes asked for need more devices than there are.
+        ValueError: the requested sizes need more devices than are available.
     """
     dp = dp or max(1, available // (tp or available))
     tp = tp or max(1, available // dp)
@@ -72,10 +72,10 @@ def all_devices(dp: int | None, tp: int | None, available: int) -> MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh of the first `devices`, in their order; by default those of all hosts, host by host.
+    """Makes a mesh of the first `devices` in order; by default of all hosts, host by host.
 
     Raises:
-        ValueError: one of the processes that run would have no part in the mesh.
+        ValueError: a running process would have no device in the mesh.
     """
     chosen = (jax.devices() if devices is None else devices)[: math.prod(shape)]
     idle = jax.process_count() - len({device.process_index for device in chosen})
@@ -88,8 +88,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Device] | None = None) -> jax.
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A host array on devices; every process holds the whole array and sends its devices' part.
+    """Places a host array on devices; every process has the full array and sends its shards.
 
-    Unlike `jax.device_put` it does not first compare the processes' arrays, over the network.
+    Unlike `jax.device_put`, it does not first compare the processes' arrays over the network.
     """
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

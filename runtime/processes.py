@@ -1,9 +1,9 @@
-"""Several processes that run the same command as one: their start, agreement and common end.
+"""Several processes that run one command together: start, agreement and end.
 
-Each drives the devices of its host, and jax.distributed joins these into one machine. The first
-process reads the stage files and writes; the others take part in the computation.
+Each process drives the devices of its host; jax.distributed joins them. The first process reads and
+writes the stage files. The others only compute.
 
-Importing this costs nothing. Without `join` there is one process, the first.
+Importing this module does not import JAX. Without `join` there is one process, the first.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Signals are handled between two looks. How often a process looks for another that works is not
-# limited: JAX ends all when one is gone.
+# Signals are handled between two polls. The number of polls has no limit: JAX ends all processes if
+# one is lost.
 _LOOK_MILLISECONDS = 1000
-# Files are there before they are asked for; this is for the network.
+# The files exist before they are requested; this allows for a slow network.
 _SENT_MILLISECONDS = 600_000
 _START_SECONDS = 300
-# The end of a process waits so long for the others; that of a good run, for all, is in `finish`.
+# How long an ending process waits for the others. After success, `finish` waits without limit.
 _SHUTDOWN_SECONDS = 10
 
 _process, _processes = 0, 1
-# What is said to the others is numbered: all processes say and hear the same things in order.
+# Messages are numbered: all processes send and receive the same sequence.
 _turns = itertools.count()
 _copies: list[tempfile.TemporaryDirectory] = []  # removed when the process ends
 
@@ -36,7 +36,7 @@ class OtherProcessFailed(RuntimeError):
 
 
 def is_first() -> bool:
-    """Whether this process is the one that reads and writes files and prints progress."""
+    """Returns whether this process reads and writes files and prints progress."""
     return _process == 0
 
 
@@ -82,10 +82,10 @@ def join() -> None:
 
 
 def exchange(text: str) -> list[str]:
-    """What every process says here, in their order; each waits for all.
+    """Gathers `text` from all processes, in process order; each process waits for all.
 
     Raises:
-        OtherProcessFailed: one called `fail` instead.
+        OtherProcessFailed: a process called `fail` instead.
     """
     if _processes == 1:
         return [text]
@@ -101,7 +101,7 @@ def exchange(text: str) -> list[str]:
 
 
 def check_alike(what: Mapping[str, object]) -> None:
-    """Raises ValueError, in every process, unless what each names is the same in all."""
+    """Raises ValueError in every process unless all processes pass equal values."""
     first, *others = map(json.loads, exchange(json.dumps({k: str(v) for k, v in what.items()})))
     for process, other in enumerate(others, 1):
         for name in sorted(first.keys() | other.keys()):
@@ -113,10 +113,10 @@ def check_alike(what: Mapping[str, object]) -> None:
 
 
 def folder_of_first(folder: Path, names: Iterable[str]) -> Path:
-    """The folder itself in the first process, elsewhere a copy of its files of these names.
+    """Returns the folder in the first process, and a copy of its named files in the others.
 
-    So hosts need no common disk. The copy lives as long as the process; a file that the first
-    process does not have is in no copy.
+    So hosts need no shared disk. The copy is deleted when the process ends. Files that the first
+    process does not have are not copied.
     """
     if _processes == 1:
         return folder
@@ -138,7 +138,7 @@ def folder_of_first(folder: Path, names: Iterable[str]) -> Path:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """For work of one process in which no other takes part."""
+    """Runs its body as a single process, without the others."""
     global _processes
     processes, _processes = _processes, 1
     try:
@@ -148,18 +148,18 @@ def alone() -> Iterator[None]:
 
 
 def finish() -> None:
-    """Waits until every process has done its work.
+    """Waits until every process has finished its work.
 
     Raises:
-        OtherProcessFailed: one has not.
+        OtherProcessFailed: a process has failed.
     """
     exchange("done")
 
 
 def fail(reason: str) -> None:
-    """Tells the other processes, where they next wait for this one, that it has failed.
+    """Reports failure of this process to the others; they read it when they next wait for it.
 
-    Those that wait for its devices are ended by JAX, seconds after this process ends.
+    JAX ends processes that wait for its devices, seconds after this process ends.
     """
     if _processes > 1:
         _client().key_value_set(_key(next(_turns), _process), "-" + reason)
@@ -173,7 +173,7 @@ def _number(variable: str) -> int | None:
 
 
 def _wait_for(key: str) -> str:
-    """The value of a key, once a process has set it."""
+    """Waits until a process has set a key; returns its value."""
     from jax.errors import JaxRuntimeError
 
     while True:
@@ -189,7 +189,7 @@ def _key(turn: int, what: object) -> str:
 
 
 def _state() -> Any:
-    # JAX has no public name for the processes' common store.
+    # JAX has no public API for the key-value store of the processes.
     from jax._src import distributed
 
     return distributed.global_state

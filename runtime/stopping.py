@@ -1,6 +1,6 @@
-"""Whether this process was asked to end: threads beside the main one look between long steps.
+"""Stop requests for threads other than the main thread; they check between long steps.
 
-A signal interrupts the main thread only, and the end of a process waits for its other threads.
+A signal interrupts only the main thread, and a process ends only after its other threads.
 """
 
 import threading
@@ -13,10 +13,10 @@ class Stopping(Exception):
 
 
 def check() -> None:
-    """Ends the calling thread's work if the process was asked to end.
+    """Stops the calling thread's work if the process was asked to end.
 
     Raises:
-        Stopping: it was.
+        Stopping: the process was asked to end.
     """
     if asked.is_set():
         raise Stopping

@@ -26,7 +26,7 @@ from runtime.programs import Program
 
 
 class Executables(NamedTuple):
-    """The executables for one shape of latents; `later` is None for a single batch."""
+    """Executables for one shape of latents; `later` is None for a single batch."""
 
     first: jax.stages.Compiled
     later: jax.stages.Compiled | None = None
@@ -37,11 +37,11 @@ class Decoder:
     """A decoder on a mesh; see `make_decoder` and `load_decoder`.
 
     Attributes:
-        program: what is compiled.
-        weights: by diffusers' names, in the order of `cogvideox.vae.weights.arrange`, on every
-            device; None until they are loaded. Compiling needs none.
-        decode_seconds: time that the batches of the last `decode` took on the devices and on their
-            way to the host, without what the caller did meanwhile.
+        program: the programs to compile.
+        weights: weights by diffusers' names, in the layout of `cogvideox.vae.weights.arrange`,
+            replicated; None until loaded. Compiling needs none.
+        decode_seconds: time of the last `decode` on the devices and for transfers to the host,
+            without the caller's own work.
     """
 
     program: DecodeProgram
@@ -51,12 +51,12 @@ class Decoder:
 
     @property
     def config(self) -> VaeConfig:
-        """The config of the VAE."""
+        """Config of the VAE."""
         return self.program.config
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh, of one axis that splits the width."""
+        """Mesh with one axis, which splits the width."""
         return self.program.mesh
 
     @property
@@ -66,10 +66,10 @@ class Decoder:
 
     @property
     def compiler_threads(self) -> int:
-        """How many programs to compile at once.
+        """Number of programs to compile at once.
 
-        GPUs take one: the compiler times candidates on the device, where two would disturb each
-        other, and the second program reuses the choices of the first.
+        GPUs use one. The compiler times candidates on the device, so two compilations would disturb
+        each other; and the second program reuses the choices of the first.
         """
         return 1 if self.mesh.devices.flat[0].platform == "gpu" else 2
 
@@ -96,15 +96,15 @@ class Decoder:
         output: Output,
         executables: Path | None = None,
     ) -> Executables:
-        """Returns the executables for latents [B, C, T, H, W], the same for all T of one parity.
+        """Returns the executables for latents [B, C, T, H, W], the same for all even or all odd T.
 
         Args:
             latents_shape: [B, C, T, H, W].
             output: dtype of the frames.
-            executables: folder of executables; the ones it does not hold are compiled.
+            executables: folder of executables; missing ones are compiled.
 
         Raises:
-            ValueError: the latents have another number of channels than the VAE.
+            ValueError: the latents do not have the VAE's number of channels.
         """
         b, channels, frames, height, width = latents_shape
         batches = frame_batches(frames)
@@ -124,12 +124,12 @@ class Decoder:
         """Decodes a video batch by batch; fetches each batch while the next one decodes.
 
         Args:
-            latents: [B, C, T, H, W] as the transformer made them, with the VAE's scaling.
+            latents: [B, C, T, H, W] from the transformer, with the VAE's scaling applied.
             output: "uint8" for 0..255, rounded; "float32" for 0..1.
 
         Yields:
-            Frames [B, F, height, width, 3] of the dtype `output`, in order. They are views of
-            planes, because a TPU would pad a last axis of 3 to 128.
+            Frames [B, F, height, width, 3] in dtype `output`, in order. They are views of planes,
+            because a TPU would pad a last axis of 3 to 128.
 
         Raises:
             FloatingPointError: the VAE produced a value that is not finite.
@@ -147,7 +147,7 @@ class Decoder:
         with ThreadPoolExecutor(1) as fetching:
             for start, end in frame_batches(latents.shape[1]):
                 executable = compiled.first if start == 0 else compiled.later
-                assert executable is not None  # `compile` makes it where there are more batches
+                assert executable is not None  # `compile` makes it if there are more batches
                 batch = place(latents[:, start:end], columns)
                 pixels, finite, caches = executable(self.weights, batch, caches)
                 fetched = fetching.submit(_fetch, pixels, finite, start, end)
@@ -168,8 +168,8 @@ def make_decoder(name: str, config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> 
 
     Args:
         name: key of `cogvideox.vae.decoders.DECODERS`.
-        config: of the VAE.
-        mesh: its axes are used as one, to split the width; its devices may be absent.
+        config: config of the VAE.
+        mesh: all its axes together split the width; its devices may be abstract.
         dtype: bfloat16 or float32.
     """
     one_axis = Mesh(mesh.devices.reshape(-1), (AXIS,))
@@ -177,10 +177,10 @@ def make_decoder(name: str, config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> 
 
 
 def load_decoder(name: str, vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> Decoder:
-    """`make_decoder` with the config and the weights of a folder in diffusers' layout.
+    """Makes a decoder with the config and weights of a folder in diffusers' layout.
 
     Raises:
-        ValueError: the config cannot be decoded, or weights do not fit it.
+        ValueError: the config is unsupported, or weights do not fit it.
     """
     config = VaeConfig.from_file(Path(vae_folder) / "config.json")
     decoder = make_decoder(name, config, mesh, dtype)
@@ -189,7 +189,7 @@ def load_decoder(name: str, vae_folder: Path, mesh: Mesh, dtype: jnp.dtype) -> D
 
 
 def _fetch(pixels: jax.Array, finite: jax.Array, start: int, end: int) -> tuple[np.ndarray, float]:
-    """Returns the frames [B, F, height, width, 3] of a batch, and the seconds they took to come."""
+    """Fetches a batch of frames [B, F, height, width, 3]; also returns the seconds it took."""
     begun = time.perf_counter()
     frames = np.asarray(pixels)
     if not int(finite):

@@ -1,4 +1,4 @@
-"""The decoder's layers: their weights, their caches, and the interface of their implementations.
+"""The decoder's layers: weights, caches, and the interface of the implementations.
 
 Two implementations exist: `cogvideox.vae.tpu.layers` with Pallas kernels, and
 `cogvideox.vae.xla.layers` for GPU and CPU. See `cogvideox.vae.sharding` for the axis letters.
@@ -12,13 +12,13 @@ import jax
 from cogvideox.model.config import VaeConfig
 from cogvideox.vae.weights import MID_RESNETS
 
-# What one convolution keeps of a batch of frames for the next: a tree of arrays that only the
-# layers that made it can read. None at the start of a video.
+# State that a convolution passes from one batch of frames to the next: a tree of arrays, opaque to
+# all but the layers that made it. None at the start of a video.
 ConvCache = Any
 
 
 class ConvWeights(NamedTuple):
-    """A convolution: its weight in the order of `cogvideox.vae.weights.arrange`, and bias [C']."""
+    """A convolution: weight in the layout of `cogvideox.vae.weights.arrange`, and bias [C']."""
 
     weight: jax.Array
     bias: jax.Array
@@ -34,7 +34,7 @@ class NormWeights(NamedTuple):
 
 
 class ResnetWeights(NamedTuple):
-    """A resnet block; `shortcut` is a 1x1x1 convolution where the channels change, else None."""
+    """A resnet block; `shortcut` is a 1x1x1 convolution if the channels change, else None."""
 
     norm1: NormWeights
     conv1: ConvWeights
@@ -50,12 +50,12 @@ class UpsampleWeights(NamedTuple):
     compress_time: bool
 
     def frames(self, stored: int) -> int:
-        """Returns how many frames `stored` frames become; an odd number keeps its first single."""
+        """Returns the number of upsampled frames; if `stored` is odd, the first is not doubled."""
         return 2 * stored - stored % 2 if self.compress_time and stored > 1 else stored
 
 
 class Features(NamedTuple):
-    """Activations and the statistics that the next norm needs.
+    """Activations, and their statistics for the next norm.
 
     Attributes:
         x: [B, F, W, H, C].
@@ -68,12 +68,12 @@ class Features(NamedTuple):
 
 
 class DecoderCaches(NamedTuple):
-    """The caches of all convolutions of the decoder, between two batches of frames.
+    """Caches of all convolutions of the decoder, between two batches of frames.
 
     Attributes:
-        conv_in, conv_out: of the first and last convolution.
-        mid: for each resnet of the mid block, one of each of its two convolutions.
-        up: the same for each resnet of each up block.
+        conv_in, conv_out: caches of the first and last convolution.
+        mid: for each resnet of the mid block, the caches of its two convolutions.
+        up: for each up block, the same.
     """
 
     conv_in: ConvCache
@@ -119,7 +119,7 @@ class Layers(Protocol):
         conv: ConvWeights,
         cache: ConvCache,
     ) -> tuple[jax.Array, ConvCache]:
-        """Applies norm, SiLU and the causal convolution to colours: planes [B, F, W, 3, H]."""
+        """Applies norm, SiLU and the causal convolution to RGB planes [B, F, W, 3, H]."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""The decoder's spatial norm, and the small functions that both kinds of layers share.
+"""The decoder's spatial norm, and small functions shared by both implementations of the layers.
 
-Source: diffusers.models.autoencoders.autoencoder_kl_cogvideox, reordered where the result differs
-by rounding only. See `cogvideox.vae.sharding` for the axis letters.
+Source: diffusers.models.autoencoders.autoencoder_kl_cogvideox, reordered; results differ only by
+rounding. See `cogvideox.vae.sharding` for the axis letters.
 """
 
 import jax
@@ -11,11 +11,11 @@ from jax import lax
 from cogvideox.vae.layers import ConvWeights, NormWeights
 from cogvideox.vae.sharding import WidthShards
 
-NORM_EPS = 1e-6  # CogVideoXSpatialNorm3D fixes it; the config's norm_eps never reaches the decoder
+NORM_EPS = 1e-6  # fixed by CogVideoXSpatialNorm3D; the decoder ignores the config's norm_eps
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision:
-    """Returns the precision of products; TPUs and GPUs round float32 operands by default."""
+    """Returns the precision for products; TPUs and GPUs round float32 operands by default."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
@@ -27,7 +27,7 @@ def pointwise(x: jax.Array, conv: ConvWeights) -> jax.Array:
 def frame_repeat(latent_frames: int, frames: int) -> tuple[int, int]:
     """Returns (repeat, offset): frame t uses latent frame (t + offset) // repeat, the nearest.
 
-    Source: CogVideoXSpatialNorm3D.forward, where an odd number of frames keeps its first single.
+    Source: CogVideoXSpatialNorm3D.forward, which does not repeat the first of an odd number.
     """
     if frames > 1 and frames % 2 == 1:
         repeat = (frames - 1) // (latent_frames - 1)
@@ -49,20 +49,20 @@ def modulation(
     groups: int,
     shards: WidthShards,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the multiplier and the summand of a spatial norm at the size of the latents.
+    """Computes the multiplier and the summand of a spatial norm at the latents' resolution.
 
-    Source: CogVideoXSpatialNorm3D. It interpolates the latents to the size of the input and then
-    convolves them. A 1x1x1 convolution and nearest interpolation commute, so here all but one
-    multiplication and one addition happen at the size of the latents, with up to 256 times fewer
-    voxels. The group statistics take one pass, in float32, over all devices.
+    Source: CogVideoXSpatialNorm3D, which interpolates the latents to the size of the input and then
+    convolves them. A 1x1x1 convolution and nearest interpolation commute. So here only one
+    multiplication and one addition run at full size; the rest has up to 256 times fewer voxels. The
+    group statistics take one pass, in float32, over all devices.
 
     Args:
-        sums: of the input; see `Features`.
-        shape: of the input on this device, [B, F, W s, H s, C].
+        sums: sums of the input; see `Features`.
+        shape: shape of the input on this device, [B, F, W s, H s, C].
         z: latents [B, T, W, H', Z].
         norm: the spatial norm's weights.
         groups: number of channel groups.
-        shards: how the width is split.
+        shards: split of the width.
 
     Returns:
         Multiplier and summand, float32 [B, T, W, H', C].
@@ -73,7 +73,7 @@ def modulation(
     sums = lax.psum(sums, shards.axis).reshape(b, 2, groups, size).sum(axis=3)
     moments = sums / (frames * real_width * rows * size)
     mean, mean_square = moments[:, 0], moments[:, 1]
-    variance = jnp.maximum(mean_square - jnp.square(mean), 0)  # rounding can take it below zero
+    variance = jnp.maximum(mean_square - jnp.square(mean), 0)  # rounding can make it negative
     gain = jnp.repeat(lax.rsqrt(variance + NORM_EPS), size, axis=1) * norm.scale
     shift = norm.bias - jnp.repeat(mean, size, axis=1) * gain  # both float32 [B, C]
 

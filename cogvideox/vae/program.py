@@ -1,12 +1,12 @@
 """The two programs of a decode: one for the first batch of frames, one for all others.
 
-diffusers decodes two latent frames at a time; the first batch also takes the odd one. Group
-statistics are per batch, and the causal convolutions pass their last two frames to the next batch,
-so another split would give another video.
+diffusers decodes two latent frames at a time; with an odd number, the first batch has three. Group
+statistics are per batch, and the causal convolutions pass their last two frames to the next batch.
+So a different split would change the video.
 
-The later program donates its caches. A program that scans over the batches would hold the whole
-video until its end and compile the same two bodies; a loop on the host lets frames leave for the
-encoder while the next batch decodes. See `cogvideox.vae.sharding` for the axis letters.
+The later program donates its caches. The loop over batches runs on the host, so frames are encoded
+while the next batch decodes. A scan would hold the full video until its end and compile the same
+two bodies. See `cogvideox.vae.sharding` for the axis letters.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ from cogvideox.vae.xla.layers import XlaLayers
 from runtime.compiler_options import vae_options
 from runtime.programs import Program, machine_fields
 
-# AutoencoderKLCogVideoX.num_latent_frames_batch_size, which no config can change.
+# AutoencoderKLCogVideoX.num_latent_frames_batch_size; not in the config.
 LATENT_FRAMES_PER_BATCH = 2
 
-# The files that are traced into the programs, relative to the project.
+# Files traced into the programs, relative to the project.
 SOURCES = ("cogvideox/model/config.py", "cogvideox/vae")
 
 AXIS = "width"
@@ -60,17 +60,17 @@ def choose_layers(
     dtype: jnp.dtype,
     interpret: Interpret = False,
 ) -> Layers:
-    """Chooses the implementation of the layers that is fastest on a mesh.
+    """Chooses the fastest implementation of the layers for a mesh.
 
     Pallas kernels run on TPU in bfloat16 if every channel count is a multiple of 128; XLA's
     convolutions run everywhere else.
 
     Args:
-        config: of the VAE.
+        config: config of the VAE.
         shards: split of the width.
-        mesh: only the platform of its devices matters.
-        dtype: of the run.
-        interpret: choose as on a TPU, and run the kernels on any backend, slowly.
+        mesh: only the platform of its devices is used.
+        dtype: dtype of the run.
+        interpret: choose as on a TPU; the kernels run interpreted (slowly) on any backend.
     """
     tpu = bool(interpret) or mesh.devices.flat[0].platform == "tpu"
     whole_lanes = all(c % LANES == 0 for c in config.block_out_channels)
@@ -94,8 +94,8 @@ class DecodeProgram:
 
     Attributes:
         kind: how the decoder is traced.
-        config: of the VAE.
-        mesh: of one axis, `AXIS`; its devices may be absent.
+        config: config of the VAE.
+        mesh: has one axis, `AXIS`; its devices may be abstract.
         dtype: bfloat16 or float32.
     """
 
@@ -106,7 +106,7 @@ class DecodeProgram:
 
     @cached_property
     def abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the arranged weights by diffusers' names, whole on every device."""
+        """Returns shapes of the arranged weights by diffusers' names; weights are replicated."""
         everywhere = NamedSharding(self.mesh, P())
         return {
             name: jax.ShapeDtypeStruct(arranged_shape(shape), self.dtype, sharding=everywhere)
@@ -123,9 +123,9 @@ class DecodeProgram:
         """Lowers the program for one batch of latents.
 
         Args:
-            shape: of the batch, [B, C, T, H, W].
+            shape: shape of the batch, [B, C, T, H, W].
             output: dtype of the frames.
-            caches: abstract caches of the batch before; None lowers the first batch's program.
+            caches: abstract caches of the previous batch; None lowers the first batch's program.
 
         Returns:
             The program (weights, latents [B, T, W, H, C], caches) -> (frames [B, F, 3, H s, W s],
@@ -151,7 +151,7 @@ class DecodeProgram:
             mesh=self.mesh,
             in_specs=(P(), COLUMNS, COLUMNS),
             out_specs=(COLUMNS, P(), COLUMNS),
-            check_vma=False,  # the Pallas kernels do not say over which axes their results vary
+            check_vma=False,  # Pallas kernels do not declare which axes their results vary over
         )
 
         def decode_batch(
@@ -186,7 +186,7 @@ class DecodeProgram:
             output: dtype of the frames.
 
         Raises:
-            ValueError: the latents have another number of channels than the VAE.
+            ValueError: the latents do not have the VAE's number of channels.
         """
         b, channels, frames, height, width = latents_shape
         if channels != self.config.latent_channels:

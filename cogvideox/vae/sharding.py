@@ -1,13 +1,13 @@
-"""Split of the picture's width over the devices of a mesh.
+"""Sharding of the frames' width over the devices of a mesh.
 
 Everything here runs inside `jax.shard_map` over one mesh axis that splits the width. Arrays are
-channels-last with the width before the height, [B, T, W, H, C], so that the columns which a
-convolution reads from its neighbours are contiguous, and the height, which no mesh splits, is the
-innermost spatial axis.
+channels-last with the width before the height, [B, T, W, H, C]. So the columns that a convolution
+reads from its neighbours are contiguous, and the height, which is not split, is the innermost
+spatial axis.
 
-A width that the devices do not divide is padded on the right to equal shards. Between layers,
-padded columns may hold any finite value. Operations that read more than their own column
-(convolutions, group statistics) mask them.
+If the width is not divisible by the devices, it is padded on the right to equal shards. Between
+layers, padded columns may have any finite value. Operations that read other columns (convolutions,
+group statistics) mask them.
 
 Axis letters: B batch, T latent frames, F frames, W H width and height, C channels, Z latent
 channels, s pixels per latent.
@@ -48,7 +48,7 @@ class WidthShards:
         """Returns how many of this device's columns are real: int32 scalar.
 
         Args:
-            columns: of this device, a multiple of `local_width`.
+            columns: number of columns on this device, a multiple of `local_width`.
         """
         scale = columns // self.local_width
         before = lax.axis_index(self.axis) * columns
@@ -65,11 +65,11 @@ class WidthShards:
     def neighbours(self, edges: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
         """Fetches the columns left and right of this device's columns: [B, F, 1, ...] each.
 
-        Columns that are padding or beyond the picture are zero.
+        Columns that are padding or outside the frame are zero.
 
         Args:
-            edges: this device's own first and last column; see `edges`.
-            columns: of this device, a multiple of `local_width`.
+            edges: this device's first and last column; see `edges`.
+            columns: number of columns on this device, a multiple of `local_width`.
         """
         if self.count == 1:
             zeros = jnp.zeros_like(edges[:, :, :1])

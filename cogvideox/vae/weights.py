@@ -1,4 +1,4 @@
-"""A VAE folder in diffusers' layout: the weights that decoding needs."""
+"""Weights of the VAE's decoder: names, shapes, headers, and their arrangement for the layers."""
 
 from pathlib import Path
 
@@ -8,27 +8,27 @@ from cogvideox.model.config import VaeConfig
 from cogvideox.model.folder import check_names_and_shapes, stored_tensors
 from runtime.tensor_files import StoredTensor
 
-# Present in every full VAE, of no use to a decoder.
+# Present in every full VAE, unused by the decoder.
 _NOT_FOR_DECODING = ("encoder.", "quant_conv.")
 
 MID_RESNETS = 2  # CogVideoXDecoder3D fixes it
 
 
 def arrange(weight: np.ndarray) -> np.ndarray:
-    """A decoder's weight from diffusers' order to the one its layers compute with.
+    """Rearranges a decoder's weight from diffusers' layout to the layout of the layers.
 
-    Convolutions become the matrices of the products that compute them, because a TPU pads the
-    small axes of a kernel to whole tiles, and the phases of the upsamplers are summed in float32.
+    Convolutions become matrices, because a TPU pads the small axes of a kernel to full tiles. The
+    phases of the upsamplers are summed in float32.
 
     Args:
-        weight: a vector; or [C', C, 1, 1, 1]; or [C', C, frames, rows, columns] of 3 each; or
-            [C', C, rows, columns] of 3 each, which is an upsampler's.
+        weight: a vector; [C', C, 1, 1, 1]; [C', C, frames, rows, columns], 3 of each; or an
+            upsampler's [C', C, rows, columns], 3 of each.
 
     Returns:
-        The vector; or [C, C']; or [3 (frames) 3 (columns) C, 3 (rows) C']; or
-        [2 (side), 2 (columns) C, 2 (parity) 2 (rows) C']: for the left or right, even or odd of
-        the pixels that a pixel is doubled to, the weights of the two columns and the two rows that
-        it then reads (for the left or even one the pixel before and the pixel itself).
+        The vector; [C, C']; [3 (frames) 3 (columns) C, 3 (rows) C']; or, respectively,
+        [2 (side), 2 (columns) C, 2 (parity) 2 (rows) C']. Doubling turns a pixel into left and
+        right (side), even and odd (parity) pixels. Each reads two columns and two rows of the
+        input; the left or even one reads the previous pixel and the pixel itself.
     """
     if weight.ndim == 1:
         return weight
@@ -44,18 +44,18 @@ def arrange(weight: np.ndarray) -> np.ndarray:
         [first, middle + last, first + middle, last]
     )  # [side column, parity row, C', C]
     both = both.transpose(0, 3, 1, 2).reshape(2, 2 * channels, 4 * out_channels)
-    return both  # float32: rounded to the run's dtype once, by the caller
+    return both  # float32; the caller rounds once to the run's dtype
 
 
 def arranged_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of `arrange`'s result for a weight of this shape."""
+    """Returns the shape of `arrange`'s result for a weight of this shape."""
     return arrange(np.broadcast_to(np.float32(0), shape)).shape
 
 
 def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight that decoding needs, by diffusers' name, from the config alone.
+    """Returns the shape of every weight that decoding needs, by diffusers' name.
 
-    Source: diffusers' CogVideoXDecoder3D, whose state_dict a test compares.
+    Source: diffusers' CogVideoXDecoder3D; a test compares its state_dict.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     widths, latent = config.block_out_channels[::-1], config.latent_channels
@@ -93,14 +93,14 @@ def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_weights(vae_folder: Path, config: VaeConfig) -> dict[str, StoredTensor]:
-    """The headers of exactly the weights that decoding needs.
+    """Returns the headers of the weights that decoding needs.
 
     Args:
-        vae_folder: holds one safetensors file, or several and their index.
+        vae_folder: contains one safetensors file, or several and their index.
 
     Raises:
-        ValueError: files are absent or damaged, or tensors are missing, extra or of another shape;
-            the message lists all of them.
+        ValueError: files are missing or damaged, or tensors are missing, extra or of the wrong
+            shape; the message lists all of them.
     """
     shapes = weight_shapes(config)
     stored = stored_tensors(Path(vae_folder))

@@ -1,9 +1,9 @@
-"""Pallas TPU kernel: the causal 3x3x3 convolution with the norm and activation before it.
+"""Pallas TPU kernel: norm, activation and a causal 3x3x3 convolution.
 
-The nine (frame, column) taps of a frame lie side by side along the contraction axis and the three
-row taps along the output axis, so one matrix product [H, 9 C] x [9 C, 3 C'] computes all 27 taps.
-The row taps are then added with a shift of one row, which is cheap in float32 and expensive in
-packed bfloat16 inputs. See `cogvideox.vae.tpu.common` for the ring of columns.
+The nine (frame, column) taps are concatenated along the contraction axis and the three row taps
+along the output axis, so one matrix product [H, 9 C] x [9 C, 3 C'] computes all 27 taps. The row
+taps are then added with a shift of one row. The shift is cheap in float32 and expensive in packed
+bfloat16 inputs. See `cogvideox.vae.tpu.common` for the ring of columns.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 from cogvideox.vae.tpu.common import BORDER, Interpret, clear_border, compiler_params, dot
 
 _PLANES = 8  # rows of a float32 tile; `planar` results are padded to them
-_CACHE_OPERAND = 6  # index of the cache among the operands, where there is one
+_CACHE_OPERAND = 6  # index of the cache among the operands, if present
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """The static options of the kernel's body; see `causal_conv`."""
+    """Static options of the kernel's body; see `causal_conv`."""
 
     repeat: int
     offset: int
@@ -37,7 +37,7 @@ class _Options:
 
 
 class _Refs(NamedTuple):
-    """The references of one step; see `causal_conv` for the operands."""
+    """Refs of one grid step; see `causal_conv` for the operands."""
 
     real: jax.Array
     x: jax.Array
@@ -58,7 +58,7 @@ class _Refs(NamedTuple):
 
     @classmethod
     def of(cls, refs: Sequence[jax.Array], options: _Options) -> "_Refs":
-        """Names the references, of which the options decide which are present."""
+        """Names the refs; the options decide which ones are present."""
         present = [True] * 6 + [options.cached, options.modulated, options.modulated]
         present += [options.residual, options.shortcut] + [True] * 5
         remaining = iter(refs)
@@ -67,11 +67,11 @@ class _Refs(NamedTuple):
 
 
 def _kernel(*all_refs: jax.Array, options: _Options) -> None:
-    """Runs one step: brings in a column, convolves the one before."""
+    """Runs one grid step: reads a column and convolves the previous one."""
     refs = _Refs.of(all_refs, options)
     step = pl.program_id(1)
     columns = pl.num_programs(1) - 1
-    newest = lax.rem(step + 1, 3)  # column c has slot (c + 1) % 3 of the ring
+    newest = lax.rem(step + 1, 3)  # column c uses slot (c + 1) % 3 of the ring
 
     @pl.when(step == 0)
     def _():
@@ -93,7 +93,7 @@ def _kernel(*all_refs: jax.Array, options: _Options) -> None:
 
 
 def _activate_column(refs: _Refs, options: _Options, step: jax.Array, newest: jax.Array) -> None:
-    """Writes the activated frames of column `step` to the ring, behind the two of the cache."""
+    """Writes the activated frames of column `step` to the ring, after the cache's two frames."""
     frames = refs.x.shape[1]
     real = (step < refs.real[0]).astype(jnp.float32)
 
@@ -114,7 +114,7 @@ def _activate_column(refs: _Refs, options: _Options, step: jax.Array, newest: ja
 
 
 def _convolve_column(refs: _Refs, options: _Options, step: jax.Array, newest: jax.Array) -> None:
-    """Convolves column `step - 1` of every frame and adds to the sums."""
+    """Convolves column `step - 1` of every frame and updates the sums."""
     frames, height = refs.x.shape[1], refs.x.shape[3]
     out_channels = refs.bias.shape[1]
     slots = (lax.rem(step + 2, 3), lax.rem(step, 3), newest)
@@ -145,12 +145,12 @@ def _convolve_column(refs: _Refs, options: _Options, step: jax.Array, newest: ja
 
 
 def _reading(columns: int):
-    """Returns the index map of the column that a step brings in."""
+    """Returns the index map of the column that a step reads."""
     return lambda b, step: (b, 0, jnp.minimum(step, columns - 1), 0, 0)
 
 
 def _writing(b: jax.Array, step: jax.Array) -> tuple[jax.Array | int, ...]:
-    """The index map of the column that a step convolves."""
+    """Index map of the column that a step convolves."""
     return b, 0, jnp.maximum(step - 1, 0), 0, 0
 
 
@@ -175,7 +175,7 @@ def _operands(
     residual: jax.Array | None,
     shortcut: jax.Array | None,
 ) -> list[tuple[jax.Array, pl.BlockSpec]]:
-    """Returns the arrays that are present, in the order of `_Refs`, with their blocks."""
+    """Returns the arrays that are present, in the order of `_Refs`, with their block specs."""
     _, frames, columns, height, channels = x.shape
     border_column = pl.BlockSpec(
         (1, frames + 2, 1, height, channels), lambda b, step: (b, 0, 0, 0, 0)
@@ -229,16 +229,16 @@ def causal_conv(
 
     Args:
         x: [B, F, W, H, C].
-        cache: the two activated frames before `x`, [B, 2, W, H, C]; its buffer is reused for the
-            new cache. None at the start of a video, where the first frame is repeated for both.
-        left, right: the neighbours' activated border columns, the two frames before first, zero
-            beyond the picture: [B, F + 2, 1, H, C].
+        cache: the two activated frames before `x`, [B, 2, W, H, C]; the new cache reuses its
+            buffer. None at the start of a video, where the first frame replaces both.
+        left, right: the neighbours' activated border columns [B, F + 2, 1, H, C], starting with the
+            two previous frames; zero outside the frame.
         weight: [9 C, 3 C'], rows by (frame, column, channel), columns by (row, channel).
         bias: [C'].
-        real_columns: int32 scalar; columns from there on are padding, read as zeros.
-        modulation: multiplier and summand, float32 [B, T, W / s, H, C], each of whose columns
-            serves s columns of `x`; frame t uses latent frame (t + offset) // repeat. None leaves
-            out multiplier, summand and silu.
+        real_columns: int32 scalar; columns from this index on are padding and read as zeros.
+        modulation: multiplier and summand, float32 [B, T, W / s, H, C]. Each column applies to s
+            columns of `x`; frame t uses latent frame (t + offset) // repeat. None skips
+            multiplier, summand and silu.
         residual: [B, F, W, H, C'], or [B, F, W, H, R] with a `shortcut` [R, C'] to multiply by.
         planar: return [B, F, W, 8, H] float32, the first 8 channels as planes, and no sums.
         interpret: see `Interpret`.

@@ -1,13 +1,12 @@
-"""What both kernels of the decoder share: sizes, products, and the ring of columns.
+"""Definitions shared by the decoder's two kernels: sizes, products, and the ring of columns.
 
-Why kernels: XLA spends more on moving a full-size activation into the layout of its convolutions
-than on the convolution. 128 -> 128 channels on 8 frames of 768 x 176 take 9.5M cycles, of which
-5.4M convolve, and 4 to 16 s to compile. These kernels read every activation once and write the
-result once, in their natural order: 3.6M cycles, norm, activation and group sums included
-(compiler estimates for v6e).
+Reason for kernels: XLA copies full-size activations into the layout of its convolutions. 128 -> 128
+channels on 8 frames of 768 x 176 take 9.5M cycles (5.4M of convolution) and 4 to 16 s to compile.
+These kernels read every activation once and write the result once, in natural order: 3.6M cycles,
+including norm, activation and group sums (compiler estimates for v6e).
 
-How they work: the grid walks over the columns of one device. Step i brings column i of every frame
-into a ring of three columns in VMEM, then convolves column i - 1. Channels are multiples of 128.
+Method: the grid iterates over the columns of one device. Step i reads column i of every frame into
+a ring of three columns in VMEM, then convolves column i - 1. Channels are multiples of 128.
 """
 
 import jax
@@ -17,16 +16,15 @@ from jax.experimental.pallas import tpu as pltpu
 from cogvideox.vae.norm import precision
 
 LANES = 128
-BORDER = 8  # rows of zeros above and below the products: the border of the picture
+BORDER = 8  # rows of zeros above and below the products: the frame's border
 VMEM_BYTES = 100 * 2**20  # of 128 MiB on v6e; the largest layer of the published VAE needs 60
 
-# False compiles for TPU. True, or the options of Pallas' TPU interpreter, runs on any backend,
-# slowly.
+# False compiles for TPU. True, or options of Pallas' TPU interpreter, runs on any backend, slowly.
 Interpret = bool | pltpu.InterpretParams
 
 
 def compiler_params() -> pltpu.CompilerParams:
-    """Returns the compiler's parameters for a grid (batch, columns + 1) that runs in order."""
+    """Returns compiler parameters for a sequential grid (batch, columns + 1)."""
     return pltpu.CompilerParams(
         dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
     )
@@ -38,7 +36,7 @@ def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def clear_border(products: jax.Array, height: int) -> None:
-    """Zeroes the rows of the ref `products` above and below the `height` rows of the picture."""
+    """Zeroes the rows of the ref `products` above and below the `height` rows of the frame."""
     border = jnp.zeros((BORDER, products.shape[1]), jnp.float32)
     products[:BORDER] = border
     products[BORDER + height :] = border

@@ -1,7 +1,7 @@
-"""The decoder's layers with Pallas kernels: for TPU in bfloat16.
+"""The decoder's layers with Pallas kernels, for TPU in bfloat16.
 
 The kernels process all frames of a batch, column by column. They read the border columns of the
-neighbouring devices as separate small arrays, so that no activation is copied to attach them.
+neighbouring devices as separate small arrays, so no activation is copied to attach them.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ Caches = tuple[jax.Array, jax.Array]
 
 
 def _pad_channels(conv: ConvWeights) -> ConvWeights:
-    """Pads a causal convolution's channels, in and out, with zeros to whole lanes."""
+    """Pads a causal convolution's input and output channels with zeros to full lanes."""
     out_channels = conv.bias.shape[0]
     channels = conv.weight.shape[0] // 9
     pad_in, pad_out = -channels % LANES, -out_channels % LANES
@@ -38,7 +38,7 @@ def _pad_channels(conv: ConvWeights) -> ConvWeights:
 
 @dataclasses.dataclass(frozen=True)
 class TpuLayers:
-    """Implements `cogvideox.vae.layers.Layers`; a cache holds activated frames, [B, 2, W, H, C].
+    """Implements `cogvideox.vae.layers.Layers`; a cache is two activated frames, [B, 2, W, H, C].
 
     Attributes:
         shards: split of the width.
@@ -128,12 +128,12 @@ class TpuLayers:
     ) -> tuple[Features, jax.Array]:
         """Computes conv(silu(norm(features, z)))."""
         x, sums = features
-        # The kernel reads a row of modulation for each row; it repeats columns and frames itself.
+        # The kernel needs one row of modulation per row; it repeats columns and frames itself.
         z = jnp.repeat(z, x.shape[3] // z.shape[3], axis=3)
         with jax.named_scope("norm"):
             modulated = modulation(sums, x.shape, z, norm, self.groups, self.shards)
         repeat, offset = frame_repeat(z.shape[1], x.shape[1])
-        # Activate this device's border columns for the neighbours, as the kernel does.
+        # Activate this device's border columns for the neighbours, as in the kernel.
         gain, shift = (_show_frames(edges(v), repeat, offset) for v in modulated)
         borders = jax.nn.silu(edges(x).astype(jnp.float32) * gain + shift).astype(x.dtype)
         out, cache, sums = causal_conv(
@@ -154,7 +154,7 @@ class TpuLayers:
 
 
 def _after(cache: jax.Array | None, borders: jax.Array) -> jax.Array:
-    """Puts the edges of the two frames before in front of `borders`: [B, F + 2, 2, H, C]."""
+    """Prepends the edges of the two previous frames to `borders`: [B, F + 2, 2, H, C]."""
     before = jnp.repeat(borders[:, :1], 2, axis=1) if cache is None else edges(cache)
     return jnp.concatenate([before, borders], axis=1)
 

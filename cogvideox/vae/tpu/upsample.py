@@ -1,6 +1,6 @@
-"""Pallas TPU kernel: nearest doubling and the 3x3 convolution after it.
+"""Pallas TPU kernel: nearest doubling followed by a 3x3 convolution.
 
-Four 2x2 convolutions, one for each phase of the doubled picture, replace the doubling and the 3x3
+Four 2x2 convolutions, one for each phase of the doubled frame, replace the doubling and the 3x3
 convolution. See `cogvideox.vae.tpu.common` for the ring of columns.
 """
 
@@ -20,7 +20,7 @@ def _pack_bfloat16(low: jax.Array, high: jax.Array, interpret: Interpret) -> jax
     """Rounds two float32 [H, C] to bfloat16 and packs them into the halves of 32-bit words."""
     if not interpret:
         return pltpu.pack_elementwise([low, high], packed_dtype=jnp.bfloat16)
-    # pack_elementwise has no rule on other backends.
+    # pack_elementwise is not implemented on other backends.
     bits = (lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) for x in (low, high))
     low_bits, high_bits = (x.astype(jnp.uint32) for x in bits)
     return low_bits | (high_bits << 16)
@@ -30,7 +30,7 @@ def _unpack_rows(words: jax.Array, interpret: Interpret) -> jax.Array:
     """Reads 32-bit words [H, C] as bfloat16 [2 H, C]: low halves are even rows, high ones odd."""
     if not interpret:
         return pltpu.bitcast(words, jnp.bfloat16)
-    # pltpu.bitcast has no rule on other backends.
+    # pltpu.bitcast is not implemented on other backends.
     halves = jnp.stack([words & 0xFFFF, words >> 16], axis=1).astype(jnp.uint16)
     return lax.bitcast_convert_type(halves.reshape(-1, words.shape[1]), jnp.bfloat16)
 
@@ -38,9 +38,9 @@ def _unpack_rows(words: jax.Array, interpret: Interpret) -> jax.Array:
 def interleave_rows(
     even: jax.Array, odd: jax.Array, dtype: jnp.dtype, interpret: Interpret = False
 ) -> jax.Array:
-    """Joins two float32 [H, C] to [2 H, C] with rows even[0], odd[0], even[1], ...
+    """Interleaves two float32 [H, C] to [2 H, C] with rows even[0], odd[0], even[1], ...
 
-    A TPU stores two bfloat16 rows in one row of 32-bit words, so joining them is a packing.
+    A TPU stores two bfloat16 rows in one row of 32-bit words, so packing interleaves them.
     """
     if dtype == jnp.bfloat16:
         return _unpack_rows(_pack_bfloat16(even, odd, interpret), interpret)
@@ -48,7 +48,7 @@ def interleave_rows(
 
 
 class _Refs(NamedTuple):
-    """The references of one step; see `upsample` for the operands."""
+    """Refs of one grid step; see `upsample` for the operands."""
 
     real: jax.Array
     x: jax.Array
@@ -63,11 +63,11 @@ class _Refs(NamedTuple):
 
 
 def _kernel(*all_refs: jax.Array, interpret: Interpret) -> None:
-    """Runs one step: brings in a column, doubles and convolves the one before."""
+    """Runs one grid step: reads a column; doubles and convolves the previous one."""
     refs = _Refs(*all_refs)
     step = pl.program_id(1)
     columns = pl.num_programs(1) - 1
-    newest = lax.rem(step + 1, 3)  # column c has slot (c + 1) % 3 of the ring
+    newest = lax.rem(step + 1, 3)  # column c uses slot (c + 1) % 3 of the ring
 
     @pl.when(step == 0)
     def _():
@@ -89,7 +89,7 @@ def _kernel(*all_refs: jax.Array, interpret: Interpret) -> None:
 
 
 def _convolve_column(refs: _Refs, step: jax.Array, newest: jax.Array, interpret: Interpret) -> None:
-    """Writes the two columns that column `step - 1` becomes, and adds to the sums."""
+    """Writes the two columns made from column `step - 1`, and updates the sums."""
     stored, height = refs.x.shape[1], refs.x.shape[3]
     frames, out_channels = refs.out.shape[1], refs.bias.shape[1]
     slots = (lax.rem(step + 2, 3), lax.rem(step, 3), newest)
@@ -135,15 +135,15 @@ def upsample(
     frames: int,
     interpret: Interpret = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Doubles the picture by nearest, convolves it with 3x3, and doubles the frames if asked.
+    """Doubles the frames' size (nearest), convolves 3x3, and optionally doubles their number.
 
     Args:
         x: [B, F', W, H, C].
-        left, right: the neighbours' border columns, zero beyond the picture: [B, F', 1, H, C].
+        left, right: the neighbours' border columns [B, F', 1, H, C], zero outside the frame.
         weight: [2, 2 C, 4 C']; see `cogvideox.vae.weights.arrange`.
         bias: [C'].
-        real_columns: int32 scalar; columns from there on are padding, read as zeros.
-        frames: F, either F' or 2 F' or, with the first frame single, 2 F' - 1.
+        real_columns: int32 scalar; columns from this index on are padding and read as zeros.
+        frames: F, one of F', 2 F', or 2 F' - 1, which does not double the first frame.
         interpret: see `Interpret`.
 
     Returns:

@@ -1,10 +1,10 @@
-"""The decoder's layers with XLA's convolutions, frame by frame: for GPU and CPU.
+"""The decoder's layers with XLA's convolutions, frame by frame, for GPU and CPU.
 
-Temporary arrays are a few frames at most, so a decode of 768x1360 needs little more memory than its
-caches. A causal convolution is one 2-D convolution of three frames side by side in the channels:
-one float32 accumulator adds all 27 taps, and each frame is written once. The three frames lie in a
-ring buffer, in which each new frame replaces the oldest; the kernel's taps are rotated to match.
-`benchmarks/vae_convolution.py` compares other forms.
+Temporary arrays have at most a few frames, so a decode of 768x1360 needs little more memory than
+its caches. A causal convolution is one 2-D convolution of three frames concatenated along the
+channels: one float32 accumulator sums all 27 taps, and each frame is written once. The three frames
+are in a ring buffer. Each new frame replaces the oldest, and the kernel's taps are rotated to
+match. `benchmarks/vae_convolution.py` compares other forms.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from cogvideox.vae.sharding import WidthShards, edges
 # `with_neighbours` adds.
 Cache = tuple[jax.Array, jax.Array]
 
-# A frame [B, W, H, C] and, where the mesh splits the width, the columns left and right of it.
+# A frame [B, W, H, C] and, if the mesh splits the width, the columns left and right of it.
 Pieces = list[jax.Array]
 
 _RING = 3  # frames that a causal convolution reads
@@ -45,7 +45,7 @@ _RING = 3  # frames that a causal convolution reads
 def with_neighbours(x: jax.Array, shards: WidthShards) -> jax.Array:
     """Adds a column from each side to [B, F, W, H, C]: [B, F, W + 2, H, C].
 
-    On a single device it returns `x`, because there the convolution pads its own border.
+    On a single device it returns `x`, because the convolution pads the border.
     """
     if shards.count == 1:
         return x
@@ -73,7 +73,7 @@ def _conv_2d(x: jax.Array, kernel: jax.Array, shards: WidthShards) -> jax.Array:
 def _ring_kernels(conv: ConvWeights) -> jax.Array:
     """Rearranges [3 (frames) 3 (columns) C, 3 (rows) C'] to [3, 3, 2 3 (frames) C, C'].
 
-    The frames' taps are repeated once, so that each rotation of them is a contiguous slice.
+    The frames' taps are repeated once, so each rotation is a contiguous slice.
     """
     channels, out_channels = conv.weight.shape[0] // 9, conv.bias.shape[0]
     kernel = conv.weight.reshape(_RING, 3, channels, 3, out_channels).transpose(1, 3, 0, 2, 4)
@@ -84,8 +84,8 @@ def _ring_kernels(conv: ConvWeights) -> jax.Array:
 def _phase_kernel(conv: ConvWeights) -> jax.Array:
     """Rearranges [2 (side), 2 (columns) C, 2 (parity) 2 (rows) C'] to [2, 2, C, 2 2 C'].
 
-    The 2x2 convolution computes the four phases around the corner between four pixels: the right
-    half of the left pixels and the left half of the right ones. So sides and parities are reversed.
+    The 2x2 convolution computes the four phases around the corner of four pixels: the right half of
+    the left pixels and the left half of the right ones. So sides and parities are reversed.
     """
     channels, out_channels = conv.weight.shape[1] // 2, conv.bias.shape[0]
     kernel = conv.weight.reshape(2, 2, channels, 2, 2, out_channels)[::-1, :, :, ::-1]
@@ -96,7 +96,7 @@ def upsample_frame(x: jax.Array, conv: ConvWeights, shards: WidthShards) -> jax.
     """Doubles [B, W (+ 2 if the width is split), H, C] by nearest, then convolves with 3x3.
 
     Source: CogVideoXUpsample3D. One 2x2 convolution for each of the four phases of the doubled
-    picture does the same with 16/36 of the products.
+    frame needs only 16/36 of the products.
 
     Returns:
         [B, 2 W + 2, 2 H, C'], with a column from each side.
@@ -104,7 +104,7 @@ def upsample_frame(x: jax.Array, conv: ConvWeights, shards: WidthShards) -> jax.
     b = x.shape[0]
     out = lax.optimization_barrier(_conv_2d(x, _phase_kernel(conv), shards))
     columns, rows, channels = *out.shape[1:3], conv.bias.shape[0]
-    # Columns and rows are corners between four pixels: one more of each than pixels.
+    # Outputs are at the corners of pixels: one more column and one more row than pixels.
     out = out.reshape(b, columns, rows, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
     out = out.reshape(b, 2 * columns, 2 * rows, channels)
     return out[:, :, 1:-1] + conv.bias
@@ -112,16 +112,16 @@ def upsample_frame(x: jax.Array, conv: ConvWeights, shards: WidthShards) -> jax.
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Frames [B, F, W, H, C], upsampled when they are read.
+    """Frames [B, F, W, H, C], upsampled on reading.
 
-    diffusers doubles the frames and then convolves each on its own, so a doubled frame is the same
-    frame read twice.
+    diffusers doubles the frames and then convolves each one separately, so both copies of a frame
+    are equal and one is stored.
 
     Attributes:
         stored: [B, F', W', H', C'].
-        beside: the columns left and right of them, [B, F', 1, H', C'] each; empty if the width is
-            not split.
-        upsample: the upsampler to apply to a stored frame; None to read it as it is.
+        beside: the columns left and right of `stored`, [B, F', 1, H', C'] each; empty if the width
+            is not split.
+        upsample: the upsampler to apply to a stored frame; None for no upsampling.
         shards: split of the width.
     """
 
@@ -132,7 +132,7 @@ class Video:
 
     @classmethod
     def of(cls, x: jax.Array, upsample: UpsampleWeights | None, shards: WidthShards) -> "Video":
-        """Makes a video of `x`; fetches the columns beside it for all frames at once."""
+        """Makes a video of `x`; fetches the neighbouring columns of all frames at once."""
         beside = () if shards.count == 1 else shards.neighbours(edges(x), x.shape[2])
         return cls(x, beside, upsample, shards)
 
@@ -146,7 +146,7 @@ class Video:
         return b, self.upsample.frames(stored), 2 * columns, 2 * rows, channels
 
     def pieces(self, t: jax.Array) -> Pieces:
-        """Computes frame `t` and the columns beside it."""
+        """Computes frame `t` and its neighbouring columns."""
         stored = self.stored.shape[1]
         if self.shape[1] > stored:
             t = (t + stored % 2) // 2
@@ -176,14 +176,14 @@ class Video:
 
 
 class Residual(NamedTuple):
-    """The residual of a resnet block: its input, through a shortcut if there is one."""
+    """Residual of a resnet block: its input, through the shortcut if there is one."""
 
     video: Video
     shortcut: ConvWeights | None
 
     @classmethod
     def of(cls, video: Video, shortcut: ConvWeights | None) -> "Residual":
-        """Makes a residual; fuses an upsampler and a shortcut, both linear, into one upsampler."""
+        """Makes a residual; fuses upsampler and shortcut, both linear, into one upsampler."""
         if video.upsample is None or shortcut is None:
             return cls(video, shortcut)
         conv, compress_time = video.upsample
@@ -225,9 +225,9 @@ class XlaLayers:
         caches: tuple[Cache, Cache] | None,
         upsample: UpsampleWeights | None = None,
     ) -> tuple[Features, tuple[Cache, Cache]]:
-        # All upsampled frames would be the largest array of the decoder, 4.8 GB for 9 frames of
-        # 768x1360 with 256 channels. Each of their three uses computes them again, frame by frame,
-        # for a tenth of the work of one convolution.
+        # Storing all upsampled frames would need the largest array, 4.8 GB for 9 frames of
+        # 768x1360 with 256 channels. Each of the three uses recomputes them frame by frame, for a
+        # tenth of the work of one convolution.
         video = Video.of(features.x, upsample, self.shards)
         sums = features.sums if upsample is None else video.sums()
         cache1, cache2 = caches or (None, None)
@@ -278,13 +278,13 @@ class XlaLayers:
                     for piece, own in zip(pieces, columns, strict=True)
                 ]
 
-        # Nothing else reads the input of a resnet's second convolution.
+        # The input of a resnet's second convolution has no other reader.
         overwrite = residual is not None
         return _causal_conv(video, activated, conv, cache, residual, overwrite)
 
 
 def _put(ring: jax.Array, pieces: Pieces, place: jax.Array, shards: WidthShards) -> jax.Array:
-    """Writes a frame to one of the three places of the ring [B, W (+ 2), H, 3 C]."""
+    """Writes a frame to one of the three slots of the ring [B, W (+ 2), H, 3 C]."""
     frame, *others = pieces
     columns, channels = frame.shape[1], frame.shape[3]
     starts = [0]
@@ -311,18 +311,18 @@ def _causal_conv(
     residual: Residual | None = None,
     overwrite: bool = False,
 ) -> tuple[Features, Cache]:
-    """Applies a 3x3x3 convolution over each frame and the two before it.
+    """Applies a 3x3x3 convolution to each frame and the two before it.
 
-    Source: CogVideoXCausalConv3d with pad_mode "first", which repeats the first frame of a video
-    for the two before it.
+    Source: CogVideoXCausalConv3d with pad_mode "first", which pads the start of a video with two
+    copies of its first frame.
 
     Args:
         video: the input, before `prepared`.
         prepared: computes frame t of the convolution's input from a video.
-        conv: the weights.
-        cache: the two frames before; None at the start of a video.
+        conv: weights of the convolution.
+        cache: the two previous frames; None at the start of a video.
         residual: added to the result.
-        overwrite: write the result into `video.stored`, which must have its shape.
+        overwrite: write the result into `video.stored`, which must have the same shape.
 
     Returns:
         The result and the cache for the next batch.
@@ -331,15 +331,15 @@ def _causal_conv(
     shards, kernels = video.shards, _ring_kernels(conv)
     dtype, out_channels = video.stored.dtype, conv.bias.shape[0]
 
-    # Frame t has place (t + 2) % 3; the two frames of the cache have places 0 and 1.
+    # Frame t uses slot (t + 2) % 3; the two frames of the cache use slots 0 and 1.
     def step(t: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out, ring = carry
         now = dataclasses.replace(video, stored=out) if overwrite else video
         ring = _put(ring, prepared(now, t), (t + 2) % _RING, shards)
         start = -t % _RING * channels
         kernel = lax.dynamic_slice_in_dim(kernels, start, _RING * channels, axis=2)
-        # The barrier keeps cuDNN from fusing what follows: a fused convolution could not write into
-        # `out`, and its result would be copied.
+        # The barrier prevents cuDNN from fusing the next operations: a fused convolution cannot
+        # write into `out`, so its result would be copied.
         with jax.named_scope("conv"):
             y = lax.optimization_barrier(_conv_2d(ring, kernel, shards))
         y = y.astype(jnp.float32) + conv.bias
@@ -347,8 +347,8 @@ def _causal_conv(
             y += residual.frame(t)
         return lax.dynamic_update_index_in_dim(out, y.astype(dtype), t, axis=1), ring
 
-    # Buffers that are overwritten before they are read start as a value of the input. XLA would
-    # allocate constants long before they are needed, and copy the caches.
+    # Buffers that are overwritten before they are read start as a value of the input: XLA allocates
+    # constants long before they are needed, and copies the caches.
     some = video.stored[0, 0, 0, 0, 0]
     if cache is None:
         border = 2 if video.beside else 0
