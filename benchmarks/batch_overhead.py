@@ -1,4 +1,4 @@
-"""What a video costs in a batch, against the stages' own run times.
+"""Measures the time per video in a batch against the stages' own run times.
 
 Per video: a batch of N + 1 videos less a batch of one, over N, whole processes on the wall clock;
 loading and compiling, which a batch does once, cancel. Against: what the three stage scripts report

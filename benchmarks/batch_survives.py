@@ -1,4 +1,4 @@
-"""Does a batch survive? Kills it at random moments, or shares it among processes, and compares.
+"""Kills a batch at random moments, or shares it among processes, and compares the results.
 
 The small shipped model on the CPU in float32. Every run works in a folder of its own under the same
 relative names, so that all files of the jobs must be equal byte for byte to those of a run that

@@ -1,4 +1,4 @@
-"""What the TPU compiler schedules for a Pallas kernel, read from its final VLIW bundles.
+"""Reads the TPU compiler's schedule of a Pallas kernel from its final VLIW bundles.
 
 Needs no TPU: libtpu compiles for a named chip and dumps the code it would run. The count is static:
 bundles of every loop body times its trips. One bundle is one cycle at best; memory waits come on

@@ -1,4 +1,4 @@
-"""Where the time from the start of a stage's process to its first step or frames goes, full size.
+"""Measures startup of a stage at full size: from process start to its first step or frames.
 
     python benchmarks/startup.py --make_model /disk/model        # random weights, 12 GB, once
     python benchmarks/startup.py --model_id /disk/model --json   # cold, cached, with executables

@@ -1,4 +1,4 @@
-"""What all parts of the training share: settings, log, scenes, optimizer, CUDA graph."""
+"""Definitions shared by all training phases: settings, log, scenes, optimizer, CUDA graph."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Job files: what is wrong is said with its line before any work; what is right is read right."""
+"""Job files: errors name their line before any work starts; valid files are read correctly."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A video can be made again from its own tag, or from the settings beside it; else it says why."""
+"""A video is reproduced from its tag or from the settings next to it; else the reason is given."""
 
 import json
 import shutil

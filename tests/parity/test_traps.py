@@ -1,4 +1,4 @@
-"""One test a trap: the places where this model is easily computed almost right."""
+"""Tests of details that are easy to get slightly wrong, one test for each."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""A loop that was stopped and goes on from its checkpoint equals the whole one, bit by bit."""
+"""A loop resumed from its checkpoint equals an uninterrupted one, bit for bit."""
 
 import os
 import signal

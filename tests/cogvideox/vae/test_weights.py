@@ -1,4 +1,4 @@
-"""Reading a VAE folder: its config, and weights that fit it or an error that says all of why."""
+"""Reading a VAE folder: its config, its weights, and errors that list every mismatch."""
 
 import json
 import subprocess
