@@ -143,7 +143,12 @@ def _is_beside(filename: object, path: Path) -> bool:
 def write_json(path: Path, value: object) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(to_text(value), "utf-8")
+
+
+def to_text(value: object) -> str:
+    """The JSON that `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def flush(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from runtime import processes
 from runtime.devices import start_jax
 from runtime.errors import checking_input
+from runtime.files import atomic_path, flush, reporting_disk_errors, to_text
 from runtime.progress import Timings, progress, working
 from stages import files, sections
 from stages.video_digest import with_digests
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from cogvideox.model.folder import ModelFolder
     from cogvideox.vae.decode import Decoder
+    from cogvideox.video.contact_sheet import FrameSampler
     from runtime.jax_types import Device
 
 
@@ -82,6 +84,7 @@ def check(
         )
     stored_weights(model.path / "vae", vae)
     videos = video_paths(options, batch)
+    files.check_output_folder(options.input_dir, files.CONFIG_FILE, needed_bytes=1 << 20)
     values = 3 * height * width * vae.spatial_scale**2 * num_frames(model, latents_shape)
     for video in videos:
         if processes.is_first():
@@ -196,7 +199,6 @@ def run(options: DecodeOptions) -> None:
             collections.deque(batches, maxlen=0)
             return
         write_videos(batches, frames, videos, options, {**config, files.DECODE: section})
-        record(section, videos, options.input_dir)
     # The encoder works while the devices decode, so the two add up to more than the phase took.
     timings.at_once["run and save"] = {
         "decoding": round(decoder.decode_seconds, 4),
@@ -227,12 +229,6 @@ def decoding_section(
         mesh=dict(mesh.shape),
         decoder=program_name(options.decoder),
     )
-
-
-def record(section: dict[str, Any], videos: Sequence[Path], folder: Path) -> None:
-    """Writes stage 3's section, with digests of the finished videos, into the config."""
-    section = with_digests(section, videos)
-    files.record_section(folder, files.DECODE, section, inherited=folder)
 
 
 def open_latents(input_dir: Path) -> tuple[dict[str, Any], files.StageFile]:
@@ -273,15 +269,50 @@ def write_videos(
     options: DecodeOptions,
     config: dict[str, Any],
 ) -> None:
-    """Writes the frames of each video to its file as they come, and the contact sheets at the end.
+    """Writes the videos, their contact sheets and generation_config.json.
+
+    All of them are whole on the disk before the first replaces an old file, and the videos come
+    last: a new video never lies beside an old contact sheet or config. The config holds the sha256
+    of each video file, so that a kill between two replacements can be seen.
 
     Args:
         batches: [B, F, height, width, 3], uint8 or float32.
         config: all sections of generation_config.json; goes into the mp4.
+
+    Raises:
+        RunError: the disk is full, or the input folder was removed.
     """
-    from cogvideox.model.settings import DenoisingSettings
-    from cogvideox.video.contact_sheet import FrameSampler, write_contact_sheet
-    from cogvideox.video.writing import open_video_writer
+    from cogvideox.video.writing import atomic_video
+
+    folder, section = options.input_dir, config[files.DECODE]
+    with contextlib.ExitStack() as stack:  # leaves them in the reverse order
+        temporaries = [stack.enter_context(atomic_video(video)) for video in videos]
+        config_file = stack.enter_context(atomic_path(folder / files.CONFIG_FILE))
+        sheets = [
+            stack.enter_context(atomic_path(files.contact_sheet(video).resolve()))
+            for video in videos
+        ]
+        samplers = _encode(batches, num_frames, videos, temporaries, options, config)
+        _write_contact_sheets(samplers, sheets, config)
+        merged = files.merged_config(folder, files.DECODE, section, inherited=folder)
+        merged[files.DECODE] = with_digests(section, videos, temporaries)
+        with reporting_disk_errors(folder / files.CONFIG_FILE):
+            config_file.write_text(to_text(merged), "utf-8")
+            for temporary in (*temporaries, config_file, *sheets):
+                flush(temporary)
+
+
+def _encode(
+    batches: Iterable[np.ndarray],
+    num_frames: int,
+    videos: Sequence[Path],
+    temporaries: Sequence[Path],
+    options: DecodeOptions,
+    config: dict[str, Any],
+) -> list[FrameSampler]:
+    """Encodes the frames of each video as they come; returns those for the contact sheets."""
+    from cogvideox.video.contact_sheet import FrameSampler
+    from cogvideox.video.writing import encode_video
 
     fps = config[files.DECODE]["fps"]
     comment = None if options.no_metadata else json.dumps(config, ensure_ascii=False)
@@ -289,7 +320,8 @@ def write_videos(
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(
-                open_video_writer(
+                encode_video(
+                    temporary,
                     video,
                     fps=fps,
                     num_frames=num_frames,
@@ -297,18 +329,28 @@ def write_videos(
                     comment=comment,
                 )
             )
-            for video in videos
+            for video, temporary in zip(videos, temporaries, strict=True)
         ]
         for frames in batches:
             for writer, sampler, own in zip(writers, samplers, frames, strict=True):
                 writer.write(own)
                 sampler.add(own)
+    return samplers
+
+
+def _write_contact_sheets(
+    samplers: Sequence[FrameSampler], sheets: Sequence[Path], config: dict[str, Any]
+) -> None:
+    from cogvideox.model.settings import DenoisingSettings
+    from cogvideox.video.contact_sheet import write_contact_sheet
+
+    fps = config[files.DECODE]["fps"]
     made = config[files.DENOISE] | {"fps": fps}
     fields = dataclasses.fields(DenoisingSettings)
     settings = DenoisingSettings(**{field.name: made[field.name] for field in fields})
-    for video, sampler, prompt in zip(videos, samplers, files.prompts(config), strict=True):
+    for sheet, sampler, prompt in zip(sheets, samplers, files.prompts(config), strict=True):
         write_contact_sheet(
-            files.contact_sheet(video),
+            sheet,
             sampler.frames(),
             indices=sampler.indices,
             fps=fps,

@@ -95,6 +95,12 @@ def make_section(settings: Mapping[str, Any], **made_with: Any) -> dict[str, Any
     return {**section, "checksum": checksum(section)}
 
 
+def with_facts(section: Mapping[str, Any], **made_with: Any) -> dict[str, Any]:
+    """A section with more facts in `made_with`, sealed again."""
+    section = {**section, "made_with": {**section["made_with"], **made_with}}
+    return {**section, "checksum": checksum(section)}
+
+
 def model_settings(model: ModelFolder, stage: str) -> dict[str, Any]:
     """The settings of a section that say which model made it.
 

@@ -211,7 +211,6 @@ class Session:
         batches = decoder.decode(latents, output=decode.pixel_dtype(videos))
         config = {**config, files.DECODE: section}
         decode.write_videos(self._until_aborted(batches), num_frames, videos, options, config)
-        decode.record(section, videos, options.input_dir)
 
     def _until_aborted(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for batch in batches:

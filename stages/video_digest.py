@@ -11,17 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from runtime.files import open_regular
-from stages.sections import checksum
+from stages.sections import with_facts
 
 _KEY = "video_sha256"
 _BLOCK_BYTES = 1 << 20
 
 
-def with_digests(section: Mapping[str, Any], videos: Sequence[Path]) -> dict[str, Any]:
-    """Returns stage 3's section with the digest of each video, by its name."""
-    digests = {video.name: digest(video) for video in videos}
-    sealed = {**section, "made_with": {**section["made_with"], _KEY: digests}}
-    return {**sealed, "checksum": checksum(sealed)}
+def with_digests(
+    section: Mapping[str, Any], videos: Sequence[Path], contents: Sequence[Path] | None = None
+) -> dict[str, Any]:
+    """Returns stage 3's section with the digest of each video, by its name.
+
+    Args:
+        contents: where the videos lie now, if not at their own paths yet.
+    """
+    digests = {
+        video.name: digest(content)
+        for video, content in zip(videos, contents or videos, strict=True)
+    }
+    return with_facts(section, **{_KEY: digests})
 
 
 def recorded_digest(section: Mapping[str, Any], video: Path) -> str | None:

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from runtime.json_files import read_json_object
+from runtime.text import printable
 
+_MOST_REASON = 400  # characters of a message; a damaged file may hold megabytes
+_MOST_TEXT = 200  # characters of a string that the code uses
 _Config = TypeVar("_Config", bound="_JsonConfig")
 
 
@@ -48,7 +51,7 @@ class _JsonConfig:
             names = [name for name in kinds if name in values and name != "classes"]
             return cls(**{name: _convert(name, values[name], kinds[name]) for name in names})
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {printable(str(error))[:_MOST_REASON]}") from error
 
 
 def _convert(name: str, value: object, kind: object) -> object:
@@ -65,6 +68,8 @@ def _convert(name: str, value: object, kind: object) -> object:
             item = typing.get_args(option)[0]
             return tuple(_convert(f"{name}[{i}]", part, item) for i, part in enumerate(value))
         if option in (bool, str) and type(value) is option:
+            if isinstance(value, str) and len(value) > _MOST_TEXT:
+                raise ValueError(f"{name} is a string of {len(value)} characters")
             return value
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -253,5 +258,6 @@ class SchedulerConfig(_JsonConfig):
         names = {"CogVideoXDPMScheduler": "dpm", "CogVideoXDDIMScheduler": "ddim"}
         class_name = str(read_json_object(Path(path)).get("_class_name"))
         if class_name not in names:
+            class_name = printable(class_name[:_MOST_TEXT])
             raise ValueError(f"{path}: _class_name is {class_name}, not one of {', '.join(names)}")
         return dataclasses.replace(super().from_file(path), name=names[class_name])

@@ -99,7 +99,10 @@ def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
     Raises:
         ValueError: there is no such model, or a part of it is missing.
     """
-    path = Path(model_id).expanduser()
+    try:
+        path = Path(model_id).expanduser()
+    except RuntimeError as error:  # "~name" of a user that does not exist
+        raise ValueError(f"--model_id {model_id}: {error}") from error
     if os.path.isdir(path):  # unlike Path.is_dir, false for invalid names
         model = ModelFolder(str(path.resolve()), None, path.resolve())
     else:

@@ -1,15 +1,23 @@
 """Encoding of prompts to T5 embeddings, on the CPU with transformers."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import transformers
 
 from cogvideox.model.folder import ModelFolder, check_names_and_shapes, stored_tensors
+from runtime.errors import InputError
+from runtime.json_files import read_json_object
+from runtime.text import printable
 
 # T5's own vocabulary has 32,100 pieces; a list of the words of one this small can be read.
 _SMALL_VOCABULARY = 1000
 _SAME_WEIGHT = {"shared.weight", "encoder.embed_tokens.weight"}
+_MOST_LAYERS = 1024
+_MOST_REASON = 300  # characters of a library's message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +39,11 @@ def check_weights(model: ModelFolder) -> None:
     """
     _silence_transformers()
     encoder_class = _class(model, "text_encoder")
-    config = encoder_class.config_class.from_pretrained(model.path / "text_encoder")
-    with torch.device("meta"):
-        module = encoder_class(config)
+    _check_sizes(model.path / "text_encoder" / "config.json")
+    with _reading(model.path / "text_encoder"):
+        config = encoder_class.config_class.from_pretrained(model.path / "text_encoder")
+        with torch.device("meta"):
+            module = encoder_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     stored = stored_tensors(model.path / "text_encoder")
     if stored.keys() & _SAME_WEIGHT:  # either of the two names is enough
@@ -49,13 +59,44 @@ def load_text_encoder(model: ModelFolder, dtype: torch.dtype) -> TextEncoder:
 
     transformers maps the safetensors files and converts tensor by tensor, so T5-XXL (9.5 GB in
     bfloat16) is in memory only once.
+
+    Raises:
+        InputError: transformers cannot read the tokenizer or the encoder.
     """
     _silence_transformers()
-    tokenizer = _class(model, "tokenizer").from_pretrained(model.path / "tokenizer")
-    encoder = _class(model, "text_encoder").from_pretrained(
-        model.path / "text_encoder", dtype=dtype, use_safetensors=True
-    )
+    with _reading(model.path / "tokenizer"):
+        tokenizer = _class(model, "tokenizer").from_pretrained(model.path / "tokenizer")
+    with _reading(model.path / "text_encoder"):
+        encoder = _class(model, "text_encoder").from_pretrained(
+            model.path / "text_encoder", dtype=dtype, use_safetensors=True
+        )
     return TextEncoder(tokenizer, encoder.eval())
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turns what a library raises for damaged files into an InputError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exceptions
+        reason = printable(" ".join(str(error).split())[:_MOST_REASON]) or type(error).__name__
+        raise InputError(f"transformers cannot read {folder}: {reason}") from error
+
+
+def _check_sizes(path: Path) -> None:
+    """Checks the numbers of T5's config that decide how many modules are built.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    config = read_json_object(path)
+    for name in ("num_layers", "num_decoder_layers", "num_heads", "d_kv"):
+        value = config.get(name)
+        if value is not None and not (type(value) is int and 1 <= value <= _MOST_LAYERS):
+            shown = printable(str(value)[:80])
+            raise ValueError(f"{path}: {name} must be from 1 to {_MOST_LAYERS}, not {shown}")
 
 
 def _silence_transformers() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -110,6 +113,7 @@ class FfmpegEncoder:
         self._process: subprocess.Popen[bytes] | None = None
         # A file, because nobody reads stderr while frames are written, and a full pipe would block.
         self._messages = tempfile.TemporaryFile()
+        self._tag = tempfile.TemporaryFile()
 
     def start(self, height: int, width: int) -> None:
         from imageio_ffmpeg import get_ffmpeg_exe
@@ -118,12 +122,20 @@ class FfmpegEncoder:
             raise ValueError(f".mp4 needs an even height and width, got {height}x{width}")
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
         source += ["-r", str(self._fps), "-i", "pipe:0"]
+        tag = []
+        if self._comment is not None:
+            # A file, because Linux takes at most 128 KiB for one command-line argument.
+            self._tag.write(f";FFMETADATA1\ncomment={_escaped(self._comment)}\n".encode())
+            self._tag.flush()
+            tag = [self._tag.fileno()]
+            source += ["-f", "ffmetadata", "-i", f"/dev/fd/{tag[0]}", "-map_metadata", "1"]
         command = [get_ffmpeg_exe(), "-y", "-v", "error", *source, *self._output_arguments()]
         self._process = subprocess.Popen(
             [*command, str(self._path)],  # an absolute path is never taken for an option or URL
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._messages,
+            pass_fds=tag,
         )
 
     def _output_arguments(self) -> list[str]:
@@ -143,9 +155,8 @@ class FfmpegEncoder:
         say = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
         encoding = ["-vf", f"{convert},{say}", "-c:v", "libx264", "-pix_fmt", "yuv420p"]
         encoding += ["-crf", str(crf)]
-        tag = [] if self._comment is None else ["-metadata", f"comment={self._comment}"]
         # The index goes before the frames, so that a browser can play while it downloads.
-        return [*encoding, *tag, "-movflags", "+faststart", "-f", "mp4"]
+        return [*encoding, "-movflags", "+faststart", "-f", "mp4"]
 
     def append(self, frames: np.ndarray) -> None:
         import numpy as np
@@ -155,7 +166,7 @@ class FfmpegEncoder:
             pipe.write(np.ascontiguousarray(frames).data)
         except BrokenPipeError:
             process.wait()
-            raise OSError(self._failure(process)) from None
+            raise self._failure(process) from None
 
     def finish(self) -> None:
         process, pipe = self._running()
@@ -163,9 +174,9 @@ class FfmpegEncoder:
             pipe.close()  # flushes, then tells ffmpeg to finish
         except BrokenPipeError:
             process.wait()
-            raise OSError(self._failure(process)) from None
+            raise self._failure(process) from None
         if process.wait() != 0:
-            raise OSError(self._failure(process))
+            raise self._failure(process)
 
     def release(self) -> None:
         if self._process is not None:
@@ -179,13 +190,21 @@ class FfmpegEncoder:
                 with suppress(BrokenPipeError):
                     pipe.close()
         self._messages.close()
+        self._tag.close()
 
     def _running(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         if self._process is None or self._process.stdin is None:
             raise RuntimeError("start() must be called first")
         return self._process, self._process.stdin
 
-    def _failure(self, process: subprocess.Popen[bytes]) -> str:
+    def _failure(self, process: subprocess.Popen[bytes]) -> OSError:
         self._messages.seek(0)
         said = self._messages.read().decode(errors="replace").strip() or "nothing"
-        return f"ffmpeg ended with status {process.returncode} and said: {said}"
+        if os.strerror(errno.ENOSPC) in said:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return OSError(f"ffmpeg ended with status {process.returncode} and said: {said}")
+
+
+def _escaped(text: str) -> str:
+    """A value of ffmpeg's metadata files."""
+    return re.sub(r"([=;#\\\n])", r"\\\1", text)

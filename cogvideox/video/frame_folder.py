@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.files import flush
+from runtime.files import flush, reporting_disk_errors
 
 _OUR_NAME = re.compile(r"frame_\d{5,}\.png")
 
@@ -36,7 +36,15 @@ def atomic_frame_folder(path: Path) -> Iterator[Path]:
     A folder cannot be renamed over one that holds files. So the old folder is renamed to a hidden
     name, the new one is renamed to `path`, and the old one's frames are deleted. After a kill
     between the two renames, the next write first moves the old folder back.
+
+    Raises:
+        WriteError: the disk is full or read-only.
     """
+    with reporting_disk_errors(path):
+        yield from _replaced(path)
+
+
+def _replaced(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     retired = path.with_name(f".{path.name}.old")
     _remove_leftovers(path, retired)

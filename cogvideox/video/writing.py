@@ -8,7 +8,7 @@ numpy, Pillow and ffmpeg are imported when the first frames arrive.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,13 @@ from cogvideox.video.encoders import Encoder, FfmpegEncoder, NpyEncoder, PngEnco
 from cogvideox.video.formats import DEFAULT_QUALITY, check_output_path, wants_float
 from cogvideox.video.frame_folder import atomic_frame_folder
 from cogvideox.video.pixels import check_range, to_uint8
-from runtime.files import atomic_path
+from runtime.files import atomic_path, reporting_disk_errors
 
 if TYPE_CHECKING:
     import numpy as np
 
-# Linux takes at most 128 KiB for one command-line argument, and the comment is one.
-_MAX_COMMENT_BYTES = 100_000
+# Prompts of 20,000 characters make 0.2 MB.
+_MAX_COMMENT_BYTES = 1 << 20
 
 
 @contextmanager
@@ -53,30 +53,70 @@ def open_video_writer(
         OSError: the disk refuses, or ffmpeg fails; the message holds ffmpeg's output.
     """
     check_output_path(path, fps=fps, quality=quality)
+    with (
+        atomic_video(path) as temporary,
+        encode_video(
+            temporary, path, fps=fps, num_frames=num_frames, quality=quality, comment=comment
+        ) as writer,
+    ):
+        yield writer
+
+
+def atomic_video(path: Path) -> AbstractContextManager[Path]:
+    """The temporary file or folder of a video, which replaces `path` when the block ends."""
+    target = path.resolve()  # follow a link instead of replacing it
+    return atomic_path(target) if path.suffix else atomic_frame_folder(target)
+
+
+@contextmanager
+def encode_video(
+    temporary: Path,
+    path: Path,
+    *,
+    fps: int,
+    num_frames: int,
+    quality: int | None = None,
+    comment: str | None = None,
+) -> Iterator[VideoWriter]:
+    """Opens a video for writing to `temporary`, of `atomic_video`; whole when the block ends.
+
+    The other arguments and the errors are those of `open_video_writer`.
+    """
+    check_output_path(path, fps=fps, quality=quality)
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     if comment is not None and len(comment.encode(errors="replace")) > _MAX_COMMENT_BYTES:
         raise ValueError(f"the comment of a video is limited to {_MAX_COMMENT_BYTES} bytes")
+    with reporting_disk_errors(path):
+        yield from _encode(temporary, path, fps, num_frames, quality, comment)
+
+
+def _encode(
+    temporary: Path,
+    path: Path,
+    fps: int,
+    num_frames: int,
+    quality: int | None,
+    comment: str | None,
+) -> Iterator[VideoWriter]:
     suffix = path.suffix.lower()
-    target = path.resolve()  # follow a link instead of replacing it
-    with atomic_path(target) if suffix else atomic_frame_folder(target) as temporary:
-        if suffix == "":
-            encoder: Encoder = PngEncoder(temporary)
-        elif suffix == ".npy":
-            encoder = NpyEncoder(temporary, num_frames)
-        else:
-            quality = DEFAULT_QUALITY if quality is None else quality
-            encoder = FfmpegEncoder(temporary, suffix, fps, quality, comment)
-        try:
-            writer = VideoWriter(path, num_frames, encoder)
-            yield writer
-            if writer.frames_written != num_frames:
-                raise ValueError(
-                    f"{path.name}: only {writer.frames_written} of {num_frames} frames were written"
-                )
-            encoder.finish()
-        finally:
-            encoder.release()
+    if suffix == "":
+        encoder: Encoder = PngEncoder(temporary)
+    elif suffix == ".npy":
+        encoder = NpyEncoder(temporary, num_frames)
+    else:
+        quality = DEFAULT_QUALITY if quality is None else quality
+        encoder = FfmpegEncoder(temporary, suffix, fps, quality, comment)
+    try:
+        writer = VideoWriter(path, num_frames, encoder)
+        yield writer
+        if writer.frames_written != num_frames:
+            raise ValueError(
+                f"{path.name}: only {writer.frames_written} of {num_frames} frames were written"
+            )
+        encoder.finish()
+    finally:
+        encoder.release()
 
 
 class VideoWriter:
