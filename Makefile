@@ -49,11 +49,11 @@ demo: setup
 	@JAX_PLATFORMS=cpu $(RUN) stage3_vae_decoder.py --input_dir $(DEMO_DIR) --dtype float32
 
 test: setup
-	$(RUN) -m pytest -n $(WORKERS)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 # The tests that catch most mistakes, in under three minutes on two cores.
 quick: setup
-	$(RUN) -m pytest -n $(WORKERS) -m quick
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m quick
 
 check: setup
 	$(VENV)/bin/ruff check .

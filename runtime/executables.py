@@ -5,6 +5,7 @@ compiled for the next, in the compilation cache. `runtime.artifacts` describes t
 """
 
 import dataclasses
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,9 @@ from runtime.jax_types import Device
 from runtime.programs import Program
 from runtime.text import printable
 from runtime.trusted_folders import check_trusted, make_folder
+
+# Tracing imports diffusers, whose lazy modules fail when two threads import them at once.
+_ONE_TRACES = threading.Lock()
 
 
 def find_or_compile(
@@ -102,7 +106,8 @@ def compile_all(programs: Sequence[Program], threads: int) -> list[Built]:
     lowered = []
     for program in programs:
         stopping.check()
-        lowered.append(program.lower())
+        with _ONE_TRACES:
+            lowered.append(program.lower())
     options = [program.fields.get("compiler_options") for program in programs]
     # The compiler releases Python's global lock.
     with ThreadPoolExecutor(threads) as pool:

@@ -56,7 +56,7 @@ CHECKPOINTS = "tests/stages/test_checkpoints.py"
 VAE = "tests/parity/test_vae_parity.py"
 VAE_DECODE = f"{VAE}::test_decode_equals_diffusers"
 VAE_SHARDS = "tests/cogvideox/vae/test_decode.py::test_every_width_over_devices_equals_one_device"
-VAE_PROGRAM = "tests/cogvideox/vae/test_program.py"
+VAE_PROGRAM = "tests/cogvideox/vae/test_decode_program.py"
 VAE_TPU = "tests/cogvideox/vae/test_tpu_layers.py"
 UPSAMPLE = "tests/cogvideox/vae/test_tpu_upsample.py"
 

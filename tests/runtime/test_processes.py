@@ -39,7 +39,7 @@ def test_what_one_refuses_all_refuse(tmp_path):
     pair = run_pair(*[[*STAGE2, str(tmp_path)]] * 2)
     for process in pair:
         assert process.returncode == 2, process.stderr
-        expected = f"error: cannot read {tmp_path}/generation_config.json"
+        expected = f"error: {tmp_path}/generation_config.json does not exist"
         assert process.stderr.count(expected) == 1 and "Traceback" not in process.stderr
 
 

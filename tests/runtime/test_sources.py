@@ -121,7 +121,10 @@ def files_traced_by(program: Program) -> set[Path]:
         program.lower()
     paths = (Path(name) for name in found if name.endswith(".py"))
     inside = {path for path in paths if path.is_relative_to(PROJECT)}
-    return {path for path in inside if not path.is_relative_to(PROJECT / "tests")} - {LISTENERS}
+    # A virtual environment may lie in the project, as `make setup` puts it.
+    installed = {path for path in inside if path.is_relative_to(sys.prefix)}
+    tests = {path for path in inside if path.is_relative_to(PROJECT / "tests")}
+    return inside - installed - tests - {LISTENERS}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 import compare
 from cogvideox.video.writing import open_video_writer
 from runtime.errors import InputError
+from stages import files
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,8 +113,9 @@ def test_the_videos_of_a_batch_by_their_recorded_names(folders, capsys):
         write_video(folder / "v-1.mp4", video())
         # Recorded where the folder was before it moved.
         names = ["/elsewhere/v-0.mp4", "/elsewhere/v-1.mp4"]
-        config = {"format_version": "1", "stage3_vae_decoder": {"output_video": names}}
-        (folder / "generation_config.json").write_text(json.dumps(config))
+        section = files.make_section({"output_video": names})
+        config = {"format_version": files.FORMAT_VERSION, files.DECODE: section}
+        (folder / files.CONFIG_FILE).write_text(json.dumps(config))
     done = report(capsys, folders / "a", folders / "b", "--side_by_side", folders / "s.mp4")
     assert [v["identical"] for v in done["videos"]] == [False, True]
     assert (folders / "s-0.mp4").exists() and (folders / "s-1.mp4").exists()
