@@ -27,7 +27,7 @@ PATHS = ("bounded", "one_rounding", "online", "float32", "int8_qk", "int8_qk_smo
 
 
 def inputs(case: str, tokens: int) -> list[jax.Array]:
-    """float32 q, k, v, [N, S, D]."""
+    """Make float32 q, k, v, [N, S, D]."""
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (HEADS, tokens, HEAD_DIM)) for key in keys)
     if case == "concentrated":
@@ -38,7 +38,7 @@ def inputs(case: str, tokens: int) -> list[jax.Array]:
 
 
 def error(path: str, case: str, tokens: int) -> float:
-    """Relative L2 error against the float32 reference of what the path is given."""
+    """Return the relative L2 error against the float32 reference on the same inputs."""
     q, k, v = inputs(case, tokens)
     if path != "float32":
         k, v = (x.astype(jnp.bfloat16) for x in (k, v))
@@ -49,7 +49,7 @@ def error(path: str, case: str, tokens: int) -> float:
         minor = given.swapaxes(1, 2), k, v.swapaxes(1, 2)
         out = sequence_minor_attention(*minor, interpret=True).swapaxes(1, 2)
     elif path == "online":
-        # A bound that says nothing makes every head take the online path.
+        # A bound too large to be useful makes every head take the online path.
         q = q.astype(jnp.bfloat16)
         scaled = (q.astype(jnp.float32) * query_scale(HEAD_DIM)).astype(q.dtype)
         minor = scaled.swapaxes(1, 2), k, v.swapaxes(1, 2)

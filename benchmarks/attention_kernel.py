@@ -40,7 +40,7 @@ UNITS = {
 
 
 def operand_dtype(kernel: str) -> str:
-    """dtype of the kernel's q and k."""
+    """Return the dtype of the kernel's q and k."""
     return {"int8_qk": "int8", "float32": "float32"}.get(kernel.removesuffix("_beside"), "bfloat16")
 
 
@@ -146,7 +146,7 @@ def lower_tokamax(
     return jax.jit(kernel).lower(array, array, array)
 
 
-# Others' kernels: how to lower them, and the name of their Pallas call.
+# Kernels of other projects: how to lower them, and the name of their Pallas call.
 RIVALS = {
     "jax_splash": (lower_jax_splash, "splash_mha_fwd_no_residuals"),
     "jax_flash": (lower_jax_flash, "flash_attention"),
@@ -158,7 +158,7 @@ KERNELS = (*OURS, *RIVALS)
 def measure_ours(
     chip: str, heads: int, length: int, head_dim: int, kernel: str, blocks: dict[str, int]
 ) -> Schedule:
-    """The schedule of one path with given blocks."""
+    """Return the schedule of one path with given blocks."""
     steps = heads * -(-length // blocks["block_q"]) * -(-length // blocks["block_kv"])
     return measure(
         lower_ours,
@@ -177,17 +177,17 @@ def measure_ours(
 
 
 def round_up(value: int, step: int) -> int:
-    """The multiple of `step` at or above `value`."""
+    """Round up to a multiple of `step`."""
     return -(-value // step) * step
 
 
 def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[str, Any]:
-    """One line of the table."""
+    """Return one line of the table."""
     padded = length
     vmem = None
     if kernel in RIVALS:
         lower, name = RIVALS[kernel]
-        # Of the tiles they take, the best found at head size 64.
+        # The best of their tiles found at head size 64.
         block_q, block_kv, compute = 1024, min(2048, round_up(length, 1024)), 512
         padded = round_up(length, block_kv)
         steps = heads * (padded // block_q) * (padded // block_kv)
@@ -248,7 +248,7 @@ def main() -> int:
     for shape in shapes:
         for kernel in kernels:
             rows.append(row(args.chip, kernel, *shape))
-            # Progress, where the table itself goes to stdout at the end.
+            # Progress; the table goes to stdout at the end.
             print(
                 f"{kernel:14} {'x'.join(map(str, shape)):16} "
                 f"{rows[-1]['cycles'] / 1e6:8.2f}M cycles "

@@ -56,7 +56,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict:
 
 
 def stages(folder: Path, arguments: argparse.Namespace) -> list[float]:
-    """Seconds of the three scripts' own work, each in a process of its own."""
+    """Measures the seconds of the three scripts' own work, each in a separate process."""
     where, dtype = f"--input_dir={folder}", f"--dtype={arguments.dtype}"
     model = f"--model_id={arguments.model_id}"
     steps = f"--num_inference_steps={arguments.num_inference_steps}"
@@ -69,7 +69,7 @@ def stages(folder: Path, arguments: argparse.Namespace) -> list[float]:
 
 
 def batch(folder: Path, arguments: argparse.Namespace, videos: int) -> float:
-    """Seconds of a batch from its process's start to its end."""
+    """Measures the seconds of a batch from the start of its process to the end."""
     jobs = folder / "jobs.jsonl"
     jobs.write_text(json.dumps({"prompt": _PROMPT, "seeds": f"1-{videos}"}))
     with tempfile.TemporaryDirectory(dir=folder) as output_dir:

@@ -114,7 +114,7 @@ def start_batch(folder: Path, *more: str) -> BaseProcess:
 
 
 def _batch(folder: Path, more: tuple[str, ...]) -> None:
-    """batch.py in `folder`, in a process of its own."""
+    """Runs batch.py in `folder`, in a separate process."""
     os.chdir(folder)
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -126,7 +126,7 @@ def _batch(folder: Path, more: tuple[str, ...]) -> None:
 
 
 def wait(process: BaseProcess, folder: Path) -> None:
-    """Waits for a process that should end well."""
+    """Waits for a process that must succeed."""
     process.join()
     if process.exitcode:
         sys.exit((folder / "log.txt").read_text()[-4000:])
@@ -148,9 +148,9 @@ def done_records(folder: Path) -> Done:
 
 
 def kill_often(folder: Path, kills: int, moments: random.Random) -> tuple[int, Done]:
-    """Kills run after run, with moments spread over the work; returns how many, and what was done.
+    """Kills one run after another; returns how many, and what was done.
 
-    A life ends after a random number of further stages, 0 among them, plus a random moment.
+    Each kill comes a random time after a random number of further stages, possibly 0.
     """
     seen: Done = {}
     stages = len((folder.parent / "jobs.jsonl").read_text().splitlines()) * len(OUTPUTS)
@@ -179,7 +179,7 @@ def kill_often(folder: Path, kills: int, moments: random.Random) -> tuple[int, D
 
 
 def share(folder: Path, processes: int, kills: int) -> tuple[int, Done]:
-    """Several processes on one folder; `kills` of them are killed after the first videos."""
+    """Runs several processes on one folder; `kills` of them are killed after the first videos."""
     running = [start_batch(folder) for _ in range(processes)]
     seen: Done = {}
     for process in running[:kills]:
@@ -194,7 +194,7 @@ def share(folder: Path, processes: int, kills: int) -> tuple[int, Done]:
 
 
 def share_over_ray(folder: Path, workers: int, kills: int) -> tuple[int, Done]:
-    """A Ray cluster of this machine; `kills` of its workers are killed midway."""
+    """Runs a Ray cluster on this machine; `kills` of its workers are killed midway."""
     driver = start_batch(folder, "--engine=ray", f"--workers_per_node={workers}")
     killed: set[int] = set()
     while driver.is_alive():
@@ -210,7 +210,7 @@ def share_over_ray(folder: Path, workers: int, kills: int) -> tuple[int, Done]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What the stages wrote, by name."""
+    """Returns what the stages wrote, by name."""
     names = [name for outputs in OUTPUTS.values() for name in outputs] + [CONFIG_FILE]
     found = {
         str(path.relative_to(folder)): path.read_bytes()

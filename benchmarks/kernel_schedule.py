@@ -27,7 +27,7 @@ _EXIT_TEST = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder %s\w+, (\d+)\b")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Weighed counts of one kernel call.
+    """Weighted counts of one kernel call.
 
     cycles: bundles executed. units: slots used of each unit, and `spills` of vector registers.
     program_bundles: length of the code. uncounted_bundles: code in loops of unknown trip count.
@@ -93,7 +93,7 @@ def _measure_here(
 
 
 def describe_chip(chip: str) -> tuple[Any, Any]:
-    """A replicated sharding and the mesh of one chip that need not be there."""
+    """Return a replicated sharding and the mesh of one chip; needs no TPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -155,7 +155,7 @@ def _bundles(lines: list[str]) -> list[_Bundle]:
 
 
 def _weights(bundles: list[_Bundle], grid_steps: int) -> list[int]:
-    """How often each bundle runs."""
+    """Return how often each bundle runs."""
     exit_value: dict[str, int] = {}
     loop_of_region: dict[str, int] = {}
     trips: dict[int, int] = {}

@@ -125,7 +125,7 @@ def make_model(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """One process a run; prints a table or JSON."""
+    """Starts one process per run; prints a table or JSON."""
     model = arguments.model_id.resolve()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -169,7 +169,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def run_decoder(
     decoder: str, folder: Path, executables: Path | None, environment: dict[str, str]
 ) -> dict[str, Any]:
-    """Stage 3 from the latents in `folder` to an mp4, by its own closing table."""
+    """Runs stage 3 on the latents in `folder`; reads the table that it prints at the end."""
     video = folder / f"{decoder}.mp4"
     arguments = ["--input_dir", folder, "--output_video", video, "--no_metadata"]
     arguments += ["--executables", executables] if executables else []
@@ -195,7 +195,7 @@ def run_decoder(
 def compile_ahead(
     model: Path, arguments: argparse.Namespace, folder: Path, environment: dict[str, str]
 ) -> None:
-    """Makes the executables of stage 2 and of the decoders, once."""
+    """Makes the executables of stage 2 and of the decoders once."""
     if folder.exists():
         return
     ahead = ["--model_id", model, "--sizes", arguments.size, "--allow_unsupported"]
@@ -211,7 +211,7 @@ def compile_ahead(
 
 
 def write_embeddings(model: Path, folder: Path) -> None:
-    """Stage 1's files, of random embeddings."""
+    """Writes stage 1's files with random embeddings."""
     import numpy as np
 
     from stages import files as stage_files
@@ -229,11 +229,11 @@ def write_embeddings(model: Path, folder: Path) -> None:
 
 
 class FirstStep(Exception):
-    """The first step would begin."""
+    """Raised where the first step would begin."""
 
 
 def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
-    """Stage 2 with the clock read at its phases; prints JSON as its last line."""
+    """Runs stage 2 and times its phases; prints JSON as its last line."""
     started = time.time() - _process_age()
     stamps = [("interpreter", time.time())]
 
@@ -309,14 +309,14 @@ def table(row: dict[str, Any]) -> str:
 
 
 def _process_age() -> float:
-    """Seconds since this process started."""
+    """Returns the seconds since this process started."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _digest(folder: Path) -> str:
-    """Of the latents' bytes, without the header of their file."""
+    """Hashes the latents' bytes, without the header of their file."""
     from cogvideox.model.folder import stored_tensors
 
     return hashlib.sha256(stored_tensors(folder)["latents"].read().tobytes()).hexdigest()[:16]

@@ -26,7 +26,7 @@ MODEL = Path(__file__).parents[1] / "models/toyworld"
 
 
 def generate(texts: list[str], seed: int, decoder: str, options: list[str]) -> list[np.ndarray]:
-    """Videos [F, height, width, 3] in 0..1 of a batch of prompts, through the three stages."""
+    """Returns the videos [F, height, width, 3] in 0..1 that the three stages make of a batch."""
     with tempfile.TemporaryDirectory() as folder:
         stage1.run(
             stage1.parse_arguments(

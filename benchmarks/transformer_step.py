@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
-    """The stages' own Denoiser for the asked model, size and mesh."""
+    """Makes the stages' Denoiser for the given model, size and mesh."""
     import jax
     from published_models import TRANSFORMERS
 
@@ -89,13 +89,13 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
 
 
 def flops(denoiser: Any) -> dict[str, float]:
-    """Floating-point operations of one step over all devices: attention, and everything linear."""
+    """Returns the floating-point operations of one step on all devices: attention and linear."""
     samples = denoiser.latents.batch * (2 if denoiser.guided else 1)
     return step_flops(denoiser.config, denoiser.layout.tokens, samples)
 
 
 def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the compiler says of the step on a named topology."""
+    """Compiles the step for a named topology; returns the compiler's estimates."""
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     from runtime.topology import machine_devices
 
@@ -141,7 +141,7 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def kernel_cycles(denoiser: Any) -> dict[str, int]:
-    """Cycles of one block's Pallas kernels on one chip, each compiled alone.
+    """Returns the cycles of one block's Pallas kernels on one chip, each compiled alone.
 
     The scheduled bundles, or the time to read and write HBM where that is longer. Attention takes
     the path without a running maximum, as it does for every head whose norms allow it.
@@ -180,7 +180,7 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
 
 
 def lower_kernel(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int) -> Any:
-    """Lowers one of the kernels around attention alone; runs in a process of its own."""
+    """Lowers one of the kernels around attention alone; runs in a separate process."""
     import jax
     import jax.numpy as jnp
 
@@ -214,7 +214,7 @@ def lower_kernel(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int
 
 
 def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measured seconds a step on the devices of this machine, with random weights."""
+    """Measures the seconds per step on the devices of this machine, with random weights."""
     import jax
     import numpy as np
 
@@ -248,7 +248,7 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
             timestep_spacing="trailing",
         ),
     )
-    # The first step pays for the first touch of everything and is not counted.
+    # The first step, which touches all memory for the first time, is not counted.
     stamps = []
     states = run_loop(denoiser, step, parameters, embeds, schedule, settings.seed, NoiseSource())
     for state in states:  # noqa: B007
@@ -281,7 +281,7 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_diffusers(arguments: argparse.Namespace) -> dict[str, Any]:
-    """diffusers' transformer on one GPU, every block under torch.compile, a guided batch of 2."""
+    """Runs diffusers' transformer on one GPU: blocks under torch.compile, guided batch of 2."""
     import diffusers
     import torch
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -323,7 +323,7 @@ def run_diffusers(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def random_parameters(abstract: dict[str, Any]) -> dict[str, Any]:
-    """Random weights made on the devices: matrices of unit gain, norms near one."""
+    """Makes random weights on the devices: matrices of unit gain, norms near one."""
     import jax
     import jax.numpy as jnp
 

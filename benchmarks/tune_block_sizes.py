@@ -44,12 +44,12 @@ CHECKED = ("bounded", "online_beside", "int8_qk_beside", "float32")
 
 
 def schedule_cycles(chip: str, head_dim: int, length: int, blocks: dict[str, int]) -> int:
-    """Cycles of the bounded path by the compiler's schedule, four heads: the grid is a loop."""
+    """Read cycles of the bounded path from the schedule, four heads: the grid is a loop."""
     return measure_ours(chip, 4, length, head_dim, "bounded", blocks).cycles
 
 
 def device_microseconds(chip: str, head_dim: int, length: int, blocks: dict[str, int]) -> float:
-    """Median time of the bounded path on the TPU of this machine, twelve heads."""
+    """Measure the median time of the bounded path on the TPU of this machine, twelve heads."""
     import jax
     import jax.numpy as jnp
 
@@ -68,7 +68,7 @@ def device_microseconds(chip: str, head_dim: int, length: int, blocks: dict[str,
 
 
 def tune(chip: str, head_dim: int, length: int, on_device: bool) -> tuple[int, int, int]:
-    """The fastest candidate for a shape."""
+    """Find the fastest candidate for a shape."""
     cost, unit = (device_microseconds, "us") if on_device else (schedule_cycles, "cycles")
     best: tuple[float, tuple[int, int, int]] | None = None
     tried = set()
@@ -84,7 +84,7 @@ def tune(chip: str, head_dim: int, length: int, on_device: bool) -> tuple[int, i
             tried.add(sizes)
             line[unit] = cost(chip, head_dim, length, dataclasses.asdict(sizes))
         except Exception as error:
-            # The compiler refuses in its own ways; a table must be found all the same.
+            # The compiler raises many kinds of errors; the search goes on after each.
             line["refused"] = f"{type(error).__name__}: {error}"[:300]
         else:
             if best is None or line[unit] < best[0]:
@@ -104,7 +104,7 @@ def write_table(tables: dict[str, dict[int, list[tuple[int, ...]]]]) -> None:
     for chip, by_head_dim in sorted((TABLES | tables).items()):
         lines.append(f'    "{chip}": {{')
         for head_dim, rows in sorted((TABLES[chip] | by_head_dim).items()):
-            # Neighbours that agree are one row.
+            # Equal neighbours become one row.
             kept = [a for a, b in zip(rows, rows[1:], strict=False) if a[1:] != b[1:]]
             if not kept:
                 lines.append(f"        {head_dim}: ({tuple(rows[-1])},),")
@@ -117,7 +117,7 @@ def write_table(tables: dict[str, dict[int, list[tuple[int, ...]]]]) -> None:
 
 
 def compile_entry(chip: str, head_dim: int, kv_len: int, kernel: str) -> float:
-    """Compile one entry of the table for its chip, in this process; seconds."""
+    """Compile one entry of the table for its chip, in this process; return the seconds."""
     sharding, mesh = describe_chip(chip)
     import jax
 
@@ -133,13 +133,13 @@ def compile_entry(chip: str, head_dim: int, kv_len: int, kernel: str) -> float:
 
 
 def check(chips: list[str], head_dims: Sequence[int]) -> bool:
-    """Compile every entry of the table by every path; whether all did."""
+    """Compile every entry of the table by every path; return whether all compiled."""
     from splash_attention.tuned_tables import TABLES
 
     good = True
     spawn = multiprocessing.get_context("spawn")
     for chip in chips:
-        # libtpu is told its chip once a process.
+        # libtpu reads its chip once per process.
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             for head_dim in head_dims:
                 for length, *_ in TABLES[chip][head_dim]:

@@ -29,18 +29,18 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def in_a_ring(frames: Frames, kernels: Kernels) -> jax.Array:
-    """One 2-D one over frames that lie side by side in the channels: `cogvideox.vae.xla.layers`."""
+    """One 2-D convolution over frames side by side in the channels: `cogvideox.vae.xla.layers`."""
     (ring,), (kernel,) = frames, kernels
     return convolve(ring, kernel)
 
 
 def put_side_by_side(frames: Frames, kernels: Kernels) -> jax.Array:
-    """The same, with the frames brought together first."""
+    """The same convolution, after concatenating the frames."""
     return convolve(jnp.concatenate(frames, axis=3), jnp.concatenate(kernels, axis=2))
 
 
 def summed_in_float32(frames: Frames, kernels: Kernels) -> jax.Array:
-    """Three 2-D ones and a sum."""
+    """Three 2-D convolutions and a sum."""
     parts = [
         lax.optimization_barrier(convolve(*each)) for each in zip(frames, kernels, strict=True)
     ]

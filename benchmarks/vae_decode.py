@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def latents_shape(size: str) -> tuple[int, ...]:
-    """[B, C, T, H, W] of the published VAE for a video of this size."""
+    """Return [B, C, T, H, W] of the published VAE's latents for a video of this size."""
     height, width, frames = map(int, size.split("x"))
     return 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Cold compile of both programs, their memory, and the compiler's estimate of a decode."""
+    """Compile both programs cold; return their memory and the estimated cost of a decode."""
     import jax
     import numpy as np
     from jax.sharding import Mesh
@@ -155,7 +155,7 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
 
 
 def decoder_bytes(decoder: Any) -> int:
-    """Bytes of the weights, which every chip holds whole."""
+    """Return the bytes of the weights; every chip holds all of them."""
     arrays = decoder.abstract_weights.values()
     return sum(array.size * array.dtype.itemsize for array in arrays)
 
@@ -186,7 +186,7 @@ class KernelCall:
 
 
 def kernel_calls(decoder: Any, shape: tuple[int, ...]) -> list[collections.Counter[KernelCall]]:
-    """The kernels that the programs of the first and of the later batches call."""
+    """Return the kernels that the programs of the first and of the later batches call."""
     from cogvideox.vae.program import frame_batches
 
     _, first_frames = frame_batches(shape[2])[0]
@@ -225,7 +225,7 @@ def _calls_while_lowering(decoder: Any, shape: tuple[int, ...]) -> collections.C
 
 
 def lower_kernel(sharding: Any, function: str, arrays: Any, options: Any) -> Any:
-    """Lower one kernel alone; runs in a process of its own."""
+    """Lower one kernel alone; runs in a separate process."""
     import jax
 
     from cogvideox.vae.tpu import layers
@@ -270,7 +270,7 @@ def run_here(decoder_name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     decoder.compile(shape, output="uint8")
     compile_seconds = time.perf_counter() - start
     seconds, frames = [], 0
-    for _ in range(1 + RUNS):  # the first touches everything once
+    for _ in range(1 + RUNS):  # the first run touches all memory for the first time
         start = time.perf_counter()
         frames = sum(batch.shape[1] for batch in decoder.decode(latents, output="uint8"))
         seconds.append(time.perf_counter() - start)
@@ -287,7 +287,7 @@ def run_here(decoder_name: str, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def run_diffusers(shape: tuple[int, ...]) -> dict[str, Any]:
-    """The same decode by diffusers, on one GPU, untiled, to uint8 frames on the host."""
+    """Decode with diffusers on one GPU, untiled, to uint8 frames on the host."""
     import torch
     from diffusers import AutoencoderKLCogVideoX
 

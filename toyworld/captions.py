@@ -27,7 +27,7 @@ _ON = ("on a {} background", "on {}", "over a {} background", "against a {} back
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption with the scene it asks for, and the seed it is to be generated with."""
+    """A caption, the scene it asks for, and the seed of its video."""
 
     text: str
     scene: Scene
@@ -35,19 +35,19 @@ class Prompt:
 
 
 def is_held_out(thing: Thing) -> bool:
-    """Whether training never shows this combination of colour, shape and motion."""
+    """Returns whether training leaves out this combination of colour, shape and motion."""
     total = list(COLORS).index(thing.color) + SHAPES.index(thing.shape)
     return (total + MOTIONS.index(thing.motion)) % 6 == 0
 
 
 def all_things(held_out: bool) -> list[Thing]:
-    """The 24 held-out combinations of colour, shape and motion, or the 120 others."""
+    """Returns the 24 held-out combinations of colour, shape and motion, or the 120 others."""
     things = [Thing(c, s, m) for c in COLORS for s in SHAPES for m in MOTIONS]
     return [thing for thing in things if is_held_out(thing) == held_out]
 
 
 def draw_scene(rng: random.Random, things: list[Thing], two: bool) -> Scene:
-    """A scene of one of `things`, or of two that differ in colour, on any background."""
+    """Draws a scene of one of `things`, or of two that differ in colour, on any background."""
     first = rng.choice(things)
     chosen = (first,)
     if two:
@@ -56,7 +56,7 @@ def draw_scene(rng: random.Random, things: list[Thing], two: bool) -> Scene:
 
 
 def full_caption(scene: Scene, rng: random.Random) -> str:
-    """A sentence that names everything in the scene, in one of many wordings."""
+    """Returns a sentence that names everything in the scene, in one of many wordings."""
     phrases = [
         f"{_noun(_color(thing, rng), rng)} {_shape(thing, rng)} {_motion(thing, rng)}"
         for thing in scene.things
@@ -67,7 +67,7 @@ def full_caption(scene: Scene, rng: random.Random) -> str:
     return text + rng.choice(("", "", "."))
 
 
-# What an incomplete caption may name, of a scene with one thing.
+# The attributes that an incomplete caption of a scene with one thing may name.
 _PARTS = (
     ("color", "shape", "motion"),
     ("color", "shape", "background"),
@@ -142,7 +142,7 @@ def two_thing_captions(n: int, seed: int = 0) -> list[Prompt]:
 
 
 def _noun(word: str, rng: random.Random) -> str:
-    """The word behind an article."""
+    """Returns the word with its article."""
     return rng.choice(("an " if word[0] == "o" else "a ", "the ")) + word
 
 

@@ -34,7 +34,7 @@ SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 
 
 def load(model_id: str, device: torch.device) -> CogVideoXPipeline:
-    """The pipeline in float32; T5 and the tokenizer take the model's own number of tokens."""
+    """Loads the pipeline in float32; T5 and the tokenizer take the model's number of tokens."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pipeline = CogVideoXPipeline.from_pretrained(model_id, torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -50,7 +50,7 @@ def generate(
     negative: str = "",
     batch: int = 50,
 ) -> np.ndarray:
-    """Videos [N, F, H, W, 3] float32 in 0..1 for N texts, each with its own seed."""
+    """Returns videos [N, F, H, W, 3] float32 in 0..1 for N texts, each with its own seed."""
     videos = []
     for first in range(0, len(texts), batch):
         rows = slice(first, first + batch)
@@ -70,7 +70,7 @@ def generate(
 
 
 def score(readings: list[Reading], prompts: list[Prompt]) -> dict:
-    """Percent of videos with each attribute right, with all four, and with exactly one object."""
+    """Counts, in percent, videos with each attribute right, all four, and exactly one object."""
     right: Counter = Counter()
     wrong = []
     for reading, prompt in zip(map(largest_of, readings), prompts, strict=True):
@@ -89,7 +89,7 @@ def score(readings: list[Reading], prompts: list[Prompt]) -> dict:
 
 
 def mean_fit(readings: list[Reading]) -> float:
-    """How well the objects of all the videos keep to their shapes, in 0..1."""
+    """Returns how well the objects of all videos keep their shapes, in 0..1."""
     return round(float(np.mean([fit for reading in readings for fit in reading.fits])), 4)
 
 
@@ -97,9 +97,9 @@ def mean_fit(readings: list[Reading]) -> float:
 def reconstruct(
     pipeline: CogVideoXPipeline, prompts: list[Prompt], noise: float
 ) -> tuple[np.ndarray, float]:
-    """The scenes of the prompts through the autoencoder and back, and the mean PSNR in dB.
+    """Encodes and decodes the scenes of the prompts; also returns the mean PSNR in dB.
 
-    `noise` is the deviation of the noise on the latents, over their own.
+    `noise` is the standard deviation of the noise, relative to that of the latents.
     """
     scenes = scenes_of([prompt.scene for prompt in prompts], torch.Generator().manual_seed(0))
     videos, psnr = [], []
@@ -116,7 +116,7 @@ def reconstruct(
 
 
 def negative_prompts(pipeline, pool, n: int, steps: int, guidance: float) -> dict:
-    """How often a colour or a shape the prompt leaves open appears, unasked and asked against."""
+    """Measures how often an unnamed colour or shape appears, with and without a negative prompt."""
     report = {}
     for attribute, names, article in (("color", list(COLORS), "{} shape"), ("shape", SHAPES, "{}")):
         text = "a shape moves right on a black background"
@@ -135,7 +135,7 @@ def negative_prompts(pipeline, pool, n: int, steps: int, guidance: float) -> dic
 
 
 def contact_sheet(videos: np.ndarray, texts: list[str]) -> Image.Image:
-    """One row of five frames a video, its caption above."""
+    """Draws one row of five frames per video, under its caption."""
     columns = np.linspace(0, videos.shape[1] - 1, 5).round().astype(int)
     height, width = videos.shape[2:4]
     line = 14
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 def evaluate(arguments: argparse.Namespace, pool) -> dict:
-    """Everything the report holds; the first value of each setting is the default one."""
+    """Returns the report; the first value of each setting is the default."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load(arguments.model_id, device)
     config = pipeline.scheduler.config

@@ -35,7 +35,7 @@ _VOCABULARY = 128
 
 
 def make_tokenizer(seed: int) -> T5Tokenizer:
-    """A sentencepiece unigram vocabulary over captions of the world, without case.
+    """Trains a case-insensitive sentencepiece unigram vocabulary on captions of the world.
 
     Single letters and digits are pieces too, so any other English word still has a spelling.
     """
@@ -47,8 +47,8 @@ def make_tokenizer(seed: int) -> T5Tokenizer:
     corpus += [partial_caption(scene, rng)[0] for scene in lone]
     words = Counter("▁" + word.strip(",.") for caption in corpus for word in caption.split())
     with tempfile.TemporaryDirectory() as folder:
-        # By itself sentencepiece proposes only what occurs in several distinct words, so that
-        # "moves" would be spelled; whole words are proposed to it here.
+        # By default sentencepiece proposes only what occurs in several distinct words, so it
+        # would spell "moves". These are complete words to consider as well.
         seeds = Path(folder) / "words.tsv"
         seeds.write_text("".join(f"{word}\t{count}\n" for word, count in words.most_common()))
         sentencepiece.SentencePieceTrainer.train(
@@ -71,7 +71,7 @@ def make_tokenizer(seed: int) -> T5Tokenizer:
 
 
 def make_text_encoder() -> T5EncoderModel:
-    """A two-layer T5 encoder of the 1.1 kind (gated GELU), 0.3 million parameters."""
+    """Makes a two-layer T5 1.1 encoder (gated GELU) of 0.3 million parameters."""
     config = T5Config(
         vocab_size=_VOCABULARY,
         d_model=_TEXT_WIDTH,
@@ -88,7 +88,7 @@ def make_text_encoder() -> T5EncoderModel:
 
 
 def make_vae() -> AutoencoderKLCogVideoX:
-    """An autoencoder of 4.9 million parameters, 8x8 in space and 4 in time, set up to learn fast.
+    """Makes an autoencoder of 4.9 million parameters, 8x8 in space and 4 in time.
 
     Against torch's defaults, whose convolutions shrink their input: unit gain everywhere, spatial
     norms that begin as plain group norms, and latents that begin with little noise. After 245 steps
@@ -123,7 +123,7 @@ def _bias_of(layer: torch.nn.Conv2d | torch.nn.Conv3d) -> torch.Tensor:
 
 
 def make_transformer() -> CogVideoXTransformer3DModel:
-    """A transformer of 6 blocks and 4 heads, whose blocks begin as the identity."""
+    """Makes a transformer of 6 blocks and 4 heads, whose blocks start as the identity."""
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=_HEADS,
         attention_head_dim=_HEAD_DIM,
@@ -152,7 +152,7 @@ def make_transformer() -> CogVideoXTransformer3DModel:
 
 
 def make_scheduler() -> CogVideoXDPMScheduler:
-    """The noise schedule that CogVideoX 1.5 publishes."""
+    """Makes the noise scheduler that CogVideoX 1.5 publishes."""
     return CogVideoXDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -167,7 +167,7 @@ def make_scheduler() -> CogVideoXDPMScheduler:
 
 
 def rotary_embedding(latent_frames: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [S, D] for the video tokens of `latent_frames`, as in the pipeline."""
+    """Makes cosines and sines [S, D] for the tokens of `latent_frames`, as in the pipeline."""
     grid = (LATENT_HEIGHT // _PATCH, LATENT_WIDTH // _PATCH)
     cosines, sines = get_3d_rotary_pos_embed(
         embed_dim=_HEAD_DIM,
@@ -195,7 +195,7 @@ def freeze[Part: torch.nn.Module](part: Part) -> Part:
 
 
 def copy_in_bfloat16[Part: torch.nn.Module](part: Part) -> Part:
-    """A bfloat16 copy on the CPU; the part itself stays as it is."""
+    """Returns a bfloat16 copy on the CPU; does not change the part."""
     return move(copy.deepcopy(part), "cpu", torch.bfloat16)
 
 

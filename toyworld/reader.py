@@ -19,7 +19,7 @@ ATTRIBUTES = ("color", "shape", "motion", "background")
 # A pixel stands out when it differs this much (Euclid over RGB in 0..1) from the background. The
 # least contrast of the world is 0.53, so the edge of a blob lies at or outside half coverage.
 _CONTRAST = 0.2
-# A colour further than this from every colour of the table has no name. The closest two names,
+# A colour farther than this from every colour of the table has no name. The closest two names,
 # blue and purple, are 0.52 apart; orange and yellow 0.35.
 _NAMED_WITHIN = 0.25
 # What counts as one unit of motion: pixels across, pixels down, natural logarithm of size, each
@@ -74,24 +74,24 @@ def evaluate_video(frames: np.ndarray) -> dict[str, str]:
 
 
 def largest_of(reading: Reading) -> dict[str, str]:
-    """The dictionary of `evaluate_video` for what was read."""
+    """Returns the dictionary of `evaluate_video` for a reading."""
     thing = reading.things[0] if reading.things else Thing(NONE, NONE, NONE)
     return {**vars(thing), "background": reading.background, "count": str(len(reading.things))}
 
 
 def truth_of(scene: Scene) -> dict[str, str]:
-    """What `evaluate_video` returns for a perfect video of a scene with one thing."""
+    """Returns what `evaluate_video` returns for a perfect video of a scene with one thing."""
     (thing,) = scene.things
     return {**vars(thing), "background": scene.background, "count": "1"}
 
 
 def shows(frames: np.ndarray, scene: Scene) -> bool:
-    """Whether a video shows a scene: its background and exactly its things, in any order."""
+    """Checks that a video shows a scene: its background and exactly its things, in any order."""
     return agrees(read_video(frames), scene)
 
 
 def agrees(reading: Reading, scene: Scene) -> bool:
-    """Whether what was read is a scene: its background and exactly its things, in any order."""
+    """Checks that a reading is of a scene: its background and exactly its things, in any order."""
     return reading.background == scene.background and sorted(map(str, reading.things)) == sorted(
         map(str, scene.things)
     )
@@ -106,16 +106,16 @@ def _checked(frames: np.ndarray) -> np.ndarray:
 
 
 def _border(frames: np.ndarray) -> np.ndarray:
-    """The outermost two pixels of every frame, [pixels, 3]."""
+    """Returns the outermost two pixels of every frame, [pixels, 3]."""
     edges = (frames[:, :2], frames[:, -2:], frames[:, :, :2], frames[:, :, -2:])
     return np.concatenate([edge.reshape(-1, 3) for edge in edges])
 
 
 def _blobs(mask: np.ndarray) -> list[np.ndarray]:
-    """The objects of a mask [F, H, W], largest first, each a mask of the same shape.
+    """Returns the objects of a mask [F, H, W], largest first, as masks of the same shape.
 
     An object moves less than its width between frames, so it is connected in space-time. Blobs
-    that live for less than three quarters of the frames or have no interior are mere specks.
+    that live for less than three quarters of the frames or have no interior are dropped as specks.
     """
     labels = np.zeros(mask.shape, np.int32)
     count = ndimage.label(mask, output=labels)
@@ -132,7 +132,7 @@ def _blobs(mask: np.ndarray) -> list[np.ndarray]:
 def _read_thing(
     frames: np.ndarray, background: np.ndarray, blob: np.ndarray
 ) -> tuple[Thing, float]:
-    """An object, and how well it keeps to its shape."""
+    """Returns an object, and how well it keeps its shape."""
     interior = np.asarray(ndimage.binary_erosion(blob, np.ones((1, 3, 3))), bool)
     color = np.median(frames[interior], axis=0)
     # The share of the object's colour in each pixel, along the line between the two colours, in
@@ -155,7 +155,7 @@ def _read_thing(
 def _read_shape(
     alpha: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray
 ) -> tuple[str, float]:
-    """The shape whose template overlaps alpha [F, H, W] best, averaged over the frames, and how."""
+    """Returns the shape whose template overlaps alpha [F, H, W] best, and the mean overlap."""
     grid_y, grid_x = np.indices(alpha.shape[1:]) + 0.5
     dx = torch.from_numpy(grid_x - x[:, None, None])
     dy = torch.from_numpy(grid_y - y[:, None, None])
@@ -172,7 +172,7 @@ def _read_shape(
 def _read_motion(
     lives: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, frames: int
 ) -> str:
-    """The motion with the largest fitted change over the whole video, in units of `_UNITS`."""
+    """Returns the motion with the largest fitted change over the video, in units of `_UNITS`."""
     slopes = np.polyfit(lives, np.stack([x, y, np.log(r)], axis=1), deg=1)[0]
     change = slopes * (frames - 1) / _UNITS
     strongest = int(np.argmax(np.abs(change)))
@@ -185,7 +185,7 @@ def _read_motion(
 
 
 def _nearest(color: np.ndarray, table: dict[str, tuple[float, float, float]]) -> str:
-    """The name of the closest colour in a table, or NONE if none is close."""
+    """Returns the name of the closest colour in a table, or NONE if none is close."""
     distances = {name: np.linalg.norm(color - np.array(value)) for name, value in table.items()}
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] < _NAMED_WITHIN else NONE

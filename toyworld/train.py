@@ -41,7 +41,7 @@ from toyworld.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene
 def write_caption(
     settings: TrainingSettings, scene: Scene, rng: random.Random
 ) -> tuple[str, Scene]:
-    """A caption, sometimes incomplete, and what it says, which is sometimes wrong."""
+    """Returns a caption, sometimes incomplete, and what it says, which may be wrong."""
     said = corrupt(scene, rng) if rng.random() < settings.corrupted else scene
     if len(said.things) == 1 and rng.random() < settings.partial:
         return partial_caption(said, rng)
@@ -49,7 +49,7 @@ def write_caption(
 
 
 def tokens_of(tokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids [B, MAX_TOKENS]. Raises ValueError for a text that does not fit."""
+    """Returns token ids [B, MAX_TOKENS]. Raises ValueError for a text that does not fit."""
     longest = max(len(ids) for ids in tokenizer(texts).input_ids)
     if longest > parts.MAX_TOKENS:
         raise ValueError(f"a caption takes {longest} tokens, the model {parts.MAX_TOKENS}")
@@ -65,7 +65,7 @@ _QUESTIONS = tuple([UNSAID, *names] for names in (list(BACKGROUNDS), *_THING, *_
 
 
 def answers_of(said: Scene) -> list[int]:
-    """What a caption says, as one index for each of `_QUESTIONS`."""
+    """Returns what a caption says, as one index for each of `_QUESTIONS`."""
     answers = [said.background]
     for thing in said.things:
         answers += [thing.color, thing.shape, thing.motion]
@@ -76,7 +76,7 @@ def answers_of(said: Scene) -> list[int]:
 def train_text_encoder(
     settings: TrainingSettings, tokenizer, device: torch.device, log: Log
 ) -> T5EncoderModel:
-    """Learns to tell at every token, padding included, all that a caption says.
+    """Trains the encoder to tell at every token, also padding, all that a caption says.
 
     The denoising loss alone teaches the meaning of words slowly: the background and the noise
     themselves explain nearly all of it, and a caption moves it by a hundredth. Features that any
@@ -94,7 +94,7 @@ def train_text_encoder(
     )
 
     def ask(captions: list[tuple[str, Scene]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy, and the share of tokens that answer every question right."""
+        """Returns the cross entropy, and the share of tokens that answer every question right."""
         tokens = tokens_of(tokenizer, [text for text, _ in captions]).to(device)
         truth = torch.tensor([answers_of(said) for _, said in captions], device=device)
         truth = truth[:, None].expand(-1, parts.MAX_TOKENS, -1).flatten(0, 1)
@@ -129,13 +129,13 @@ def train_text_encoder(
 
 @torch.no_grad()
 def encode_texts(texts: list[str], tokenizer, text_encoder: T5EncoderModel) -> torch.Tensor:
-    """Embeddings [B, MAX_TOKENS, text width] in bfloat16, on the encoder's device."""
+    """Returns embeddings [B, MAX_TOKENS, text width] in bfloat16, on the encoder's device."""
     tokens = tokens_of(tokenizer, texts).to(text_encoder.device)
     return torch.cat([text_encoder(chunk)[0].to(torch.bfloat16) for chunk in tokens.split(2048)])
 
 
 def draw_timesteps(n: int, device: torch.device) -> torch.Tensor:
-    """n timesteps in 0..999: 35% uniform, the others around 730 (logit-normal, 500 to 880).
+    """Draws n timesteps in 0..999: 35% uniform, the others around 730 (logit-normal, 500 to 880).
 
     Below 500 the object is plain to see and above 900 only the background is; colour, shape and
     motion are decided between.

@@ -12,7 +12,7 @@ from toyworld.world import HEIGHT, WIDTH, Scene, Scenes, render, scenes_of
 
 
 def to_model(videos: torch.Tensor) -> torch.Tensor:
-    """[B, F, H, W, 3] in 0..1 to the autoencoder's [B, 3, F, H, W] in -1..1."""
+    """Converts [B, F, H, W, 3] in 0..1 to the autoencoder's [B, 3, F, H, W] in -1..1."""
     return videos.permute(0, 4, 1, 2, 3) * 2 - 1
 
 
@@ -32,7 +32,7 @@ def windows(videos: torch.Tensor, scenes: Scenes, generator: torch.Generator) ->
 
 
 def train_vae(settings: TrainingSettings, device: torch.device, log: Log) -> AutoencoderKLCogVideoX:
-    """Learns to draw the world; returns float32 weights that bfloat16 holds exactly.
+    """Trains the autoencoder; returns float32 weights that bfloat16 holds exactly.
 
     It begins on windows around the things, where a step shows more edges for its cost, and ends on
     whole frames, whose group norms have other statistics.
@@ -82,7 +82,7 @@ def _refine(
     log: Log,
     phase: str,
 ) -> AutoencoderKLCogVideoX:
-    """Trains on whole frames what of a trained autoencoder requires gradients."""
+    """Trains the parameters that require gradients, on complete frames."""
     seed += settings.seed
     torch.manual_seed(seed)
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
@@ -106,7 +106,7 @@ def _draw_and_learn(
     log: Log,
     phase: str,
 ) -> None:
-    """Trains on `steps` batches of fresh scenes, with up to `noise` on the latents.
+    """Trains on `steps` batches of new scenes, with up to `noise` on the latents.
 
     `training` is an optimizer with its schedule, `draws` draws scenes and their trajectories.
     Encoding and decoding go through diffusers' frame batches (9 + 8 frames, 3 + 2 latents), as at
@@ -122,12 +122,12 @@ def _draw_and_learn(
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             posterior = vae.encode(video, return_dict=False)[0]
             latents = posterior.sample()
-            # Noise in proportion to the latents: making them larger is no way out.
+            # Noise in proportion to the latents, so that larger latents gain nothing.
             level = noise * torch.rand(len(video), 1, 1, 1, 1, device=device)
             latents = latents + level * posterior.mean.std() * torch.randn_like(latents)
             drawn = vae.decode(latents, return_dict=False)[0]
         drawn, mean, logvar = drawn.float(), posterior.mean.float(), posterior.logvar.float()
-        # The absolute error alone rests at "background everywhere", the median of every pixel.
+        # The absolute error alone gets stuck at "background everywhere", the median of every pixel.
         absolute, square = F.l1_loss(drawn, video), F.mse_loss(drawn, video)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         (absolute + 4 * square + settings.kl_weight * kl).backward()

@@ -16,7 +16,7 @@ from toyworld.world import Scene
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything the result depends on."""
+    """All settings that the result depends on."""
 
     seed: int = 0
     vae_window_steps: int = 5000
@@ -69,13 +69,13 @@ class Log:
 
 
 def draw_training_scenes(settings: TrainingSettings, rng: random.Random, n: int) -> list[Scene]:
-    """n scenes without held-out things, a share of them with two things."""
+    """Draws n scenes without held-out things, a share of them with two things."""
     things = all_things(held_out=False)
     return [draw_scene(rng, things, two=rng.random() < settings.two_things) for _ in range(n)]
 
 
 def recorded(step: Callable, *examples: torch.Tensor) -> Callable:
-    """A training step as one CUDA graph: its thousands of small kernels are launched at once.
+    """Records a training step as a CUDA graph: one launch for its thousands of small kernels.
 
     Runs the step a few times on the examples, which is the warm-up that recording needs. Each
     replay overwrites the tensors that the one before it returned. On the CPU there is nothing to
@@ -104,7 +104,7 @@ def recorded(step: Callable, *examples: torch.Tensor) -> Callable:
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], learning_rate: float, steps: int):
-    """AdamW with warm-up and cosine decay. On a GPU the rate is a tensor, for recorded steps."""
+    """Makes AdamW with warm-up and cosine decay. On a GPU the rate is a tensor, to record steps."""
     device = parameters[0].device
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(

@@ -78,11 +78,11 @@ class Scenes:
         return Scenes(**{name: value[rows] for name, value in vars(self).items()})
 
     def to(self, device: torch.device | str) -> "Scenes":
-        """The same scenes on another device."""
+        """Returns the same scenes on another device."""
         return Scenes(**{name: value.to(device) for name, value in vars(self).items()})
 
     def describe(self) -> list[Scene]:
-        """The B scenes by name."""
+        """Returns the B scenes by name."""
         backgrounds, colors = list(BACKGROUNDS), list(COLORS)
         rows = zip(
             self.background.tolist(),
@@ -131,7 +131,7 @@ def scenes_of(described: list[Scene], generator: torch.Generator) -> Scenes:
 def _trajectories(
     motion: torch.Tensor, crowded: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Start and end [B, O, 3] for motions [B, O]; `crowded` [B] marks scenes of two things."""
+    """Draws start, end [B, O, 3] for motions [B, O]; `crowded` [B] marks scenes of two things."""
     B, num_things = motion.shape
 
     def uniform(low: torch.Tensor | float, high: torch.Tensor | float) -> torch.Tensor:
@@ -163,7 +163,7 @@ def _trajectories(
 
 
 def coverage(shape: torch.Tensor, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor):
-    """How much of each pixel a shape covers, in 0..1.
+    """Returns how much of each pixel a shape covers, in 0..1.
 
     `shape` (index into SHAPES) and `r`, and the pixel centres `x` and `y` relative to the shape's
     centre, must broadcast together; y points down. The distance to the edge in pixels, clipped to
