@@ -52,7 +52,7 @@ _JOBS = 3
 
 
 def made_files(batch: Path) -> dict[str, str]:
-    """Digests of all that the stages made in a batch's folder."""
+    """Returns digests of all that the stages made in a batch's folder."""
     found = {}
     for folder in sorted(batch.glob("job*")):
         for name in _MADE:
@@ -62,7 +62,7 @@ def made_files(batch: Path) -> dict[str, str]:
 
 
 class Jobs:
-    """A batch's folder or its job file is damaged; the same command runs again.
+    """Damages a batch's folder or its job file, and runs the same command again.
 
     A run with exit code 0 must leave the files of an undisturbed batch, byte for byte but for what
     a damaged record says of versions and machines. One with exit code 3 may lack those of the
@@ -189,7 +189,7 @@ def _damage_job(rng: random.Random, job: Path) -> str:
 
 
 def _damage_claim(rng: random.Random, claim: Path) -> str:
-    """The last claim is damaged, or one that is worse comes after it."""
+    """Damages the last claim, or adds a worse one after it."""
     owner = json.loads(claim.read_bytes())
     now = time.time()
     touched, what = now, ""
@@ -229,9 +229,9 @@ def _damage_claim(rng: random.Random, claim: Path) -> str:
 
 
 class Tags:
-    """A video's tag or its frames are damaged; `batch.py rerun` makes it again.
+    """Damages a video's tag or its frames, and runs `batch.py rerun` on it.
 
-    A run with exit code 0 must make the video of the undamaged tag, unless the tag is whole and
+    A run with exit code 0 must make the video of the undamaged tag, unless the tag is valid and
     asks for another one.
     """
 
@@ -246,7 +246,7 @@ class Tags:
         assert text
         self._document = json.loads(text)
         self._packets = packets(self._video)
-        # Beside the untagged video: the settings of another run, which replaced those.
+        # Next to the untagged video lie the settings of a later run.
         world.run(*STAGE2, "--seed=7", cwd=base)
         world.run(*STAGE3, cwd=base)
         self._other_config = (base / "run" / CONFIG).read_bytes()
@@ -307,7 +307,7 @@ def _only_in_again(changed: list[str]) -> list[str]:
 
 
 def _hostile(rng: random.Random, document: dict) -> tuple[str, str]:
-    """A tag whose sections are whole by their fingerprints, with one setting changed."""
+    """Changes one setting of a tag, and seals its sections again with valid fingerprints."""
     document = json.loads(json.dumps(document))
     stage = rng.choice([key for key, value in document.items() if isinstance(value, dict)])
     places = [p for p in paths(document[stage]) if p and p[0] != "fingerprint"]
@@ -358,7 +358,7 @@ def _has(section: dict, where: tuple) -> bool:
 
 
 def _set_tag(source: Path, text: str | None, target: Path) -> None:
-    """A copy of a video with another comment."""
+    """Copies a video with another comment."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     command = [get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(source)]

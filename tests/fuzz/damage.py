@@ -13,7 +13,7 @@ from pathlib import Path
 Json = dict | list | str | int | float | bool | None
 _RAW = "@@RAW@@"
 
-# JSON texts that stand where something else should.
+# JSON texts that replace a value.
 VALUES = {
     "null": "null",
     "true": "true",
@@ -49,7 +49,7 @@ VALUES = {
 
 
 def paths(value: Json, path: tuple = ()) -> Iterator[tuple]:
-    """The path of every value in a JSON document, the root's first."""
+    """Returns the path of every value in a JSON document, the root first."""
     yield path
     items = value.items() if isinstance(value, dict) else ()
     items = enumerate(value) if isinstance(value, list) else items
@@ -64,7 +64,7 @@ def at(document: Json, path: tuple) -> Json:
 
 
 def replaced(document: Json, path: tuple, text: str) -> bytes:
-    """The document with the JSON `text` at `path`."""
+    """Returns the document with the JSON `text` at `path`."""
     document = json.loads(json.dumps(document))
     if not path:
         return text.encode("utf-8", "surrogatepass")
@@ -74,7 +74,7 @@ def replaced(document: Json, path: tuple, text: str) -> bytes:
 
 
 def damaged_json(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """A JSON file with one change of its values, its structure or its bytes."""
+    """Damages a JSON file by one change of its values, its structure or its bytes."""
     document = json.loads(content)
     kind = rng.random()
     if kind < 0.55:
@@ -122,7 +122,7 @@ def _damaged_structure(rng: random.Random, document: Json) -> tuple[bytes, str]:
 
 
 def damaged_text(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """A text file with damage to its bytes."""
+    """Damages the bytes of a text file."""
     position = rng.randrange(max(1, len(content)))
     options: list[Callable[[], tuple[bytes, str]]] = [
         lambda: (content[:position], f"truncated at {position}"),
@@ -155,7 +155,7 @@ def flipped(content: bytes, position: int, bit: int) -> bytes:
 
 
 def not_a_file(rng: random.Random, path: Path) -> str:
-    """Puts something at `path` that is no regular file, or none to be read whole."""
+    """Puts at `path` something other than a regular file, or a file too large to read."""
     kept = path.with_name(f"{path.name}.kept")
     path.rename(kept)
     kinds = ["fifo", "folder", "loop", "dangling", "zero", "null", "socket", "terabyte"]
@@ -210,13 +210,13 @@ _HALF_SIZE = ["F16", "BF16", "I16", "U16"]
 
 
 def read_safetensors(content: bytes) -> tuple[dict, bytes]:
-    """The header as JSON, and the bytes of the tensors."""
+    """Returns the header as JSON, and the bytes of the tensors."""
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
 def tensor_bytes(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """dtype, shape and bytes of every tensor by its name."""
+    """Returns the dtype, shape and bytes of every tensor by its name."""
     header, body = read_safetensors(content)
     return {
         name: (about["dtype"], tuple(about["shape"]), body[slice(*about["data_offsets"])])
@@ -234,10 +234,10 @@ def with_header(header: dict | bytes, body: bytes) -> bytes:
 def damaged_safetensors(
     rng: random.Random, content: bytes, *, flip_body: bool = True
 ) -> tuple[bytes, str]:
-    """A safetensors file with one change of its bytes, its header or its tensors.
+    """Damages a safetensors file by one change of its bytes, its header or its tensors.
 
     Args:
-        flip_body: also change values, which only a checksum of the tensors finds out.
+        flip_body: also change values, which only a checksum of the tensors detects.
     """
     kinds: list[Callable] = [_damaged_file, _damaged_entry, _damaged_entry, _damaged_header]
     kinds += [_damaged_metadata, _relabelled]
@@ -275,7 +275,7 @@ def _damaged_file(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _damaged_entry(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """One tensor's entry in the header is changed."""
+    """Changes one tensor's entry in the header."""
     header, body = read_safetensors(content)
     name = rng.choice([name for name in header if name != "__metadata__"])
     entry = header[name]
@@ -314,7 +314,7 @@ def _damaged_entry(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _damaged_header(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """The header's JSON is damaged as a text."""
+    """Damages the header's JSON as text."""
     header, body = read_safetensors(content)
     text, what = damaged_json(rng, json.dumps(header).encode())
     return with_header(text, body), f"header: {what}"
@@ -341,7 +341,7 @@ def _damaged_metadata(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _relabelled(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """Tensors are said to be of another dtype; the file is as long as it should be."""
+    """Declares another dtype for the tensors; the length of the file fits."""
     header, body = read_safetensors(content)
     names = [name for name in header if name != "__metadata__"]
     names = names if rng.random() < 0.5 else [rng.choice(names)]
@@ -359,7 +359,7 @@ def _relabelled(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 
 
 def as_dtype(content: bytes, dtype: str) -> bytes:
-    """The file cut to half-size values relabelled `dtype`, the shapes kept."""
+    """Cuts the file to half-size values declared as `dtype`; keeps the shapes."""
     header, body = read_safetensors(content)
     new, end = b"", 0
     for name, entry in header.items():
@@ -372,7 +372,7 @@ def as_dtype(content: bytes, dtype: str) -> bytes:
 
 
 def _damaged_body(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """The tensors' values are changed, nothing else."""
+    """Changes only the tensors' values."""
     header, body = read_safetensors(content)
     count = rng.choice([1, 1, 8, 100])
     how = rng.randrange(6)

@@ -53,7 +53,7 @@ class Disk:
 
 @contextlib.contextmanager
 def mounted(path: Path) -> Iterator[Disk]:
-    """Raises PermissionError where this process may not mount."""
+    """Mounts the disk. Raises PermissionError if this process may not mount."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", _ROOM, "tmpfs", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -139,7 +139,7 @@ class _Stage:
                 "problems": problems}  # fmt: skip
 
     def _without_folder(self) -> dict[str, object]:
-        """The folder is removed while the stage runs."""
+        """Removes the folder while the stage runs."""
         folder = self._renew()
         ended = self._run(folder, lambda: shutil.rmtree(folder / "run"))
         problems = self._problems(ended)
@@ -150,7 +150,7 @@ class _Stage:
                 "problems": problems}  # fmt: skip
 
     def _full_cache(self, free: int) -> dict[str, object]:
-        """The compilation cache lies on a full disk; it may be useless, but harms nothing."""
+        """Puts the compilation cache on a full disk, which must do no harm."""
         folder = self._renew()
         cache = folder / "cache"
         cache.mkdir()

@@ -31,7 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 20.0  # seconds of a run, on a machine whose cores are free
-MEMORY_LIMIT = 2 << 30  # bytes, of the whole process with its imports
+MEMORY_LIMIT = 2 << 30  # bytes, of the process with its imports
 _POLL_SECONDS = 0.01
 
 # A small video: a run of all three stages takes less than two seconds once programs are cached.
@@ -71,7 +71,7 @@ class Run:
             _execute(argv, cwd, logs, environment)
 
     def poll(self) -> Ended | None:
-        """Looks after the child once: its end, its time, its memory."""
+        """Checks the child once: whether it ended, its time and its memory."""
         if self.ended:
             return self.ended
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
@@ -104,7 +104,7 @@ class Run:
         return self.ended
 
     def kill(self) -> None:
-        """SIGKILL to the child and to those it started (ffmpeg)."""
+        """Sends SIGKILL to the child and to the processes it started (ffmpeg)."""
         os.killpg(self.pid, signal.SIGKILL)
 
     def _kill_group(self) -> None:
@@ -120,7 +120,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """The time that a child and those it waited for have computed."""
+    """Returns the CPU time of a child and of the processes that it waited for."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -129,7 +129,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def _execute(argv: Sequence[str], cwd: Path, logs: Path, environment: dict[str, str]) -> None:
-    """The child's whole life; ends as the interpreter would."""
+    """Runs the script in the child and exits as the interpreter would."""
     code = 70
     try:
         os.setsid()
@@ -159,7 +159,7 @@ def _execute(argv: Sequence[str], cwd: Path, logs: Path, environment: dict[str, 
 
 
 class World:
-    """A folder of these tests' own, a small model, a compilation cache, and forked runs."""
+    """A private folder, a small model, a compilation cache, and forked runs."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -183,7 +183,7 @@ class World:
         return Run(argv, cwd, logs, environment or {})
 
     def run(self, *argv: str, cwd: Path) -> Ended:
-        """A run that must succeed."""
+        """Runs a script that must succeed."""
         ended = self.start(*argv, cwd=cwd).wait()
         if ended.code:
             raise RuntimeError(f"{argv} ended with {ended.code} {ended.limit}: {ended.err[-3000:]}")
@@ -192,7 +192,7 @@ class World:
 
 @contextlib.contextmanager
 def make_world(keep: bool = False) -> Iterator[World]:
-    """A world whose libraries are imported and whose programs are compiled."""
+    """Makes a world with its libraries imported and its programs compiled."""
     root = Path(tempfile.mkdtemp(prefix="fuzz_")).resolve()
     owner = os.getpid()
     try:
@@ -232,7 +232,7 @@ finally:
 
 
 def _import_libraries(world: World) -> None:
-    """Imports what a batch of one job imports, whatever the modules are called today."""
+    """Imports all modules that a batch of one job imports."""
     folder = world.root / "first"
     folder.mkdir()
     (folder / "jobs.jsonl").write_text(job_line(0))
@@ -265,12 +265,12 @@ def batch_arguments(world: World, jobs: str = "jobs.jsonl") -> list[str]:
 
 Snapshot = dict[str, str]
 _HASHED_BYTES = 64 << 20
-# What a run may write or change whatever comes of it, by the end of a name.
+# Ends of the names that any run may write or change.
 _TIMINGS = "_timings.json"
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """What lies in a folder: a word for each path. Opens regular files only."""
+    """Describes each path in a folder by one word. Opens regular files only."""
     found: Snapshot = {}
     for path in sorted(folder.rglob("*")):
         info = path.lstat()
@@ -292,7 +292,7 @@ def file_digest(path: Path) -> str:
 
 
 def changes(before: Snapshot, after: Snapshot) -> list[str]:
-    """Names that are new, gone or different; reports of timings do not count."""
+    """Returns the names that are new, gone or different, except reports of timings."""
     names = sorted(before.keys() | after.keys())
     changed = [name for name in names if before.get(name) != after.get(name)]
     return [name for name in changed if not name.endswith(_TIMINGS)]
@@ -312,7 +312,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x9b]")
 class Case:
     """One damaged input, the command that reads it, and what must hold afterwards."""
 
-    what: str  # the damage, for people
+    what: str  # describes the damage
     folder: Path  # all of the case's files
     argv: list[str]
     # Problems of a run that ended with exit code 0, given the files that it changed.
@@ -326,7 +326,7 @@ class Case:
 
 
 def judge(case: Case, ended: Ended) -> list[str]:
-    """What is wrong with how a case ended; empty for a good end. The first is the worst."""
+    """Returns the problems of how a case ended, the worst first; none for a good end."""
     problems = []
     if ended.limit == "time":
         problems.append(f"hang: more than {TIME_LIMIT:.0f} s")
@@ -366,7 +366,7 @@ def refusal_problems(err: str, listed: re.Pattern[str]) -> list[str]:
 
 
 def traceback_of(text: str) -> str:
-    """Where a traceback or a panic in `text` ended: our last frame, and the exception."""
+    """Returns our last frame and the exception of a traceback or a panic in `text`."""
     if "Traceback (most recent call last)" in text:
         end = text[text.rindex("Traceback (most recent call last)") :]
         frames = [(Path(f).name, name) for f, _, name in _FRAME.findall(end) if str(ROOT) in f]
@@ -382,5 +382,5 @@ def last_line(text: str) -> str:
 
 
 def generic(line: str) -> str:
-    """A line without its numbers and paths, so that equal defects read the same."""
+    """Removes numbers and paths from a line, so that equal defects give equal lines."""
     return re.sub(r"\d+", "N", re.sub(r"/\S+", "PATH", line))[:160]

@@ -81,7 +81,7 @@ def kill_often(
 
 
 def _half_files(argv: list[str], before: Snapshot, after: Snapshot, found: Snapshot) -> list[str]:
-    """Files that are neither the old nor the new one; temporary names are hidden ones."""
+    """Returns files that are neither the old nor the new one; skips hidden temporary names."""
     problems = []
     for name in changes(before, found):
         hidden = Path(name).name.startswith(".") and name not in before
@@ -108,7 +108,7 @@ def _renew(stages: Stages, argv: list[str], folder: Path) -> None:
 
 
 def _whole_run(world: World, stages: Stages, argv: list[str], folder: Path) -> float:
-    """The seconds of a run that nothing disturbs."""
+    """Returns the seconds of an undisturbed run."""
     _renew(stages, argv, folder)
     return world.run(*argv, cwd=folder).seconds
 

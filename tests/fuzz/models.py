@@ -40,7 +40,7 @@ _BAD_LISTS += ["a list 100000 deep", "an object"]
 
 
 class Models:
-    """One file of a model folder is damaged; generate.py runs with it.
+    """Damages one file of a model folder, and runs generate.py with it.
 
     A run with exit code 0 must make the tensors and the video of the undamaged model.
     """
@@ -91,7 +91,7 @@ def _damage_config(rng: random.Random, model: Path) -> tuple[str, bool]:
     if rng.random() < 0.2:
         damaged, what = damaged_text(rng, content)
         path.write_bytes(damaged)
-        # A flipped bit may spell another good model.
+        # A flipped bit may give another valid model.
         return f"{name}: {what}", "flipped" not in what
     document = json.loads(content)
     where = rng.choice(list(paths(document)))
@@ -123,7 +123,7 @@ def _damage_weights(rng: random.Random, model: Path) -> tuple[str, bool]:
     # Values of weights have no checksum in this layout: only the header is damaged.
     damaged, what = damaged_safetensors(rng, path.read_bytes(), flip_body=False)
     path.write_bytes(damaged)
-    # Numbers of another type are still numbers, of another model.
+    # Numbers of another type give another valid model.
     return f"{name}: {what}", not ("relabelled F16" in what or "relabelled BF16" in what)
 
 

@@ -47,7 +47,7 @@ class Silence:
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """Everything that a command said, and when."""
+    """The output of a command with its times."""
 
     chunks: list[Chunk]
     seconds: float
@@ -58,7 +58,7 @@ class Recording:
         return "".join(chunk.text for chunk in self.chunks)
 
     def silences(self) -> list[Silence]:
-        """From the start, between chunks and to the end; the longest first."""
+        """Returns the silences from the start, between chunks and to the end, longest first."""
         found = []
         last, said = 0.0, "(start)"
         for chunk in [*self.chunks, Chunk(self.seconds, "(end)")]:
@@ -96,7 +96,7 @@ def record(command: Sequence[str], terminal: bool, cwd: Path | None = None) -> R
     return Recording(chunks, time.monotonic() - start, code)
 
 
-# Lines of libraries that tell a user of this project nothing.
+# Lines of libraries that are useless to a user of this project.
 _NOISE = {
     "a warning of Python": re.compile(r"\w*Warning: |warnings\.warn"),
     "a bar of transformers": re.compile(r"Loading (weights|checkpoint)|Writing model shards"),
@@ -106,7 +106,7 @@ _NOISE = {
 
 
 def unhelpful(recording: Recording, terminal: bool) -> list[str]:
-    """Lines that do not help, with how often they come."""
+    """Returns the lines that do not help, with their counts."""
     found: Counter[str] = Counter()
     text = recording.text.replace("\r\n", "\n")
     lines = text.split("\n")

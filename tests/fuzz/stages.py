@@ -57,7 +57,7 @@ class Stages:
         assert (self.before[STAGE3[0]] / VIDEO).read_bytes() != (run / VIDEO).read_bytes()
 
     def case(self, folder: Path, argv: list[str], what: str) -> Case:
-        """A case in `folder`, whose sub-folder `run` is still to be damaged."""
+        """Makes a case in `folder`; the caller damages its sub-folder `run`."""
         folder.mkdir()
         copy_tree(self.before[argv[0]], folder / "run")
         return Case(what, folder, argv, lambda ended, changed: self._right(folder, argv, changed))
@@ -80,7 +80,7 @@ class Stages:
 
 
 def content_problems(path: Path, good: Path) -> list[str]:
-    """What is wrong with a stage's file that is not the good one byte for byte."""
+    """Returns the problems of a stage's file that differs from the good one."""
     if path.suffix == ".mp4":
         if packets(path) != packets(good):
             return [f"exit 0 with other frames in {path.name}"]
@@ -89,7 +89,7 @@ def content_problems(path: Path, good: Path) -> list[str]:
 
 
 def section_problems(path: Path, good: Path) -> list[str]:
-    """False settings in a generation_config.json."""
+    """Returns the false settings in a generation_config.json."""
     try:
         document = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -108,7 +108,7 @@ def _tag_problems(path: Path, good: Path) -> list[str]:
 
 
 def _compare_sections(document: object, good: dict, where: str) -> list[str]:
-    """False settings; what made a file (versions, mesh) decides nothing and may differ."""
+    """Returns the false settings; facts that decide nothing (versions, mesh) may differ."""
     if not isinstance(document, dict):
         return [f"exit 0 and {where} is no object"]
     for stage, section in good.items():
@@ -126,12 +126,12 @@ def _compare_sections(document: object, good: dict, where: str) -> list[str]:
 
 
 def packets(video: Path) -> str:
-    """A hash of the encoded frames, whatever the tags."""
+    """Hashes the encoded frames without the tags."""
     return _ffmpeg("-i", f"file:{video}", "-map", "0:v", "-c", "copy", "-f", "md5", "-")
 
 
 def tag(video: Path) -> str | None:
-    """The comment of a video."""
+    """Returns the comment of a video."""
     text = _ffmpeg("-i", f"file:{video}", "-f", "ffmetadata", "-")
     found = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", text, re.DOTALL | re.MULTILINE)
     return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else None
@@ -146,7 +146,7 @@ def _ffmpeg(*arguments: str) -> str:
 
 
 class StageFiles:
-    """One stage file is damaged; the next stage reads it."""
+    """Damages one stage file, and runs the next stage on it."""
 
     def __init__(self, world: World):
         self._stages = Stages(world)
@@ -166,7 +166,7 @@ class StageFiles:
 
 
 class Configs:
-    """generation_config.json is damaged; a stage reads it, or adds to it."""
+    """Damages generation_config.json, and runs a stage that reads it or adds to it."""
 
     def __init__(self, world: World):
         self._stages = Stages(world)
@@ -190,7 +190,7 @@ class Configs:
 
 
 def _edited(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """A setting edited by hand to another one of its kind, the fingerprint kept."""
+    """Changes a setting to another value of its kind, and keeps the fingerprint."""
     document = json.loads(content)
     stage = rng.choice([key for key, value in document.items() if isinstance(value, dict)])
     section = document[stage]
@@ -212,5 +212,5 @@ def _edited(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 
 
 def ended_well(_: Ended, __: list[str]) -> list[str]:
-    """Any result is right, as long as the run says so in order."""
+    """Accepts any result of a run that ended in the expected way."""
     return []

@@ -62,7 +62,7 @@ def lone_run(world: World) -> tuple[dict[str, str], float]:
 
 
 class Round:
-    """Three batches on one folder, and everything that its records said meanwhile."""
+    """Three batches on one folder, and all states of its records during the round."""
 
     def __init__(self, world: World, good: dict[str, str], number: int):
         self._world, self._good = world, good
@@ -133,7 +133,7 @@ class Round:
             self._problems.append(f"{name} batch ended with {ended.code} {ended.limit}")
 
     def _claimed_by(self, run: Run) -> set[str]:
-        """The jobs whose last claim is this run's and not released."""
+        """Returns the jobs whose last claim belongs to this run and is not released."""
         found = set()
         for folder in (self._folder / "batch").glob("job*/claims"):
             claims = [path for path in folder.iterdir() if path.name.isdecimal()]

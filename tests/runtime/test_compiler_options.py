@@ -1,4 +1,4 @@
-"""The compiler options are accepted by the compilers that they are for."""
+"""The compilers accept the options that are meant for them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every stage names its devices, and --platform insists on a kind."""
+"""Every stage names its devices, and --platform requires a kind of device."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Executables in a folder: found when everything matches, else refused or passed over by name."""
+"""Executables in a folder are used if everything matches, else refused or skipped by name."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_program(size: int = 8, mesh: tuple[int, int, int] = (2, 1, 1)) -> Program:
-    """Sums over a mesh; small, but sharded, with a tree of arguments and a donated one."""
+    """Makes a small sharded program, with a tree of arguments and a donated one."""
     mesh = make_mesh(mesh)
     rows = NamedSharding(mesh, PartitionSpec("dp"))
     x = jax.ShapeDtypeStruct((size, 4), jnp.float32, sharding=rows)
@@ -76,7 +76,7 @@ def executable_of(folder: Path) -> Path:
 
 
 def rewrite(folder: Path, **changed: object) -> dict:
-    """Changes fields of the manifest, and its name and fingerprint with them."""
+    """Changes fields of the manifest, and updates its name and fingerprint."""
     path = manifest_of(folder)
     manifest = json.loads(path.read_text())
     manifest["fields"] |= changed
@@ -99,7 +99,7 @@ def test_the_executable_of_another_program_object_is_found_and_equal(folder, cap
 
 @pytest.fixture
 def cache(tmp_path):
-    """A compilation cache of this test's own."""
+    """Sets a private compilation cache."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in zip(names, (str(tmp_path / "cache"), 0), strict=True):
@@ -112,7 +112,7 @@ def cache(tmp_path):
 
 
 def test_a_program_in_the_compilation_cache_is_compiled_anew(cache, tmp_path):
-    """XLA's CPU executables from JAX's persistent cache, written again, load but do not run."""
+    """XLA's CPU executables from JAX's persistent cache load but do not run if saved again."""
     make_program().lower().compile()
     assert list(cache.iterdir())
     log = CompilationLog()
@@ -266,7 +266,7 @@ def test_the_nearest_is_told(folder, capsys):
 
 
 class Bomb:
-    """Unpickling it writes a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -322,7 +322,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(folder, capsys):
 
 
 def test_an_executable_that_the_runtime_does_not_load_is_refused(folder, capsys):
-    """Whole by its checksum, but of another kind inside."""
+    """Its checksum is right, but its content is of another kind."""
     payload, *trees = pickle.loads(executable_of(folder).read_bytes())
     data = pickle.dumps((payload[: len(payload) // 2], *trees))
     executable_of(folder).write_bytes(data)
@@ -399,7 +399,7 @@ def test_pulling_from_nowhere_is_an_error(tmp_path):
 
 
 def test_pulling_overwrites_nothing(folder, tmp_path_factory, capsys):
-    """Not even an executable of another content that the manifest's author named so."""
+    """This includes an executable of the same name with other content."""
     mine = tmp_path_factory.mktemp("mine")
     (mine / executable_of(folder).name).write_bytes(b"mine")
     assert sharing.pull(str(folder), mine) == []
@@ -458,7 +458,7 @@ def test_a_manifest_with_a_part_of_another_type_is_refused(key, folder, capsys):
 
 
 class Unreachable(LocalFileSystem):
-    """Raises what no caller of fsspec expects, as httpx does offline."""
+    """Raises an exception outside fsspec's contract, as httpx does offline."""
 
     def makedirs(self, *_, **__):
         raise RuntimeError("no route\nto host")

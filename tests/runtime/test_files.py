@@ -1,4 +1,4 @@
-"""Atomic files under exceptions and kills."""
+"""Atomic files survive exceptions and kills."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What is read from a scheduled HLO module, on lines as libtpu's compiler writes them."""
+"""Costs are read from a scheduled HLO module, on lines as libtpu's compiler writes them."""
 
 from runtime.hlo_costs import read_costs
 

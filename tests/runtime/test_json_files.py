@@ -1,4 +1,4 @@
-"""The reader of all JSON."""
+"""The JSON reader accepts valid files and refuses others."""
 
 import os
 from pathlib import Path

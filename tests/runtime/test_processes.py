@@ -1,4 +1,4 @@
-"""Processes of one command end together: with one message if they cannot start, never in a wait."""
+"""Processes of one command end together, with one message if they cannot start; none hangs."""
 
 import pytest
 

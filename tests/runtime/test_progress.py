@@ -1,4 +1,4 @@
-"""Bars and activities in log files, on terminals, and in other processes; the timings' table."""
+"""Progress bars and activities in logs, on terminals and in processes; the timings table."""
 
 import io
 import itertools
@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 
 
 def bar(total: int, initial: int = 0) -> list[str]:
-    """The lines of a bar over `total` steps of one second each."""
+    """Returns the lines of a bar over `total` steps of one second each."""
     stream, seconds = io.StringIO(), itertools.count()
     shown = LogBar(
         range(total - initial),
@@ -104,7 +104,7 @@ def run(code: str, stdout, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_a_closed_pipe_ends_in_one_line():
-    """What `| head -1` does."""
+    """`| head -1` closes the pipe like this."""
     reader, writer = os.pipe()
     os.close(reader)
     done = run("import utils\nutils.run_main(lambda: print('a line'))", writer)

@@ -1,4 +1,4 @@
-"""The files that a program's fingerprint covers: those that are traced into it, and no others."""
+"""A program's fingerprint covers the files that are traced into it, and no others."""
 
 import contextlib
 import shutil
@@ -21,7 +21,7 @@ LISTENERS = PROJECT / "runtime/compilation.py"
 
 
 class Captured(Exception):
-    """The programs were handed to the compiler."""
+    """Raised when the programs reach the compiler."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def programs_of(model, tmp_path, monkeypatch) -> Callable[..., list[Program]]:
-    """The programs that compile_ahead.py would compile for a stage."""
+    """Returns the programs that compile_ahead.py would compile for a stage."""
 
     def find(*arguments: str) -> list[Program]:
         found = []
@@ -56,7 +56,7 @@ def fingerprints(found: list[Program]) -> list[str]:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A copy of the project whose files the fingerprints are made of."""
+    """Copies the project and makes the fingerprints from the copy."""
     copy = tmp_path / "project"
     for room in ROOMS:
         shutil.copytree(PROJECT / room, copy / room)
@@ -107,7 +107,7 @@ def test_the_attention_kernel_is_in_the_fingerprint_of_the_step(project, program
 
 
 def files_traced_by(program: Program) -> set[Path]:
-    """The files of this project whose functions run while a program is traced and lowered."""
+    """Returns the files of this project that run while a program is traced and lowered."""
     found = set()
 
     def note(frame, event: str, _: object) -> None:

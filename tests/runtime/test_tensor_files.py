@@ -1,4 +1,4 @@
-"""Checksums of the headers and data of safetensors files."""
+"""Checksums cover the headers and data of safetensors files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""printable: nothing that a terminal would obey is left."""
+"""`printable` removes everything that controls a terminal."""
 
 import pytest
 

@@ -21,7 +21,7 @@ OTHER = 12345
 
 
 def belong_to_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives `path` to another user; where the tests may not, makes the user another."""
+    """Gives `path` to another user, or, without that right, pretends to be another user."""
     if os.geteuid() == 0:
         os.chown(path, OTHER, -1)
     else:
@@ -30,7 +30,7 @@ def belong_to_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def shared(tmp_path) -> Path:
-    """A folder of the user's in one like /tmp: everybody can write there, but remove only theirs.
+    """Makes a user's folder in one like /tmp: everybody can write, but remove only their own.
 
     pytest's own folders can be entered by the user alone, so permissions below would not matter.
     """
@@ -87,7 +87,7 @@ def test_a_private_group_is_the_user(shared):
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777])
 def test_a_folder_above_matters(mode, shared):
-    """Who can write it can rename what is below, unless it is sticky."""
+    """Users who can write it can rename what is below, unless it is sticky."""
     folder = shared / "executables"
     folder.mkdir()
     shared.chmod(mode)
@@ -195,7 +195,7 @@ def test_a_cache_that_others_can_write_is_refused(below, environment, shared):
 
 @pytest.fixture
 def executables(shared) -> Path:
-    """A folder of executables that everybody can write."""
+    """Makes a folder of executables that everybody can write."""
     folder = shared / "executables"
     compile_into([make_program()], folder)
     folder.chmod(0o1777)
@@ -219,7 +219,7 @@ def test_an_executable_that_others_could_plant_is_not_loaded(executables):
     with pytest.raises(InputError, match="can be written by everybody"):
         find(make_program(), executables)
     assert not exploded.exists()
-    executables.chmod(0o755)  # the planted one is whole: only the folder's rights protect from it
+    executables.chmod(0o755)  # the planted file is valid: only the folder's rights protect from it
     find(make_program(), executables)
     assert exploded.exists()
 

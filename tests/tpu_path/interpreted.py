@@ -12,7 +12,7 @@ from cogvideox.transformer.backends import TpuBackend
 
 @contextlib.contextmanager
 def tpu_path() -> Iterator[None]:
-    """Inside, a stage runs with the TPU code path, interpreted."""
+    """Runs stages inside the context on the interpreted TPU code path."""
     choose_layers = functools.partial(vae_program.choose_layers, interpret=True)
     with (
         mock.patch.object(backends, "choose_backend", lambda *_: TpuBackend(interpret=True)),

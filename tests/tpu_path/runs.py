@@ -1,4 +1,4 @@
-"""Start stages in processes of their own, on the TPU path or on the CPU path."""
+"""Start stages in separate processes, on the TPU path or on the CPU path."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def _run(command: list[str], xla_flags: str) -> subprocess.CompletedProcess[str]
 
 
 def start_on_tpu_path(stage: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`python -m tests.tpu_path`, whatever its exit code."""
+    """Starts `python -m tests.tpu_path`; does not check its exit code."""
     return _run(["-m", "tests.tpu_path", stage, *map(str, arguments)], "")
 
 
@@ -30,7 +30,7 @@ def run_on_tpu_path(stage: str, *arguments: object) -> None:
 
 
 def run_script(script: str, *arguments: object, devices: int = 1) -> None:
-    """A stage as it runs on CPUs."""
+    """Runs a stage on the CPU path."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     done = _run([str(ROOT / script), *map(str, arguments)], flags)
     assert done.returncode == 0, done.stderr

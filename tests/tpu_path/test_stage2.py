@@ -44,7 +44,7 @@ class Case:
         self.arguments += ["--input_dir", str(folder)]
 
     def latents(self, dtype: str, mesh: tuple[int, int, int], *, tpu: bool) -> np.ndarray:
-        """[C, T, H, W] of stage 2 on a mesh."""
+        """Returns the latents [C, T, H, W] of stage 2 on a mesh."""
         output = self.folder / f"{'tpu' if tpu else 'cpu'}-{dtype}-{'x'.join(map(str, mesh))}"
         arguments = [*self.arguments, "--dtype", dtype, "--output_dir", output]
         arguments += [f"--{axis}={n}" for axis, n in zip(("dp", "sp", "tp"), mesh, strict=True)]
@@ -85,7 +85,7 @@ def test_bfloat16_is_as_good_as_on_the_cpu_path(case: Case, mesh: str):
 
 
 def test_other_positions_and_head_size(tmp_path: Path):
-    """Heads of 128, the sincos embedding of 1.0, a gated MLP, tokens over three shards."""
+    """Covers heads of 128, the sincos embedding of 1.0, a gated MLP, tokens over three shards."""
     case = Case(
         tmp_path,
         "1.0-sincos",

@@ -20,7 +20,7 @@ SCRIPTS = {"stage3": "stage3_vae_decoder.py", "stage3_flax": "stage3_vae_decoder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Latents of stages 1 and 2 for a model whose VAE the Pallas kernels take."""
+    """Makes latents with stages 1 and 2 for a model whose VAE the Pallas kernels take."""
     folder = tmp_path_factory.mktemp("latents")
     model = save_tiny_model(folder / "model", num_layers=1, block_out_channels=(128, 128, 128, 256))
     run_script("stage1_text_encoder.py", "--prompt", PROMPT, "--model_id", model,
@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cpu(folder: Path) -> tuple[np.ndarray, float]:
-    """The float32 video, and the PSNR of the CPU path's bfloat16 against it."""
+    """Returns the float32 video, and the PSNR of the CPU path's bfloat16 against it."""
     videos = []
     for dtype in ("float32", "bfloat16"):
         video = folder / f"{dtype}.npy"
