@@ -1,1 +1,1 @@
-"""Batch work: what a job is, what became of it, who works on it."""
+"""Batches: job files, records of jobs, and claims by processes."""

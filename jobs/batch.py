@@ -1,4 +1,4 @@
-"""A whole batch: check every job, then make what is missing."""
+"""Runs a batch: checks every job, then makes what is missing."""
 
 from __future__ import annotations
 

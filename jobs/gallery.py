@@ -40,7 +40,7 @@ from stages import files as stage_files
 GALLERY_FILE = "index.html"
 CardStatus = JobStatus | Literal["superseded"]
 _STATUSES: tuple[CardStatus, ...] = (*get_args(JobStatus), "superseded")
-# While jobs have these statuses, the open page loads itself anew.
+# While jobs have these statuses, the open page reloads itself.
 _UNFINISHED = ("pending", "running")
 _REFRESH_SECONDS = 20
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -130,7 +130,7 @@ class Gallery:
 
     def _update_late(self) -> None:
         with self._lock:
-            if self._later is threading.current_thread():  # not canceled meanwhile
+            if self._later is threading.current_thread():  # not canceled in the meantime
                 self._later = None
                 self._write()
 

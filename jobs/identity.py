@@ -78,7 +78,7 @@ def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:
         "no_metadata": own.no_metadata,
     }
     name = line.name or _label(own.prompt)
-    # Where the model lies does not count, what it contains does.
+    # The content of the model counts, its path does not.
     hashed = {k: v for k, v in decides.items() if k not in ("model_id", "revision")} | {
         "settings": dataclasses.asdict(decides["settings"]),
         "model": digest,

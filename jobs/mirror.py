@@ -204,7 +204,7 @@ class _Remote:
 
 
 def _temporary(name: str) -> str:
-    """A name that nobody can foresee."""
+    """Returns a name that nobody can predict."""
     return f".{name}.{uuid.uuid4().hex}.tmp"
 
 

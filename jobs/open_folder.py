@@ -9,7 +9,7 @@ from runtime.errors import RunError
 
 
 class OpenFolder:
-    """Keeps a folder open, so that another folder of the same name is told apart.
+    """Keeps a folder open, to recognize another folder of the same name.
 
     Use it in a `with`.
     """

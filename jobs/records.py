@@ -54,7 +54,7 @@ class Job:
     """One video to make, every setting filled in."""
 
     id: str  # of everything that decides the output; see identity.py
-    name: str  # for people; given, or made of the prompt
+    name: str  # for display; given, or made from the prompt
     line: int  # of the job file
     prompt: str
     negative_prompt: str
@@ -170,7 +170,7 @@ def write_job(folder: Path, job: Job) -> None:
         if read_job(folder) == job:
             return
     except InputError:
-        pass  # damaged or missing; written anew
+        pass  # damaged or missing; written again
     write_json(folder / JOB_FILE, dataclasses.asdict(job))
 
 
@@ -230,7 +230,7 @@ def checksum(path: Path) -> str:
 
 
 def worker_name() -> str:
-    """This process, for people: host:process number."""
+    """Returns a display name of this process: host:process number."""
     return f"{os.uname().nodename}:{os.getpid()}"
 
 

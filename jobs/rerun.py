@@ -1,4 +1,4 @@
-"""Reproduces a video from its mp4 tag, or from the settings beside it."""
+"""Reproduces a video from its mp4 tag, or from the settings next to it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RerunOptions:
     """Options of `batch.py rerun`, by the names of the command line.
 
     Attributes:
-        output_dir: None writes to VIDEO_rerun beside the video.
+        output_dir: None writes to VIDEO_rerun next to the video.
         model_id: None takes the model that made the video.
     """
 
@@ -139,7 +139,7 @@ def _check_chain(sections: Mapping[str, dict[str, Any]], source: Path) -> None:
 
 
 def _check_digest(section: dict[str, Any], source: Path, video: Path) -> None:
-    """Checks that settings beside a video are those of this very file.
+    """Checks that settings next to a video belong to this file.
 
     Raises:
         ValueError: they are of another video, or of another run.

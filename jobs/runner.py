@@ -41,7 +41,7 @@ from stages.denoise import StoppedBetweenSteps
 from stages.session import Session, Shape
 
 ENCODE, DENOISE, DECODE = STAGES
-# The whole disk is concerned, not one job.
+# These errors concern the disk, not one job.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DECODES_WAITING = 2
 _POLL_SECONDS = 2.0
@@ -148,7 +148,7 @@ class Runner:
             if not todo:
                 if looked_again:
                     return
-                # Files of finished jobs may have been removed meanwhile.
+                # Files of finished jobs may have been removed since.
                 self.ledger.forget_done()
                 looked_again = True
                 continue

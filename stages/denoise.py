@@ -117,8 +117,8 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
     settings = complete_settings(wishes, model, any_size=options.allow_unsupported)
     latents, padding = latent_shape(settings, model, batch)
     with ThreadPoolExecutor(1) as background:
-        # Starting the devices takes seconds; imports and checks that do not depend on them run
-        # meanwhile.
+        # Starting the devices takes seconds; imports and checks that do not need them run at
+        # the same time.
         starting = background.submit(start_jax, options.dtype)
         from cogvideox.denoising.scheduler import make_schedule
         from cogvideox.model.folder import stored_tensors

@@ -93,7 +93,7 @@ def read_config(folder: Path, *needed: str) -> dict[str, Any]:
 
 
 def record_section(folder: Path, stage: str, section: Mapping[str, Any], inherited: Path) -> None:
-    """Writes a stage's section into the config of `folder`; keeps every other whole section.
+    """Writes a stage's section into the config of `folder`; keeps every other valid section.
 
     Args:
         inherited: the folder whose config holds the sections of earlier stages.
@@ -125,7 +125,7 @@ class StageFile:
     """A stage's tensors on disk, checked against the config beside them.
 
     Attributes:
-        stage: that wrote the file.
+        stage: the stage that wrote the file.
         section: of that stage, from generation_config.json.
     """
 
@@ -213,7 +213,7 @@ def read_tensors(file: StageFile) -> dict[str, np.ndarray]:
 
 
 def find_same_model(model_id: str | None, made_from: StageFile, stage: str) -> ModelFolder:
-    """Finds a model that continues a stage file, wherever it lies now.
+    """Finds the model that continues a stage file, also if it was moved.
 
     Args:
         model_id: what the user named; None takes the recorded place.
@@ -282,7 +282,7 @@ def timings_file(video: Path) -> Path:
 
 
 def _prefix(video: Path) -> str:
-    """A start of names that no other kind of video of the same stem shares."""
+    """Returns a prefix that no other kind of video of the same stem shares."""
     if video.suffix.lower() == ".mp4":
         return video.stem
     return video.name if video.suffix else f"{video.name}.frames"

@@ -27,7 +27,7 @@ PARTS = {
 }
 
 _FINGERPRINT_LENGTH = 16
-# Where a model lies and what a run was made with do not decide its output.
+# The path of a model and `made_with` do not decide the output.
 _NOT_HASHED = ("model_id", "revision", "fingerprint", "made_with", "checksum")
 
 _TEXT, _OPTIONAL_TEXT, _COUNT = (str,), (str, type(None)), (int,)
@@ -73,7 +73,7 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 
 
 def checksum(section: Mapping[str, Any]) -> str:
-    """Hashes a whole section except its own checksum, to 16 hexadecimal digits."""
+    """Hashes a section except its own checksum, to 16 hexadecimal digits."""
     whole = {name: value for name, value in section.items() if name != "checksum"}
     return hash_json(whole)[:_FINGERPRINT_LENGTH]
 
@@ -96,7 +96,7 @@ def make_section(settings: Mapping[str, Any], **made_with: Any) -> dict[str, Any
 
 
 def with_facts(section: Mapping[str, Any], **made_with: Any) -> dict[str, Any]:
-    """A section with more facts in `made_with`, sealed again."""
+    """Adds facts to `made_with` of a section and seals it again."""
     section = {**section, "made_with": {**section["made_with"], **made_with}}
     return {**section, "checksum": checksum(section)}
 

@@ -1,4 +1,4 @@
-"""The sha256 of finished videos, recorded beside them in generation_config.json.
+"""The sha256 of finished videos, recorded next to them in generation_config.json.
 
 The settings beside a video without a tag may be those of a later run; the digest tells.
 """

@@ -1,4 +1,4 @@
-"""batch.py: equal to the stages by hand, loads shared, resumed, and not ended by one job."""
+"""batch.py equals the stages, loads once, resumes, and goes on after a failed job."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
-# Two shapes, mixed.
+# Two shapes in mixed order.
 JOBS = [
     {"prompt": "A red kite", "size": "32x48", "num_frames": 5, "name": "kite"},
     {"prompt": "A blue kite", "size": "32x32", "num_frames": 9, "guidance": 1},
@@ -44,7 +44,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def command(model: Path, folder: Path, *more: str, jobs: list[dict] = JOBS) -> list[str]:
-    """The arguments of a batch in `folder`/out, whose job file is written here."""
+    """Writes a job file; returns the arguments of its batch in `folder`/out."""
     (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     settings = ["--dtype=float32", "--allow_unsupported", "--num_inference_steps=3", "--seed=5"]
     where = [str(folder / "jobs.jsonl"), "--output_dir=out", f"--model_id={model}"]
@@ -82,7 +82,7 @@ def records(folder: Path) -> dict[tuple[str, str], object]:
 
 @pytest.fixture(scope="module")
 def calls() -> Counter:
-    """How often weights were loaded and programs compiled."""
+    """Counts how often weights are loaded and programs compiled."""
     return Counter()
 
 
@@ -107,7 +107,7 @@ def counted(calls, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory) -> Path:
-    """A batch that nothing disturbed."""
+    """Makes an undisturbed batch."""
     folder = tmp_path_factory.mktemp("whole")
     assert run(model, folder) == 0
     return folder
@@ -141,7 +141,7 @@ def table(folder: Path, capsys) -> str:
 
 
 def test_a_job_equals_the_stages_by_hand(model, whole, tmp_path, monkeypatch):
-    """In a folder of the same name, since the video's settings hold its path."""
+    """Uses a folder of the same name, since the video's settings hold its path."""
     name = job_folder(whole, "kite").name
     monkeypatch.chdir(tmp_path)
     folder = Path("out", name)
@@ -262,7 +262,7 @@ def test_the_plan(model, copy, tmp_path, capsys):
 
 
 def test_stopping_saves_the_loop_and_the_records(model, whole, tmp_path, capsys, monkeypatch):
-    """As a signal does in the second step of the first video."""
+    """Stops as a signal does, in the second step of the first video."""
     write, saved = denoise.Checkpoints.__init__, []
 
     def stop_in_step_two(self, folder, section, every, stop):
@@ -288,7 +288,7 @@ def test_stopping_saves_the_loop_and_the_records(model, whole, tmp_path, capsys,
 
 
 def test_an_output_made_of_other_inputs_is_made_again(model, copy, calls):
-    """As after an upgrade that changed the bits of what was made again."""
+    """This happens after an upgrade that changed the bits of the inputs."""
     (name, stage) = job_folder(copy, "kite").name, STAGES[2]
     record = records(copy)[name, stage]
     changed = dataclasses.replace(record, inputs={stage_files.LATENTS_FILE: "0" * 64})
@@ -297,7 +297,7 @@ def test_an_output_made_of_other_inputs_is_made_again(model, copy, calls):
 
 
 def test_damage_to_one_job_costs_no_other(model, copy, whole, calls, capsys):
-    """What can be made again is made again; what cannot fails alone, by name."""
+    """Jobs that can be repaired are made again; each other one fails alone, by name."""
     kite, blue, red = (job_folder(copy, start) for start in ("kite", "a-blue", "a-red"))
     (kite / "job.json").write_bytes(b"[" * 200_000)
     (kite / "stage3_record.json").write_text('{"stage": 3}')
@@ -334,7 +334,7 @@ def test_a_record_that_cannot_be_written_fails_before_the_work(model, copy, call
 def test_one_that_slept_past_its_claim_changes_no_record(
     owner, name, model, whole, tmp_path, capsys, monkeypatch
 ):
-    """Before or within a stage, while another batch finishes the job."""
+    """It sleeps before or within a stage, while another batch finishes the job."""
     function, seen = getattr(owner, name), {}
 
     def sleep_and_go_on(*arguments):
@@ -384,7 +384,7 @@ def test_a_finished_job_that_is_removed_while_others_run_is_made_again(
 
 
 def test_processes_share_a_folder_and_survive_kills(model, whole, tmp_path):
-    """Two at once; one is killed, one is asked to end; a third finishes."""
+    """Two run at once; one is killed, one is asked to end; a third finishes."""
 
     def start() -> subprocess.Popen:
         flags = "--xla_force_host_platform_device_count=1"
@@ -417,7 +417,7 @@ def test_processes_share_a_folder_and_survive_kills(model, whole, tmp_path):
 
 
 def test_a_mirror_outlives_the_machine(model, whole, tmp_path, calls, capsys):
-    """A bucket, played by fsspec's memory: what was copied is not made again elsewhere."""
+    """Copied files are not made again elsewhere; fsspec's memory stands for a bucket."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
@@ -444,14 +444,14 @@ def test_a_mirror_that_fails_costs_no_video(model, whole, tmp_path, capsys, monk
 
 @pytest.fixture
 def ray_cluster():
-    """Ends the cluster that a test started; it would go on beside the tests after it."""
+    """Ends the cluster that a test started, which would run on during later tests."""
     yield
     ray.shutdown()
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_ray_cluster_of_this_machine(model, whole, tmp_path, calls):
-    """Its worker makes the same files, and a job that fails there is one that failed."""
+    """Its worker makes the same files; a job that fails there counts as failed."""
     jobs = [*JOBS, {"prompt": "A black kite", "size": "32x48", "num_frames": 5, "name": "cursed"}]
     cursed = run(model, tmp_path, "--stages=1", "--only=cursed", jobs=jobs)
     assert cursed == 0

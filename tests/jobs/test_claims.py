@@ -1,4 +1,4 @@
-"""Claims: one owner at a time, also after kill -9, sleep and a race."""
+"""A claim has one owner at a time, also after kill -9, sleep and a race."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_other_names_are_not_claims(tmp_path: Path):
 
 
 def test_a_claim_is_flushed_before_it_counts(tmp_path: Path, monkeypatch):
-    """After a power cut a claim is whole or absent."""
+    """After a power cut a claim is complete or absent."""
     order: list[str] = []
     link = os.link
 
@@ -149,7 +149,7 @@ def test_the_keeper_shows_life(tmp_path: Path):
 
 
 def test_a_race_has_one_winner_each_time(tmp_path: Path):
-    """Eight takers of jobs whose last owner is gone: one each, whatever the interleaving."""
+    """Eight threads claim released jobs at once; exactly one gets each job."""
     with Claims() as claims, ThreadPoolExecutor(8) as pool:
         for i in range(25):
             folder = tmp_path / str(i)

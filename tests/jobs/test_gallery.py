@@ -1,4 +1,4 @@
-"""The gallery: every job is in it, its links lead to files, other people's text stays text."""
+"""The gallery shows every job, its links lead to files, and it escapes others' text."""
 
 import base64
 import dataclasses
@@ -164,7 +164,7 @@ def test_it_keeps_up_with_the_batch(folder, capsys):
     said = capsys.readouterr().err
     assert said.count("job.json is not valid JSON") == 1
     assert "3 of 6 videos" in Page(folder / GALLERY_FILE).text
-    # What cannot be written is tried again.
+    # A failed write is tried again.
     (folder / GALLERY_FILE).unlink()
     (folder / GALLERY_FILE).mkdir()
     gallery.update(now=True)
@@ -234,7 +234,7 @@ def test_a_changed_line_supersedes_the_older_job(tmp_path):
     write_job(tmp_path / new.folder, new)
     write_job_ids(tmp_path, job_file, [kept, new])
     assert find_superseded(tmp_path, read_batch(tmp_path)) == {old.id}
-    # What a second job file asks for is not superseded by the first.
+    # The first job file supersedes no job of the second.
     write_job_ids(tmp_path, tmp_path / "more.jsonl", [old])
     assert find_superseded(tmp_path, read_batch(tmp_path)) == set()
     write_job_ids(tmp_path, tmp_path / "more.jsonl", [])

@@ -1,4 +1,4 @@
-"""Job files: errors name their line before any work starts; valid files are read correctly."""
+"""Errors in job files name their line before work starts; valid files are read correctly."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def lines(*texts: str) -> bytes:
     return "\n".join(texts).encode()
 
 
-# File name, content, the line that is wrong (None: the file as a whole), what is said of it.
+# File name, content, the wrong line (None: the complete file), part of the message.
 MALFORMED = [
     ("empty.jsonl", b"", None, "holds no job"),
     ("blank.jsonl", b"\n \n\n", None, "holds no job"),
@@ -205,7 +205,7 @@ def test_the_id_follows_what_decides_the_output(tmp_path: Path):
         return job.id
 
     one = ids(j())
-    # Defaults that are said, names and where the work is done change nothing.
+    # Explicit defaults, names and the place of the work change nothing.
     default = read(tmp_path, "jobs.jsonl", j().encode())[0].settings
     said = j(height=default.height, guidance=default.guidance_scale, fps=default.fps)
     assert one == ids(said) == ids(j(name="kite"), "--dp=1")

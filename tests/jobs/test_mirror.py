@@ -1,4 +1,4 @@
-"""A mirror that others can write to: no link is followed, no foreign file read or written."""
+"""In a mirror that others can write, no link is followed and only our files are used."""
 
 import os
 import uuid
@@ -29,7 +29,7 @@ def output_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["folder", "remote", "memory"])
 def url(request, tmp_path: Path, monkeypatch) -> str:
-    """A local folder, the same by fsspec's general way, and a file system without links."""
+    """A local folder, the same through fsspec, and a file system without links."""
     if request.param == "memory":
         return f"memory://{uuid.uuid4().hex}"
     if request.param == "remote":

@@ -1,4 +1,4 @@
-"""Pruning deletes the superseded jobs' files and nothing of others."""
+"""Pruning deletes the files of superseded jobs, and no other files."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,7 @@ def make(folder: Path, id_: str, **fields) -> Job:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A current job, and four that it supersedes: plain, with a note, in use, behind a link."""
+    """A current job, and four superseded ones: plain, with a note, in use, behind a link."""
     current = make(tmp_path, "current")
     make(tmp_path, "old")
     noted = make(tmp_path, "noted")

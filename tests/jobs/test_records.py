@@ -1,4 +1,4 @@
-"""Records: what is written is what is read; the status of a job follows from its records."""
+"""Records are read as they were written; the status of a job follows from its records."""
 
 import dataclasses
 import json

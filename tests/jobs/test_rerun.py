@@ -40,7 +40,7 @@ SETTINGS += [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A folder with the files of a run, among them two videos that were made together."""
+    """Makes a folder with the files of a run, including two videos made together."""
     folder = tmp_path_factory.mktemp("made")
     model = save_tiny_model(tmp_path_factory.mktemp("model"))
     texts = [f"--prompt={PROMPT}", "--prompt=A blue dog"]
@@ -74,7 +74,7 @@ def test_from_the_tag(made, tmp_path):
 
 
 def test_settings_beside_the_video(made, tmp_path):
-    """Those without a tag; only what will be run is looked at."""
+    """Videos without a tag use them; only settings that will be run are checked."""
     folder = tmp_path / "files"
     shutil.copytree(made, folder)
     strip_tag(folder)
@@ -89,7 +89,7 @@ def test_settings_beside_the_video(made, tmp_path):
 
 
 def strip_tag(folder: Path) -> None:
-    """Replaces a video by one without a tag, as if it had been made so."""
+    """Replaces a video by one without a tag, as if it had been made without one."""
     with open_video_writer(folder / "a-0.mp4", fps=5, num_frames=1) as writer:
         writer.write(np.zeros((1, 48, 80, 3), np.uint8))
     config = json.loads((folder / stage_files.CONFIG_FILE).read_text())
@@ -119,7 +119,7 @@ def test_settings_of_another_run_are_refused(made, tmp_path):
 
 
 def test_a_tag_cannot_steer_the_terminal(made, tmp_path, capsys):
-    """Versions of a library that is not here, with terminal escapes."""
+    """Its versions of an absent library contain terminal escapes."""
     config = json.loads((made / stage_files.CONFIG_FILE).read_text())
     second = config["stage2_transformer"]
     second["made_with"]["versions"] = {"no\x1b[31mlibrary": "\x1b]0;owned\x07", "jax": 9}

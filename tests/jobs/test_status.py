@@ -1,4 +1,4 @@
-"""The status table: a row for each job; other people's text cannot steer the terminal."""
+"""The status table has a row for each job; others' text cannot control the terminal."""
 
 import dataclasses
 from pathlib import Path

@@ -36,7 +36,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(models, tmp_path_factory) -> Path:
-    """The stage files of a good run of stages 1 and 2."""
+    """Makes the stage files of a good run of stages 1 and 2."""
     folder = tmp_path_factory.mktemp("finished")
     model = ["--model_id", str(models / "good")]
     stage1.run(stage1.parse_arguments([*PROMPT, *model, "--output_dir", str(folder)]))
@@ -47,13 +47,13 @@ def finished(models, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def files(finished, tmp_path) -> Path:
-    """A copy of the stage files, to be damaged."""
+    """Copies the stage files, to be damaged."""
     return Path(shutil.copytree(finished, tmp_path / "files"))
 
 
 @pytest.fixture(autouse=True)
 def no_weights_are_read(request, monkeypatch):
-    """Reading a weight is a failure here."""
+    """Fails the test if a weight is read."""
     request.getfixturevalue("finished")
 
     def refuse(*_, **__):
@@ -306,7 +306,7 @@ def test_text_encoder_that_transformers_would_fill_up(models, tmp_path, capsys):
 
 
 def test_configs_from_before_a_key_existed(models, tmp_path):
-    """A config may have no patch_size_t; diffusers' default stands in."""
+    """A config may lack patch_size_t; diffusers' default is used."""
     folder = save_tiny_model(tmp_path, "1.0-rope")
     for part in ("transformer", "vae"):
         config = folder / part / "config.json"
@@ -336,7 +336,7 @@ def test_generate_refuses_for_every_stage(models, tmp_path, capsys):
 
 
 def with_weights(models: Path, files: Path, tmp_path: Path, change) -> Path:
-    """A copy of the good model with changed transformer weights, named by the stage files."""
+    """Copies the good model with changed transformer weights; the stage files name the copy."""
     model = Path(shutil.copytree(models / "good", tmp_path / "model"))
     weights = model / "transformer/diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)

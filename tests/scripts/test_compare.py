@@ -1,4 +1,4 @@
-"""compare.py on videos, latents files and output folders: figures, exit codes, refusals."""
+"""compare.py measures videos, latents files and output folders, or refuses them."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def write_video(path, frames, fps=16):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two output folders with videos and latents, and single files beside them."""
+    """Makes two output folders with videos and latents, and single files next to them."""
     for name, noise in (("a", 0.0), ("b", 0.02)):
         folder = tmp_path / name
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""compile_ahead.py as a user runs it: executables that later processes run without compiling."""
+"""compile_ahead.py makes executables that later processes run without compiling."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def configs(model, tmp_path_factory) -> Path:
-    """The model's JSON files alone."""
+    """Copies only the model's JSON files."""
     folder = tmp_path_factory.mktemp("configs")
     for path in model.rglob("*.json"):
         (folder / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def run_script(name: str, *arguments: object, **environment: str) -> str:
 
 
 def test_later_processes_compile_nothing_and_make_the_same_bits(model, configs, tmp_path, capsys):
-    """Stage 2 and both decoders, on eight devices, against runs without executables."""
+    """Compares stage 2 and both decoders, on eight devices, with runs without executables."""
     folder, plain = tmp_path / "executables", tmp_path / "plain"
     compile_for(configs, folder)
     compile_for(configs, folder, "--stages", "3", "--decoder", "flax")
@@ -212,7 +212,7 @@ def test_pushing_to_a_hub_out_of_reach_is_one_line(configs, tmp_path, capsys):
 
 
 def test_a_folder_removed_while_compiling_is_an_error(configs, tmp_path, monkeypatch):
-    """It would be made again by the next program, without those before."""
+    """The next program would make it again, without the earlier programs."""
     from runtime import executables
 
     folder, compile_into = tmp_path / "executables", executables.compile_into
@@ -249,7 +249,7 @@ def test_the_examples_of_the_help_are_complete(configs, tmp_path, monkeypatch, c
 
 @pytest.fixture
 def other_write(tmp_path) -> Path:
-    """A folder that everybody can write, in one that everybody can enter."""
+    """Makes a folder that everybody can write, in one that everybody can enter."""
     folder = Path(os.path.realpath("/tmp")) / f"shared-{os.getpid()}-{tmp_path.name}"
     folder.mkdir()
     folder.chmod(0o777)
@@ -278,7 +278,7 @@ def test_a_second_run_without_guidance_compiles_nothing(model, tmp_path):
     stage1.run(stage1.parse_arguments([*texts, FLOAT]))
     steps = ["--input_dir", tmp_path, *SIZE, FLOAT, "--num_inference_steps=2"]
     steps += ["--guidance_scale=1"]
-    # A cache of its own: what JAX's cache gives on a CPU is not kept.
+    # A private cache: programs from JAX's cache are not kept on a CPU.
     environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     first, second = (run_script("stage2_transformer.py", *steps, **environment) for _ in range(2))
     assert "stage 2: 0 compilations" not in first and "cannot keep" not in first
@@ -323,7 +323,7 @@ def test_fingerprints_for_a_tpu_are_the_same_in_every_process_and_differ_with_th
         ["--sizes=64x80x17", "--attention=reference"],
         ["--sizes=64x80x17", "--max_sequence_length=8", "--allow_unsupported"],
         ["--sizes=64x80x17", "--frames=float32"],
-        # The last: it sets the precision of the whole process.
+        # Must be last: it sets the precision of the process.
         ["--sizes=64x80x17", "--dtype=float32"],
     ]
     both = [

@@ -1,4 +1,4 @@
-""".ci/pip_install, which `make setup` runs: never silent for long, quiet about what is no error."""
+""".ci/pip_install, which `make setup` runs, is never silent for long and hides non-errors."""
 
 import subprocess
 from pathlib import Path
@@ -7,7 +7,7 @@ SCRIPT = Path(__file__).parents[2] / ".ci/pip_install"
 
 
 def install(tmp_path: Path, body: str) -> subprocess.CompletedProcess[str]:
-    """Runs it with a pip that is a shell script."""
+    """Runs .ci/pip_install with a shell script as pip."""
     pip = tmp_path / "pip"
     pip.write_text(f"#!/bin/sh\n{body}\n")
     pip.chmod(0o755)

@@ -22,7 +22,7 @@ CHECKPOINTS = "stage2_checkpoint*"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Embeddings of a prompt, of a model with padded latent frames."""
+    """Makes embeddings of a prompt, for a model with padded latent frames."""
     model, folder = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("stages")
     save_tiny_model(model)
     where = ["--model_id", str(model), "--output_dir", str(folder), "--dtype=float32"]
@@ -35,7 +35,7 @@ class Killed(BaseException):
 
 
 def run(folder: Path, output_dir: Path, scheduler: str, dtype: str, *more: str) -> np.ndarray:
-    """Stage 2 as a user runs it; its latents."""
+    """Runs stage 2 as a user does; returns its latents."""
     settings = [f"--num_inference_steps={STEPS}", f"--scheduler={scheduler}", f"--dtype={dtype}"]
     where = [f"--input_dir={folder}", f"--output_dir={output_dir}"]
     stage2.run(stage2.parse_arguments([*where, *settings, "--seed=3", *more]))
@@ -46,7 +46,7 @@ def run(folder: Path, output_dir: Path, scheduler: str, dtype: str, *more: str) 
     ("scheduler", "dtype"), [("dpm", "float32"), ("ddim", "float32"), ("dpm", "bfloat16")]
 )
 def test_killed_after_any_step(scheduler, dtype, folder, tmp_path, monkeypatch, capsys):
-    """Killed once after every checkpoint that it writes, so each step runs from a checkpoint."""
+    """Kills the run after every checkpoint, so that each step starts from a checkpoint."""
     whole = run(folder, tmp_path / "whole", scheduler, dtype)
     write = loop_checkpoint.write_checkpoint
 
@@ -66,7 +66,7 @@ def test_killed_after_any_step(scheduler, dtype, folder, tmp_path, monkeypatch, 
 
 
 def interrupt(folder: Path, output_dir: Path, monkeypatch, after: int, *more: str) -> Path:
-    """Interrupts a run after so many steps; returns its checkpoint."""
+    """Interrupts a run after this many steps; returns its checkpoint."""
     run_loop = loop.run_loop
 
     def interrupted(*arguments):

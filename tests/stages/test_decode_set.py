@@ -1,4 +1,4 @@
-"""Stage 3's files: all old or all new, and long prompts inside the mp4."""
+"""Stage 3's files are all old or all new; the mp4 holds long prompts."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ SIZES = ["--height=32", "--width=48", "--num_frames=5", "--allow_unsupported"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Made by generate.py with prompts as long as stage 1 takes."""
+    """Runs generate.py with the longest prompts that stage 1 takes."""
     folder = tmp_path_factory.mktemp("made")
     model = save_tiny_model(folder / "model")
     arguments = [f"--model_id={model}", f"--output_dir={folder / 'out'}", "--dtype=float32"]
@@ -101,7 +101,7 @@ def test_a_folder_removed_while_decoding_fails(folder: Path, monkeypatch):
 
 
 def test_long_names(folder: Path):
-    """The contact sheet's name is the longest; temporary names are no longer than that."""
+    """The contact sheet has the longest name; temporary names are not longer."""
     before = snapshot(folder)
     with pytest.raises(ValueError, match="is too long by 14 bytes"):
         decode(folder, f"--output_video={folder / ('v' * 250)}.mp4")

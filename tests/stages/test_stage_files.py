@@ -1,4 +1,4 @@
-"""What the stages share: finite results, sections that survive, files as numpy gave them."""
+"""Stages require finite results, keep other sections, and write arrays as numpy reads them."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_equal_runs_write_equal_files(tmp_path: Path):
 
 
 def test_transposed_arrays_are_written_as_they_read(tmp_path: Path):
-    """safetensors writes memory as it lies; a transposed array's lies otherwise."""
+    """safetensors writes memory in its order, which differs for a transposed array."""
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4).swapaxes(0, 2)
     section = stage_files.make_section({"model_id": "m"})
     stage_files.write_stage_file(tmp_path / "file.safetensors", "stage", {"array": array}, section)
