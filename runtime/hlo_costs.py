@@ -50,6 +50,9 @@ def read_costs(hlo: str) -> Costs:
             base = kind.removesuffix("-start")
             if base in _COLLECTIVES:
                 received[base] += times * _received(base, shape, line)
+            if kind == "fusion":
+                for called in _CALLED.findall(line):
+                    received.update(_fused_collectives(called, computations.get(called, []), times))
             if kind == "custom-call" and "tpu_custom_call" in line:
                 kernel_calls += times
             if estimate := _CYCLES.search(line):
@@ -64,6 +67,24 @@ def read_costs(hlo: str) -> Costs:
 
     visit(entry, 1)
     return Costs(dict(cycles), dict(received), kernel_calls)
+
+
+def _fused_collectives(name: str, lines: list[str], times: int) -> dict[str, int]:
+    """Bytes received by the collectives inside a fusion, by kind.
+
+    A TPU runs an all-reduce of which each chip keeps its share as one "all-reduce-scatter" fusion,
+    which moves what a reduce-scatter moves: half of an all-reduce.
+    """
+    received: collections.Counter[str] = collections.Counter()
+    for line in lines:
+        match = _OPERATION.match(line)
+        if match and match[3] in _COLLECTIVES:
+            size = times * _received(match[3], match[2], line)
+            if match[3] == "all-reduce" and "all-reduce-scatter" in name:
+                received["reduce-scatter"] += size // 2
+            else:
+                received[match[3]] += size
+    return dict(received)
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:

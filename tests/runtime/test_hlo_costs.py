@@ -19,3 +19,22 @@ def test_bytes_received():
         "all-reduce": 2 * 32 * 3 // 4,
         "all-gather": 2 * 64 * 3 // 4,
     }
+
+
+def test_a_fused_reduce_scatter_is_counted_as_one():
+    """As libtpu 0.0.50 schedules it for dp=2, tp=4: 8 rows of 4 bfloat16, a quarter a chip."""
+    costs = read_costs(
+        """
+%all-reduce-scatter.1.clone (input: bf16[1,8,4]) -> bf16[2,4] {
+  %input = bf16[1,8,4]{2,1,0} parameter(0)
+  %all-reduce.7 = bf16[8,4]{1,0} all-reduce(%input), replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %slice = bf16[2,4]{1,0} dynamic-slice(%all-reduce.7), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (x: bf16[1,8,4]) -> bf16[2,4] {
+  %x = bf16[1,8,4]{2,1,0} parameter(0)
+  ROOT %fusion = bf16[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone
+}
+"""
+    )
+    assert costs.collective_bytes == {"reduce-scatter": 8 * 4 * 2 * 3 // 4}
