@@ -19,7 +19,8 @@ import utils
 from jobs.claims import DEFAULT_EXPIRY
 from jobs.jobfile import JsonSettings, LineSettings, Parse
 from runtime.errors import InputError
-from stages.files import CONFIG_FILE, STAGES
+from stages.files import CONFIG_FILE
+from stages.sections import STAGES
 
 _FAILED_JOBS = 3  # exit code
 

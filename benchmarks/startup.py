@@ -215,6 +215,7 @@ def write_embeddings(model: Path, folder: Path) -> None:
     import numpy as np
 
     from stages import files as stage_files
+    from stages import sections
 
     config = json.loads((model / "transformer/config.json").read_text())
     shape = (1, config["max_text_seq_length"], config["text_embed_dim"])
@@ -223,7 +224,7 @@ def write_embeddings(model: Path, folder: Path) -> None:
     tensors = {name: rng.standard_normal(shape, np.float32) for name in names}
     stage = "stage1_text_encoder"
     settings = {"model_id": str(model), "revision": None, "prompt": "noise"}
-    section = stage_files.make_section(settings)
+    section = sections.make_section(settings)
     stage_files.write_stage_file(folder / stage_files.EMBEDDINGS_FILE, stage, tensors, section)
     stage_files.record_section(folder, stage, section, inherited=folder)
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from cogvideox.model.folder import ModelFolder, find_model
+from cogvideox.model.folder import MODEL_PARTS, ModelFolder, find_model
 from jobs.estimate import describe, job_bytes
 from jobs.identity import make_jobs
 from jobs.jobfile import Parse, read_job_file
@@ -22,6 +22,7 @@ from jobs.superseded import write_job_ids
 from runtime.errors import InputError, RunError, Stopped, checking_input
 from runtime.text import printable
 from stages import files
+from stages.sections import STAGES
 
 _SHOWN_PROBLEMS = 100
 _SPARE_BYTES = 1 << 30
@@ -49,7 +50,7 @@ def run(options: BatchOptions, parse: Parse) -> Counts | None:
             runner.fetch()
         needs = {job: runner.ledger.next(job) for job in jobs}
         _require_earlier_stages(jobs, options.stages[0], runner.ledger)
-        needed = sum(job_bytes(job, model) for job in jobs if needs[job] in files.STAGES)
+        needed = sum(job_bytes(job, model) for job in jobs if needs[job] in STAGES)
         files.check_output_folder(options.output_dir, needed_bytes=needed + _SPARE_BYTES)
         if options.engine == "local" or options.dry_run:
             runner.check()
@@ -121,7 +122,7 @@ def read_jobs(options: BatchOptions, parse: Parse) -> tuple[ModelFolder, list[Jo
         InputError: some are wrong; every problem is printed first.
     """
     lines, problems = read_job_file(options.jobs, parse)
-    model = find_model(options.model_id, files.MODEL_PARTS)
+    model = find_model(options.model_id, MODEL_PARTS)
     jobs, more = make_jobs(lines, model)
     problems = sorted(problems + more)
     for number, problem in problems[:_SHOWN_PROBLEMS]:
@@ -157,7 +158,7 @@ def _require_earlier_stages(jobs: Sequence[Job], first: str, ledger: Ledger) -> 
     Raises:
         ValueError: a job lacks some.
     """
-    before = files.STAGES[: files.STAGES.index(first)]
+    before = STAGES[: STAGES.index(first)]
     lacking = [job for job in jobs if ledger.lacks(job, before)]
     if lacking:
         raise ValueError(

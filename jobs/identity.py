@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from cogvideox.model.folder import ModelFolder
+from cogvideox.model.folder import MODEL_PARTS, ModelFolder
 from cogvideox.model.settings import DenoisingSettings, complete_settings, text_tokens
 from jobs.jobfile import Line
 from jobs.records import Job
@@ -56,7 +56,7 @@ def make_jobs(lines: Sequence[Line], model: ModelFolder) -> tuple[list[Job], lis
 
 def model_digest(model: ModelFolder) -> str:
     """Hashes what the model's parts contain; see `ModelFolder.digest`."""
-    return fingerprint({part: model.digest(part) for part in files.MODEL_PARTS})
+    return fingerprint({part: model.digest(part) for part in MODEL_PARTS})
 
 
 def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:

@@ -21,7 +21,6 @@ from jobs.options import BatchOptions
 from jobs.records import Job
 from jobs.runner import Runner
 from runtime.errors import RunError
-from stages import files
 
 _POLL_SECONDS = 2.0
 # Lost workers in a row, with no job finished between them, after which none is started again.
@@ -39,9 +38,9 @@ class _Worker:
         self._stop = threading.Event()
 
     def run(self, jobs: Sequence[Job], options: BatchOptions, rank: int) -> Counts:
-        from cogvideox.model.folder import find_model
+        from cogvideox.model.folder import MODEL_PARTS, find_model
 
-        model = find_model(options.model_id, files.MODEL_PARTS)
+        model = find_model(options.model_id, MODEL_PARTS)
         if model.revision != jobs[0].revision:
             raise RunError(
                 f"{options.model_id} is {model.revision} here, {jobs[0].revision} on the driver"

@@ -27,7 +27,7 @@ from runtime.errors import InputError
 from runtime.files import open_regular, write_json
 from runtime.text import printable
 from stages import files
-from stages.files import STAGES
+from stages.sections import DECODE, DENOISE, ENCODE, STAGES
 from stages.session import Shape
 
 JOB_FILE = "job.json"
@@ -35,14 +35,14 @@ CONTACT_SHEET_FILE = files.contact_sheet(Path(files.VIDEO_FILE)).name
 
 # What each stage leaves in a job's folder, besides its section in generation_config.json.
 OUTPUTS = {
-    files.ENCODE: (files.EMBEDDINGS_FILE,),
-    files.DENOISE: (files.LATENTS_FILE,),
-    files.DECODE: (files.VIDEO_FILE, CONTACT_SHEET_FILE),
+    ENCODE: (files.EMBEDDINGS_FILE,),
+    DENOISE: (files.LATENTS_FILE,),
+    DECODE: (files.VIDEO_FILE, CONTACT_SHEET_FILE),
 }
 INPUTS = {
-    files.ENCODE: (),
-    files.DENOISE: (files.EMBEDDINGS_FILE,),
-    files.DECODE: (files.LATENTS_FILE,),
+    ENCODE: (),
+    DENOISE: (files.EMBEDDINGS_FILE,),
+    DECODE: (files.LATENTS_FILE,),
 }
 
 StageStatus = Literal["done", "failed", "interrupted"]

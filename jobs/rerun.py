@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogvideox.model.folder import find_model
+from cogvideox.model.folder import MODEL_PARTS, find_model
 from cogvideox.model.settings import DenoisingSettings
 from cogvideox.video.reading import read_comment
 from jobs.jobfile import TYPES, check_type
@@ -20,7 +20,7 @@ from stages import files, generate
 from stages.decode import DecodeOptions
 from stages.denoise import DenoiseOptions
 from stages.encode import EncodeOptions
-from stages.sections import check_section
+from stages.sections import DECODE, DENOISE, ENCODE, STAGES, check_section
 from stages.video_digest import digest, recorded_digest
 
 
@@ -64,7 +64,7 @@ class Provenance:
 
     @property
     def decoder(self) -> str:
-        return self[files.DECODE]["made_with"]["decoder"].removeprefix("vae_")
+        return self[DECODE]["made_with"]["decoder"].removeprefix("vae_")
 
 
 def run(options: RerunOptions) -> None:
@@ -81,7 +81,7 @@ def run(options: RerunOptions) -> None:
         if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
             raise ValueError(f"{output_dir} exists and is not empty; name another --output_dir")
         encoding, denoising, decoding = stage_options(provenance, options, output_dir)
-        model = find_model(encoding.model_id, files.MODEL_PARTS)
+        model = find_model(encoding.model_id, MODEL_PARTS)
     print(printable(f"settings of {provenance.source}"))
     for name, was, now in _differences(provenance, model.revision):
         line = f"warning: made with {name} {was}, this is {now}; the result may differ"
@@ -105,7 +105,7 @@ def read_provenance(video: Path) -> Provenance:
     else:
         config = parse_json_object(comment, f"the tag of {video}")
     sections: dict[str, dict[str, Any]] = {}
-    for stage in files.STAGES:
+    for stage in STAGES:
         try:
             section = sections[stage] = check_section(stage, config.get(stage))
         except ValueError as error:
@@ -117,7 +117,7 @@ def read_provenance(video: Path) -> Provenance:
                 check_type(name, value, TYPES[name])
     _check_chain(sections, source)
     if comment is None:
-        _check_digest(sections[files.DECODE], source, video)
+        _check_digest(sections[DECODE], source, video)
     return Provenance(source, sections)
 
 
@@ -127,13 +127,13 @@ def _check_chain(sections: Mapping[str, dict[str, Any]], source: Path) -> None:
     Raises:
         ValueError: a stage ran again after a later one.
     """
-    inputs = ((files.ENCODE, files.DENOISE, "embeddings"), (files.DENOISE, files.DECODE, "latents"))
+    inputs = ((ENCODE, DENOISE, "embeddings"), (DENOISE, DECODE, "latents"))
     for before, after, key in inputs:
         if sections[after][key] != sections[before]["fingerprint"]:
             raise ValueError(
                 f"{source} describes different runs: {before}.py ran again after {after}.py"
             )
-    made_with = sections[files.DECODE]["made_with"]
+    made_with = sections[DECODE]["made_with"]
     if made_with.get("decoder") not in ("vae_torchax", "vae_flax"):
         raise ValueError(f"{source} names no decoder of this project")
 
@@ -159,7 +159,7 @@ def stage_options(
     provenance: Provenance, options: RerunOptions, output_dir: Path
 ) -> tuple[EncodeOptions, DenoiseOptions, DecodeOptions]:
     """The options of each stage that reproduce the video in `output_dir`."""
-    first, second, third = (provenance[stage] for stage in files.STAGES)
+    first, second, third = (provenance[stage] for stage in STAGES)
     video = Path(third["output_video"][0])
     if len(provenance.prompts) > 1:  # the stage numbers them again
         video = video.with_stem(re.sub(r"-0$", "", video.stem))
@@ -201,7 +201,7 @@ def stage_options(
 
 def _differences(provenance: Provenance, revision: str | None) -> list[tuple[str, str, str]]:
     """Name, version then and version now of the model and each library that has changed."""
-    section = provenance[files.DENOISE]
+    section = provenance[DENOISE]
     recorded = section["made_with"].get("versions")
     then = {**recorded} if isinstance(recorded, dict) else {}
     then["the model's revision"] = section["revision"]

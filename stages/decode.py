@@ -165,7 +165,7 @@ def run(options: DecodeOptions) -> None:
         reading = background.submit(files.read_tensors, latents_file)
         shape = latents_file.shapes["latents"]
         fps = options.fps or latents_file.section["fps"]
-        model = files.find_same_model(options.model_id, latents_file, files.DECODE)
+        model = files.find_same_model(options.model_id, latents_file, sections.DECODE)
         videos = check(options, model, shape, fps)
         start_jax(options.dtype)
 
@@ -198,7 +198,7 @@ def run(options: DecodeOptions) -> None:
         if not processes.is_first():
             collections.deque(batches, maxlen=0)
             return
-        write_videos(batches, frames, videos, options, {**config, files.DECODE: section})
+        write_videos(batches, frames, videos, options, {**config, sections.DECODE: section})
     # The encoder works while the devices decode, so the two add up to more than the phase took.
     timings.at_once["run and save"] = {
         "decoding": round(decoder.decode_seconds, 4),
@@ -219,7 +219,7 @@ def decoding_section(
     """The section of stage 3 in generation_config.json."""
     return sections.make_section(
         {
-            **sections.model_settings(model, files.DECODE),
+            **sections.model_settings(model, sections.DECODE),
             "latents": latents_file.section["fingerprint"],
             "output_video": [str(video) for video in videos],
             "fps": options.fps or latents_file.section["fps"],
@@ -240,9 +240,11 @@ def open_latents(input_dir: Path) -> tuple[dict[str, Any], files.StageFile]:
     Raises:
         InputError: the file cannot be used.
     """
-    config = files.read_config(input_dir, files.ENCODE, files.DENOISE)
-    file = files.open_stage_file(input_dir, files.LATENTS_FILE, files.DENOISE, config, {"latents"})
-    files.check_inputs_are_current(file, config, "embeddings", files.ENCODE)
+    config = files.read_config(input_dir, sections.ENCODE, sections.DENOISE)
+    file = files.open_stage_file(
+        input_dir, files.LATENTS_FILE, sections.DENOISE, config, {"latents"}
+    )
+    files.check_inputs_are_current(file, config, "embeddings", sections.ENCODE)
     return config, file
 
 
@@ -284,7 +286,7 @@ def write_videos(
     """
     from cogvideox.video.writing import atomic_video
 
-    folder, section = options.input_dir, config[files.DECODE]
+    folder, section = options.input_dir, config[sections.DECODE]
     with contextlib.ExitStack() as stack:  # leaves them in the reverse order
         temporaries = [stack.enter_context(atomic_video(video)) for video in videos]
         config_file = stack.enter_context(atomic_path(folder / files.CONFIG_FILE))
@@ -294,8 +296,8 @@ def write_videos(
         ]
         samplers = _encode(batches, num_frames, videos, temporaries, options, config)
         _write_contact_sheets(samplers, sheets, config)
-        merged = files.merged_config(folder, files.DECODE, section, inherited=folder)
-        merged[files.DECODE] = with_digests(section, videos, temporaries)
+        merged = files.merged_config(folder, sections.DECODE, section, inherited=folder)
+        merged[sections.DECODE] = with_digests(section, videos, temporaries)
         with reporting_disk_errors(folder / files.CONFIG_FILE):
             config_file.write_text(to_text(merged), "utf-8")
             for temporary in (*temporaries, config_file, *sheets):
@@ -314,7 +316,7 @@ def _encode(
     from cogvideox.video.contact_sheet import FrameSampler
     from cogvideox.video.writing import encode_video
 
-    fps = config[files.DECODE]["fps"]
+    fps = config[sections.DECODE]["fps"]
     comment = None if options.no_metadata else json.dumps(config, ensure_ascii=False)
     samplers = [FrameSampler(num_frames) for _ in videos]
     with contextlib.ExitStack() as stack:
@@ -344,8 +346,8 @@ def _write_contact_sheets(
     from cogvideox.model.settings import DenoisingSettings
     from cogvideox.video.contact_sheet import write_contact_sheet
 
-    fps = config[files.DECODE]["fps"]
-    made = config[files.DENOISE] | {"fps": fps}
+    fps = config[sections.DECODE]["fps"]
+    made = config[sections.DENOISE] | {"fps": fps}
     fields = dataclasses.fields(DenoisingSettings)
     settings = DenoisingSettings(**{field.name: made[field.name] for field in fields})
     for sheet, sampler, prompt in zip(sheets, samplers, files.prompts(config), strict=True):

@@ -264,9 +264,9 @@ def open_embeddings(input_dir: Path, model_id: str | None) -> tuple[files.StageF
     from cogvideox.model.settings import text_tokens
 
     names = {"prompt_embeds", "negative_prompt_embeds"}
-    config = files.read_config(input_dir, files.ENCODE)
-    file = files.open_stage_file(input_dir, files.EMBEDDINGS_FILE, files.ENCODE, config, names)
-    model = files.find_same_model(model_id, file, files.DENOISE)
+    config = files.read_config(input_dir, sections.ENCODE)
+    file = files.open_stage_file(input_dir, files.EMBEDDINGS_FILE, sections.ENCODE, config, names)
+    model = files.find_same_model(model_id, file, sections.DENOISE)
     transformer = model.transformer
     shape = file.shapes["prompt_embeds"]
     if len(shape) != 3 or 0 in shape or file.shapes["negative_prompt_embeds"] != shape:
@@ -295,7 +295,7 @@ def denoising_section(
 
     return sections.make_section(
         {
-            **sections.model_settings(model, files.DENOISE),
+            **sections.model_settings(model, sections.DENOISE),
             "embeddings": embeddings.section["fingerprint"],
             **dataclasses.asdict(run.settings),
             "dtype": run.denoiser.dtype,
@@ -304,7 +304,7 @@ def denoising_section(
         attention=run.denoiser.backend.name,
         device=jax.devices()[0].device_kind,
         guidance_scales=list(run.schedule.guidance_scales),
-        later_parts=sections.later_parts(model, files.DENOISE),
+        later_parts=sections.later_parts(model, sections.DENOISE),
     )
 
 
@@ -377,9 +377,9 @@ def denoise(
 def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_dir: Path) -> Path:
     """Writes the latents and this stage's section, and removes the checkpoint of a job."""
     tensors = {"latents": latents}
-    files.check_finite(tensors, files.DENOISE)
+    files.check_finite(tensors, sections.DENOISE)
     path = output_dir / files.LATENTS_FILE
-    files.write_stage_file(path, files.DENOISE, tensors, section, vae_scaling_applied="false")
-    files.record_section(output_dir, files.DENOISE, section, inherited=input_dir)
+    files.write_stage_file(path, sections.DENOISE, tensors, section, vae_scaling_applied="false")
+    files.record_section(output_dir, sections.DENOISE, section, inherited=input_dir)
     (output_dir / files.CHECKPOINT_FILE).unlink(missing_ok=True)
     return path

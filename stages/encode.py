@@ -153,16 +153,16 @@ def save(
     prompts = list(options.prompt)
     section = sections.make_section(
         {
-            **sections.model_settings(model, files.ENCODE),
+            **sections.model_settings(model, sections.ENCODE),
             "prompt": prompts if len(prompts) > 1 else prompts[0],
             "negative_prompt": options.negative_prompt,
             "max_sequence_length": tokens,
             "dtype": options.dtype,
         },
-        later_parts=sections.later_parts(model, files.ENCODE),
+        later_parts=sections.later_parts(model, sections.ENCODE),
     )
     path = options.output_dir / files.EMBEDDINGS_FILE
-    files.check_finite(tensors, files.ENCODE)
-    files.write_stage_file(path, files.ENCODE, tensors, section)
-    files.record_section(options.output_dir, files.ENCODE, section, inherited=options.output_dir)
+    files.check_finite(tensors, sections.ENCODE)
+    files.write_stage_file(path, sections.ENCODE, tensors, section)
+    files.record_section(options.output_dir, sections.ENCODE, section, inherited=options.output_dir)
     return path

@@ -20,19 +20,12 @@ from runtime.tensor_files import TensorFile, check_header, read_header, write_te
 from runtime.text import printable
 from runtime.trusted_folders import check_trusted
 from stages.sections import (
-    DECODE,
-    DENOISE,
     ENCODE,
-    MODEL_PARTS,
     PARTS,
     STAGES,
     check_section,
-    fingerprint,
     is_whole,
-    make_section,
 )
-
-__all__ = ["DECODE", "DENOISE", "MODEL_PARTS", "fingerprint", "make_section"]
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,14 +18,14 @@ def run(
 
     Everything that stages 2 and 3 would refuse is refused before stage 1 loads its 9.5 GB.
     """
-    from cogvideox.model.folder import find_model
+    from cogvideox.model.folder import MODEL_PARTS, find_model
 
     folder = encoding.output_dir
     denoising = dataclasses.replace(denoising, input_dir=folder, output_dir=folder)
     decoding = dataclasses.replace(decoding, input_dir=folder)
     with checking_input():
         files.check_executables(denoising.executables)
-        find_model(encoding.model_id, files.MODEL_PARTS)
+        find_model(encoding.model_id, MODEL_PARTS)
         model, tokens = encode.check(encoding)
         checked = denoise.check(denoising, model, len(encoding.prompt), tokens)
         decode.check(decoding, model, checked.latents_shape, decoding.fps or checked.settings.fps)

@@ -18,8 +18,7 @@ DENOISE = "stage2_transformer"
 DECODE = "stage3_vae_decoder"
 STAGES = (ENCODE, DENOISE, DECODE)
 
-# The sub-folders of a model that the three stages load.
-MODEL_PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
+# The sub-folders of a model that each stage loads.
 PARTS = {
     ENCODE: ("tokenizer", "text_encoder"),
     DENOISE: ("transformer", "scheduler"),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from runtime.progress import progress, working
 from stages import decode, denoise, encode, files
+from stages.sections import DECODE, DENOISE, ENCODE
 
 if TYPE_CHECKING:
     import jax
@@ -92,7 +93,7 @@ class Session:
         Raises:
             ValueError: a request cannot be computed.
         """
-        if files.ENCODE in stages:
+        if ENCODE in stages:
             from cogvideox.text.encoder import check_weights
 
             encode.check(requests[0].encode)
@@ -110,9 +111,9 @@ class Session:
     def prepare(self, stage: str, request: VideoRequest) -> None:
         """Loads and compiles what `run` needs and is not there yet."""
         {
-            files.ENCODE: self._prepare_encoder,
-            files.DENOISE: self._prepare_transformer,
-            files.DECODE: self._prepare_decoder,
+            ENCODE: self._prepare_encoder,
+            DENOISE: self._prepare_transformer,
+            DECODE: self._prepare_decoder,
         }[stage](request)
 
     def run(self, stage: str, request: VideoRequest) -> None:
@@ -121,9 +122,7 @@ class Session:
         Raises:
             denoise.StoppedBetweenSteps: `stop` or `abort` was set.
         """
-        {files.ENCODE: self._encode, files.DENOISE: self._denoise, files.DECODE: self._decode}[
-            stage
-        ](request)
+        {ENCODE: self._encode, DENOISE: self._denoise, DECODE: self._decode}[stage](request)
 
     def release_text_encoder(self) -> None:
         """Frees the memory of T5, 9.5 GB for the published models."""
@@ -209,7 +208,7 @@ class Session:
         section = decode.decoding_section(options, self._model, latents_file, videos, mesh)
         num_frames = decode.num_frames(self._model, latents.shape)
         batches = decoder.decode(latents, output=decode.pixel_dtype(videos))
-        config = {**config, files.DECODE: section}
+        config = {**config, DECODE: section}
         decode.write_videos(self._until_aborted(batches), num_frames, videos, options, config)
 
     def _until_aborted(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

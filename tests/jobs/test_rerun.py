@@ -16,7 +16,7 @@ from cogvideox.video.writing import open_video_writer
 from jobs import rerun
 from runtime.errors import InputError
 from stages import files as stage_files
-from stages.sections import checksum, fingerprint
+from stages.sections import DECODE, checksum, fingerprint
 from stages.video_digest import with_digests
 from tests.tiny_models import save_tiny_model
 
@@ -93,8 +93,8 @@ def strip_tag(folder: Path) -> None:
     with open_video_writer(folder / "a-0.mp4", fps=5, num_frames=1) as writer:
         writer.write(np.zeros((1, 48, 80, 3), np.uint8))
     config = json.loads((folder / stage_files.CONFIG_FILE).read_text())
-    third = config[stage_files.DECODE]
-    config[stage_files.DECODE] = with_digests(third, [folder / "a-0.mp4", folder / "a-1.mp4"])
+    third = config[DECODE]
+    config[DECODE] = with_digests(third, [folder / "a-0.mp4", folder / "a-1.mp4"])
     (folder / stage_files.CONFIG_FILE).write_text(json.dumps(config))
 
 

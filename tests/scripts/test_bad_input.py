@@ -220,7 +220,7 @@ class TestStageFiles:
         data = (files / name).read_bytes()
         (files / name).write_bytes(data.replace(b'"BF16"', b'"%s"' % dtype.encode(), 1))
         said = refusal(capsys, stage, "--input_dir", files)
-        assert f"run {stage_files.STAGES[stage is stage3]}.py again" in said
+        assert f"run {sections.STAGES[stage is stage3]}.py again" in said
 
     @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path)])
     def test_no_regular_file(self, stage, name, files, capsys, make):

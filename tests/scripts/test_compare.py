@@ -14,6 +14,7 @@ import compare
 from cogvideox.video.writing import open_video_writer
 from runtime.errors import InputError
 from stages import files
+from stages.sections import DECODE, make_section
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,8 +114,8 @@ def test_the_videos_of_a_batch_by_their_recorded_names(folders, capsys):
         write_video(folder / "v-1.mp4", video())
         # Recorded where the folder was before it moved.
         names = ["/elsewhere/v-0.mp4", "/elsewhere/v-1.mp4"]
-        section = files.make_section({"output_video": names})
-        config = {"format_version": files.FORMAT_VERSION, files.DECODE: section}
+        section = make_section({"output_video": names})
+        config = {"format_version": files.FORMAT_VERSION, DECODE: section}
         (folder / files.CONFIG_FILE).write_text(json.dumps(config))
     done = report(capsys, folders / "a", folders / "b", "--side_by_side", folders / "s.mp4")
     assert [v["identical"] for v in done["videos"]] == [False, True]

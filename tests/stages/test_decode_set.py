@@ -48,12 +48,12 @@ def test_the_longest_prompts_are_in_the_tag(made: Path):
     comment = read_comment(made / stage_files.VIDEO_FILE)
     assert comment is not None
     tag = json.loads(comment)
-    assert tag[stage_files.ENCODE]["prompt"] == tag[stage_files.ENCODE]["negative_prompt"] == PROMPT
-    assert all(sections.is_whole(tag[stage]) for stage in stage_files.STAGES)
+    assert tag[sections.ENCODE]["prompt"] == tag[sections.ENCODE]["negative_prompt"] == PROMPT
+    assert all(sections.is_whole(tag[stage]) for stage in sections.STAGES)
 
 
 def test_the_config_holds_the_checksum_of_the_video(made: Path):
-    section = stage_files.read_config(made, *stage_files.STAGES)[stage_files.DECODE]
+    section = stage_files.read_config(made, *sections.STAGES)[sections.DECODE]
     digest = video_digest.digest(made / stage_files.VIDEO_FILE)
     assert section["made_with"]["video_sha256"] == {stage_files.VIDEO_FILE: digest}
 

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from runtime.errors import RunError
 from stages import files as stage_files
+from stages.sections import make_section
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -22,7 +23,7 @@ def test_values_that_are_not_finite_end_the_run(bad):
 
 def test_a_stage_keeps_the_sections_of_the_others(tmp_path: Path):
     for stage in ("stage1_text_encoder", "stage2_transformer", "stage1_text_encoder"):
-        section = stage_files.make_section({"model_id": "m", "seed": 0})
+        section = make_section({"model_id": "m", "seed": 0})
         stage_files.record_section(tmp_path, stage, section, inherited=tmp_path)
     config = json.loads((tmp_path / stage_files.CONFIG_FILE).read_text())
     assert {"stage1_text_encoder", "stage2_transformer"} <= config.keys()
@@ -31,7 +32,7 @@ def test_a_stage_keeps_the_sections_of_the_others(tmp_path: Path):
 def test_equal_runs_write_equal_files(tmp_path: Path):
     """safetensors writes metadata in random order."""
     tensors = {"b": np.ones((3, 5), np.float32), "a": np.zeros(2, np.int8)}
-    section = stage_files.make_section({"model_id": 'm"é'})
+    section = make_section({"model_id": 'm"é'})
     for i in range(8):
         stage_files.write_stage_file(
             tmp_path / f"{i}.safetensors", "stage", tensors, section, more="x"
@@ -46,7 +47,7 @@ def test_equal_runs_write_equal_files(tmp_path: Path):
 def test_transposed_arrays_are_written_as_they_read(tmp_path: Path):
     """safetensors writes memory in its order, which differs for a transposed array."""
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4).swapaxes(0, 2)
-    section = stage_files.make_section({"model_id": "m"})
+    section = make_section({"model_id": "m"})
     stage_files.write_stage_file(tmp_path / "file.safetensors", "stage", {"array": array}, section)
     np.testing.assert_array_equal(load_file(tmp_path / "file.safetensors")["array"], array)
 
