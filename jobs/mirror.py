@@ -4,8 +4,9 @@ Files are copied when a job pauses or ends, the records last. A run first fetche
 this machine lacks. A damaged copy does not match the checksum in its record, so its stage runs
 again.
 
-Other people may be able to write to the mirror. Only the files of `records.JOB_FILES` are read and
-written, each under a temporary name that is then renamed, and no link in the mirror is followed.
+Other people may be able to write to the mirror. Only files that `records.is_job_file` knows are
+read and written, each under a temporary name that is then renamed, and no link in the mirror is
+followed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from jobs.records import JOB_FILES, Job
+from jobs.records import Job, is_job_file
 from runtime.files import atomic_path
 
 _Version = tuple[int, int]  # size and time of change
@@ -84,7 +85,8 @@ class Mirror:
     def push(self, job: Job) -> None:
         """Copies the files that changed in a job's folder."""
         folder = self._output_dir / job.folder
-        paths = [folder / name for name in JOB_FILES if _is_regular(folder / name)]
+        names = filter(is_job_file, os.listdir(folder)) if folder.is_dir() else ()
+        paths = [folder / name for name in names if _is_regular(folder / name)]
         with self._lock:
             for path in sorted(paths, key=lambda path: (path.suffix == ".json", path.name)):
                 version = _version(path)
@@ -102,7 +104,7 @@ class _Folder:
     def sizes(self, job: str) -> dict[str, int]:
         sizes = {}
         with contextlib.suppress(FileNotFoundError), self._open(job) as folder:
-            for name in JOB_FILES.intersection(os.listdir(folder)):
+            for name in filter(is_job_file, os.listdir(folder)):
                 found = os.stat(name, dir_fd=folder, follow_symlinks=False)
                 if stat.S_ISREG(found.st_mode):
                     sizes[name] = found.st_size
@@ -168,7 +170,7 @@ class _Remote:
         return {
             name: entry["size"]
             for name, entry in found
-            if name in JOB_FILES and entry["type"] == "file" and not entry.get("islink")
+            if is_job_file(name) and entry["type"] == "file" and not entry.get("islink")
         }
 
     def get(self, job: str, name: str, target: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from jobs.claims import CLAIMS_FOLDER, Claims, is_claims_file
 from jobs.gallery import Gallery
-from jobs.records import JOB_FILES, JobState, read_batch
+from jobs.records import JobState, is_job_file, read_batch
 from jobs.superseded import find_superseded
 from runtime.errors import InputError
 from runtime.text import printable
 
-_TEMPORARY = re.compile(rf"\.(?:{'|'.join(map(re.escape, sorted(JOB_FILES)))})\..+\.tmp")
+_TEMPORARY = re.compile(r"\.(.+?\.[a-z0-9]+)\..+\.tmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ def _delete(path: Path) -> list[str]:
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         for name in os.listdir(folder):
-            if name in JOB_FILES or _TEMPORARY.fullmatch(name):
+            unfinished = _TEMPORARY.fullmatch(name)
+            if is_job_file(unfinished[1] if unfinished else name):
                 _unlink(name, folder)
         kept = [name for name in os.listdir(folder) if name != CLAIMS_FOLDER]
         if kept:

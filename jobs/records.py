@@ -3,6 +3,7 @@
     DIR/NAME-ID/job.json                          the job, written before any work
                 stage1_record.json, stage2_..., stage3_...   status and checksums of the stage
                 the stage files, as the stage scripts write them
+                stage2_steps.json                 while it is denoised, see steps.py
                 claims/                           see claims.py
 
 Every file is written atomically. A record is written when its stage ends, by the process that holds
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 from cogvideox.model.settings import DenoisingSettings
 from jobs.claims import claim_state
+from jobs.steps import STEPS_FILE, Steps, read_steps
 from jobs.typed_json import from_json, read_object
 from runtime.errors import InputError
 from runtime.files import open_regular, write_json
@@ -105,6 +107,7 @@ class JobState:
     records: dict[str, StageRecord]  # by stage; a stage that never started has none
     claimed: bool  # a living process works on it
     abandoned: bool = False  # the last process that worked on it did not release it
+    steps: Steps | None = None  # of a job that is denoised right now
 
     @property
     def failure(self) -> StageRecord | None:
@@ -160,7 +163,8 @@ def read_batch(output_dir: Path, report: Callable[[str], None] = warn) -> list[J
             continue
         claim = claim_state(folder, now)
         records = read_records(folder, report)
-        states.append(JobState(job, folder, records, claim == "alive", claim == "abandoned"))
+        steps = read_steps(folder, report) if claim == "alive" else None
+        states.append(JobState(job, folder, records, claim == "alive", claim == "abandoned", steps))
     return sorted(states, key=lambda state: (state.job.line, state.folder.name))
 
 
@@ -238,9 +242,13 @@ def record_path(folder: Path, stage: str) -> Path:
     return folder / f"{stage.partition('_')[0]}_record.json"
 
 
-# Every file that a job's folder may hold, besides its claims; nothing else in it is ours.
-JOB_FILES = frozenset((
+_FILES = frozenset((
     *(name for names in OUTPUTS.values() for name in names),
     *(record_path(Path(), stage).name for stage in STAGES),
-    *(files.CONFIG_FILE, files.CHECKPOINT_FILE, JOB_FILE),
+    *(files.CONFIG_FILE, JOB_FILE, STEPS_FILE),
 ))  # fmt: skip
+
+
+def is_job_file(name: str) -> bool:
+    """Whether a file in a job's folder is one of this project's, by its name; claims are not."""
+    return name in _FILES or files.is_checkpoint(name)

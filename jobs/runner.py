@@ -33,6 +33,7 @@ from jobs.records import (
     write_job,
     write_record,
 )
+from jobs.steps import show_steps
 from runtime.errors import InputError, RunError
 from runtime.files import write_json
 from runtime.text import printable
@@ -69,7 +70,7 @@ class Runner:
         self._stop = stop
         self._abort = threading.Event()
         self._rank = rank
-        self._session = Session(model, stop, self._abort)
+        self._session = Session(model, stop, self._abort, show_steps)
         self._stages = options.stages
         self._gallery = Gallery(self._output_dir)
         self.ledger = Ledger(self._output_dir, self._stages, options.retry_failed)

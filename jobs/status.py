@@ -43,7 +43,9 @@ def _row(state: JobState, status: str) -> tuple[str, ...]:
         f"{state.stages_done}/{len(STAGES)}",
         f"{settings.height}x{settings.width}",
         f"{settings.num_frames}",
-        f"{settings.num_inference_steps}",
+        f"{state.steps.done}/{state.steps.total}"
+        if state.steps
+        else f"{settings.num_inference_steps}",
         f"{settings.seed}",
         f"{state.seconds:.1f}" if state.seconds else "",
     )

@@ -1,8 +1,8 @@
 """Says what takes long before it does: activities, progress bars, and timings by phase.
 
 Only the first process says anything: activities on stdout, bars on stderr. On a terminal a bar or a
-count of seconds is redrawn in place. In a log file a bar leaves one line a tenth, and an activity a
-dot a second.
+count of seconds is redrawn in place. In a log file a bar leaves a line a tenth, at most one a
+second, and an activity a dot a second.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _FIRST_SIGN, _SIGNS = 1.0, 1.0  # seconds of an activity until its first sign of life, and between
+_BETWEEN_LINES = 1.0  # seconds; a loop of a second leaves one line in a log, not ten
 Clock = Callable[[], float]
 
 
@@ -60,7 +61,7 @@ def _show_signs(stream: TextIO, ended: threading.Event) -> None:
 
 
 class LogBar[Item]:
-    """A progress bar for log files: a line whenever another tenth is done.
+    """A progress bar for log files: a line whenever another tenth is done, at most one a second.
 
     Has what this project uses of tqdm's interface.
     """
@@ -79,7 +80,7 @@ class LogBar[Item]:
         self._items, self._total, self._what, self._unit = items, total, what, unit
         self._stream, self._clock = stream, clock
         self._done = self._initial = initial
-        self._start = clock()
+        self._start = self._shown = clock()
 
     def __iter__(self) -> Iterator[Item]:
         for item in self._items:
@@ -95,9 +96,12 @@ class LogBar[Item]:
     def update(self, count: int) -> None:
         """Counts `count` more units as done."""
         before, self._done = self._done, self._done + count
+        now = self._clock()
         if self._done * 10 // self._total == before * 10 // self._total:
             return
-        seconds = self._clock() - self._start
+        if self._done < self._total and now - self._shown < _BETWEEN_LINES:
+            return
+        self._shown, seconds = now, now - self._start
         left = seconds / (self._done - self._initial) * (self._total - self._done)
         percent = self._done * 100 // self._total
         rest = f", {left:.0f} s left" if left >= 1 else ""
@@ -114,7 +118,7 @@ def progress[Item](
     initial: int = 0,
     leave: bool = True,
 ) -> tqdm[Item] | LogBar[Item]:
-    """Shows progress on stderr, in the first process only: a bar, or in a log a line a tenth.
+    """Shows progress on stderr, in the first process only: a bar, or in a log lines.
 
     Args:
         what: the label in front of the bar.

@@ -170,16 +170,17 @@ def _make_target(
     from stages.plan import Target
 
     latents, padding = latent_shape(settings, model, options.batch)
-    denoiser = denoise.make_denoiser(
-        model,
-        {},
-        latents,
-        tokens,
-        guided=settings.guided,
+    denoising = denoise.DenoiseOptions(
+        **dict.fromkeys(("input_dir", "output_dir"), Path()),
         dtype=options.dtype,
+        seed=settings.seed,
         attention=options.attention,
-        mesh=(options.dp, options.sp, options.tp),
-        devices=devices,
+        dp=options.dp,
+        sp=options.sp,
+        tp=options.tp,
+    )
+    denoiser = denoise.make_denoiser(
+        denoising, model, {}, latents, tokens, settings.guided, devices
     )
     decoding = decode.DecodeOptions(
         input_dir=Path(), dtype=options.dtype, decoder=options.decoder, dp=options.dp, tp=options.tp

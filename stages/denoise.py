@@ -131,38 +131,27 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
 
     import jax
 
-    denoiser = make_denoiser(
-        model,
-        stored,
-        latents,
-        tokens,
-        guided=settings.guided,
-        dtype=options.dtype,
-        attention=options.attention,
-        mesh=(options.dp, options.sp, options.tp),
-        devices=jax.devices(),
-    )
+    devices, guided = jax.devices(), settings.guided
+    denoiser = make_denoiser(options, model, stored, latents, tokens, guided, devices)
     return DenoisingRun(settings, padding, denoiser, schedule)
 
 
 def make_denoiser(
+    options: DenoiseOptions,
     model: ModelFolder,
     stored: Mapping[str, StoredTensor],
     latents: LatentShape,
     tokens: int,
-    *,
     guided: bool,
-    dtype: str,
-    attention: str,
-    mesh: tuple[int | None, int | None, int | None],
     devices: Sequence[Device],
 ) -> Denoiser:
     """Makes the program for `devices`.
 
     Args:
+        options: of them only the dtype, the attention and the mesh decide the program.
         stored: headers of the weight files; may be empty if nothing will be loaded.
-        attention: the kernel, as in DenoiseOptions.
-        mesh: sizes of dp, sp and tp; None takes what fits.
+        tokens: of a prompt.
+        guided: whether classifier-free guidance doubles the batch.
 
     Raises:
         ValueError: no such mesh fits, or the devices cannot run that attention.
@@ -172,9 +161,9 @@ def make_denoiser(
     from runtime.mesh import choose_mesh, make_mesh
 
     config = model.transformer
-    backend = choose_backend(attention, devices[0].platform, dtype)
+    backend = choose_backend(options.attention, devices[0].platform, options.dtype)
     sizes = choose_mesh(
-        *mesh,
+        *(options.dp, options.sp, options.tp),
         batch=latents.batch * (2 if guided else 1),
         num_heads=config.num_attention_heads,
         num_devices=len(devices),
@@ -185,7 +174,7 @@ def make_denoiser(
         latents=latents,
         text_tokens=tokens,
         guided=guided,
-        dtype=dtype,
+        dtype=options.dtype,
         mesh=make_mesh(sizes, devices),
         backend=backend,
     )
@@ -239,15 +228,13 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
 
     section = denoising_section(checked, model, embeddings)
     with timings.phase("run"), _profile(options.profile):
-        name = files.checkpoint_file(section)
-        folder = processes.folder_of_first(output_dir, [name])
-        checkpoints = Checkpoints(folder, section, options.checkpoint_every, name=name)
+        folder = processes.folder_of_first(output_dir, [files.checkpoint_file(section)])
+        checkpoints = Checkpoints(folder, section, options.checkpoint_every)
         latents = denoise(checked, step, parameters, prompt_embeds, checkpoints, noise_source)
     if not processes.is_first():
         return
     with timings.phase("save"):
         path = save(latents, section, options.input_dir, output_dir)
-        (output_dir / name).unlink(missing_ok=True)
     print(f"{path}: latents {list(latents.shape)}")
     timings.report(output_dir / "stage2_timings.json", compilation=compilations.summary())
 
@@ -343,14 +330,14 @@ def denoise(
     start = None
     if checkpoints.every:
         start = read_checkpoint(
-            checkpoints.path,
+            checkpoints.source,
             fingerprint,
             shape=run.denoiser.latents.sizes,
             dtype=run.denoiser.dtype,
             total=total,
         )
     if start:
-        print(f"resuming from {checkpoints.path}, {start.steps} of {total} steps done")
+        print(f"resuming from {checkpoints.source}, {start.steps} of {total} steps done")
     states = run_loop(
         *(run.denoiser, step, parameters, prompt_embeds, run.schedule, run.settings.seed),
         noise_source,
@@ -375,11 +362,11 @@ def denoise(
 
 
 def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_dir: Path) -> Path:
-    """Writes the latents and this stage's section, and removes the checkpoint of a job."""
+    """Writes the latents and this stage's section, and removes the checkpoint of the run."""
     tensors = {"latents": latents}
     files.check_finite(tensors, sections.DENOISE)
     path = output_dir / files.LATENTS_FILE
     files.write_stage_file(path, sections.DENOISE, tensors, section, vae_scaling_applied="false")
     files.record_section(output_dir, sections.DENOISE, section, inherited=input_dir)
-    (output_dir / files.CHECKPOINT_FILE).unlink(missing_ok=True)
+    Checkpoints(output_dir, section, every=None).remove()
     return path

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,8 @@ FORMAT_VERSION = "2"
 CONFIG_FILE = "generation_config.json"
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
 LATENTS_FILE = "stage2_latents.safetensors"
-CHECKPOINT_FILE = "stage2_checkpoint.safetensors"
+OLD_CHECKPOINT_FILE = "stage2_checkpoint.safetensors"  # of batches, before names had the run
+_CHECKPOINT = re.compile(r"stage2_checkpoint-[0-9a-f]{12}\.safetensors", re.ASCII)
 VIDEO_FILE = "output_video.mp4"
 
 _MAX_CONFIG_BYTES = 4 << 20
@@ -283,8 +285,12 @@ def _prefix(video: Path) -> str:
 
 def checkpoint_file(section: Mapping[str, Any]) -> str:
     """The name of a run's checkpoint: runs with other settings in the same folder have others."""
-    path = Path(CHECKPOINT_FILE)
-    return f"{path.stem}-{section['fingerprint'][:12]}{path.suffix}"
+    return f"stage2_checkpoint-{section['fingerprint'][:12]}.safetensors"
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a file is a checkpoint of a run, by its name."""
+    return name == OLD_CHECKPOINT_FILE or bool(_CHECKPOINT.fullmatch(name))
 
 
 def check_executables(folder: Path | None) -> None:

@@ -14,9 +14,9 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runtime.progress import progress, working
+from runtime.progress import working
 from stages import decode, denoise, encode, files
 from stages.sections import DECODE, DENOISE, ENCODE
 
@@ -69,15 +69,24 @@ class Session:
     `prepare` and `run` of stage 2 may run in one thread while those of stage 3 run in another.
     """
 
-    def __init__(self, model: ModelFolder, stop: threading.Event, abort: threading.Event):
+    def __init__(
+        self,
+        model: ModelFolder,
+        stop: threading.Event,
+        abort: threading.Event,
+        show_steps: Callable[..., Iterable[Any]],
+    ):
         """
         Args:
             stop: ends denoising after the current step, with a checkpoint if they are on.
             abort: also ends decoding.
+            show_steps: shows the progress of denoising; called with the folder of a request, then
+                as `runtime.progress.progress` is.
         """
         self._model = model
         self._stop = stop
         self._abort = abort
+        self._show_steps = show_steps
         self._text_encoder: TextEncoder | None = None
         self._runs: dict[Shape, denoise.DenoisingRun] = {}
         self._parameters: tuple[jax.sharding.Mesh, dict[str, jax.Array]] | None = None
@@ -173,13 +182,12 @@ class Session:
         embeddings, _ = denoise.open_embeddings(options.input_dir, options.model_id)
         prompt_embeds = run.denoiser.prompt_embeds(files.read_tensors(embeddings))
         section = denoise.denoising_section(run, self._model, embeddings)
-        checkpoints = denoise.Checkpoints(
-            options.output_dir, section, options.checkpoint_every, self._stop.is_set
-        )
+        every = options.checkpoint_every
+        checkpoints = denoise.Checkpoints(options.output_dir, section, every, self._stop.is_set)
         (_, step), (_, parameters) = self._step, self._parameters
         latents = denoise.denoise(
             *(run, step, parameters, prompt_embeds, checkpoints, NoiseSource()),
-            functools.partial(progress, leave=False),
+            functools.partial(self._show_steps, options.output_dir),
         )
         denoise.save(latents, section, options.input_dir, options.output_dir)
 

@@ -20,6 +20,7 @@ import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 from cogvideox.denoising.program import Denoiser
 from cogvideox.text import encoder as text_encoder
+from jobs import steps
 from jobs.gallery import Gallery
 from jobs.records import OUTPUTS, STAGES, read_batch, write_record
 from jobs.runner import Runner
@@ -138,6 +139,28 @@ def table(folder: Path, capsys) -> str:
     capsys.readouterr()
     batch.status(batch.parse_status([str(folder / "out")]))
     return capsys.readouterr().out
+
+
+def test_steps_of_the_running_job_are_shown(model, tmp_path, capsys, monkeypatch):
+    """In `status` of another process, and in the batch's own output with the job's name."""
+    monkeypatch.setattr(steps, "_EVERY_SECONDS", 0.0)
+    seen, make_step = [], Denoiser.compile
+
+    def compile_and_watch(self, *arguments):
+        step = make_step(self, *arguments)
+
+        def watched(*arguments):
+            seen.append(table(tmp_path, capsys))
+            return step(*arguments)
+
+        return watched
+
+    monkeypatch.setattr(Denoiser, "compile", compile_and_watch)
+    assert run(model, tmp_path, jobs=JOBS[:1]) == 0
+    rows = [row for said in seen for row in said.splitlines() if " running " in row]
+    assert [re.search(r"  (\d|\d/\d)  +5  ", row)[1] for row in rows] == ["3", "1/3", "2/3"]
+    assert f"{job_folder(tmp_path, 'kite').name}: denoising: 3 of 3" in capsys.readouterr().err
+    assert not list(tmp_path.rglob(steps.STEPS_FILE))
 
 
 def test_a_job_equals_the_stages_by_hand(model, whole, tmp_path, monkeypatch):
@@ -261,6 +284,18 @@ def test_the_plan(model, copy, tmp_path, capsys):
     assert sorted(copy.rglob("*")) == before
 
 
+def resume_by_hand(job: Path, folder: Path) -> bytes:
+    """Ends stage 2 of a stopped job with the stage script, in a copy of its folder."""
+    subprocess.run(["cp", "-a", job, folder], check=True)
+    size = ["--height=32", "--width=48", "--frames=5", "--allow_unsupported"]
+    stage2.run(stage2.parse_arguments(
+        [f"--input_dir={folder}", *size, "--num_inference_steps=3", "--seed=5", "--dtype=float32",
+         "--checkpoint_every=10", *_ONE_DEVICE]
+    ))  # fmt: skip
+    assert not list(folder.glob("stage2_checkpoint*"))
+    return (folder / stage_files.LATENTS_FILE).read_bytes()
+
+
 def test_stopping_saves_the_loop_and_the_records(model, whole, tmp_path, capsys, monkeypatch):
     """Stops as a signal does, in the second step of the first video."""
     write, saved = denoise.Checkpoints.__init__, []
@@ -280,8 +315,10 @@ def test_stopping_saves_the_loop_and_the_records(model, whole, tmp_path, capsys,
             run(model, tmp_path, "--checkpoint_every=10")
     state = next(s for s in read_batch(tmp_path / "out") if s.job.name == "kite")
     assert state.status == "interrupted"
-    assert (state.folder / stage_files.CHECKPOINT_FILE).exists()
-    capsys.readouterr()
+    (checkpoint,) = state.folder.glob("stage2_checkpoint-*.safetensors")
+    by_hand = resume_by_hand(state.folder, tmp_path / "by hand")
+    assert f"resuming from {tmp_path / 'by hand' / checkpoint.name}" in capsys.readouterr().out
+    assert by_hand == (job_folder(whole, "kite") / stage_files.LATENTS_FILE).read_bytes()
     assert run(model, tmp_path, "--checkpoint_every=10") == 0
     assert "2 of 3 steps done" in capsys.readouterr().out
     assert outputs(tmp_path) == outputs(whole)

@@ -8,6 +8,7 @@ import pytest
 import batch
 from jobs.claims import Claims
 from jobs.records import STAGES, Job, write_job, write_record
+from jobs.steps import STEPS_FILE
 from jobs.superseded import write_job_ids
 from runtime.errors import InputError
 from stages.files import VIDEO_FILE
@@ -18,7 +19,9 @@ def make(folder: Path, id_: str, **fields) -> Job:
     job = dataclasses.replace(JOB, id=id_, **fields)
     write_job(folder / job.folder, job)
     write_record(folder / job.folder, record(STAGES[0], "done"))
-    (folder / job.folder / VIDEO_FILE).write_text("video")
+    for name in (VIDEO_FILE, STEPS_FILE, "stage2_checkpoint-0123456789ab.safetensors"):
+        (folder / job.folder / name).write_text("ours")
+        (folder / job.folder / f".{name}.host.123.tmp").write_text("unfinished")
     with Claims() as claims:
         claims.take(folder / job.folder)
     return job

@@ -44,11 +44,21 @@ def test_a_log_gets_one_line_a_tenth():
 
 
 def test_a_bar_counts_what_comes_in_groups():
-    stream = io.StringIO()
-    with LogBar((), total=17, what="decoding", unit="frame", initial=0, stream=stream) as shown:
+    stream, seconds = io.StringIO(), itertools.count()
+    frames = {"total": 17, "what": "decoding", "unit": "frame", "initial": 0, "stream": stream}
+    with LogBar((), **frames, clock=lambda: next(seconds)) as shown:
         shown.update(9)
         shown.update(8)
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["9", "17"]
+
+
+def test_a_short_loop_leaves_one_line_in_a_log():
+    stream = io.StringIO()
+    shown = LogBar(
+        range(20), total=20, what="a", unit="step", initial=0, stream=stream, clock=lambda: 0.5
+    )
+    assert len(list(shown)) == 20
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["20"]
 
 
 def test_stderr_decides_which_bar(monkeypatch):

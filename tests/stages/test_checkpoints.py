@@ -102,6 +102,19 @@ def test_another_seed_keeps_the_checkpoint(folder, tmp_path, monkeypatch, capsys
     assert resumed.tobytes() == whole.tobytes()
 
 
+def test_a_checkpoint_of_a_batch_made_before_names_had_the_run(
+    folder, tmp_path, monkeypatch, capsys
+):
+    whole = run(folder, tmp_path / "whole", "ddim", "float32")
+    path = interrupt(folder, tmp_path, monkeypatch, 5, "--checkpoint_every=3")
+    old = path.rename(path.with_name(stage_files.OLD_CHECKPOINT_FILE))
+    capsys.readouterr()
+    resumed = run(folder, tmp_path, "ddim", "float32", "--checkpoint_every=3")
+    assert f"resuming from {old}, 3 of 7" in capsys.readouterr().out
+    assert resumed.tobytes() == whole.tobytes()
+    assert not list(tmp_path.glob(CHECKPOINTS))
+
+
 def test_damaged_checkpoints_are_ignored(folder, tmp_path, monkeypatch, capsys):
     path = interrupt(folder, tmp_path, monkeypatch, 5, "--checkpoint_every=3")
     path.write_bytes(b"no checkpoint")
