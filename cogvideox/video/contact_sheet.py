@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.files import atomic_path
-
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image, ImageFont
@@ -73,10 +71,10 @@ class FrameSampler:
 def write_contact_sheet(
     path: Path, frames: np.ndarray, *, indices: Sequence[int], fps: int, caption: str
 ) -> None:
-    """Draws frames in a grid over a caption and writes a PNG to `path`, atomically.
+    """Draws frames in a grid over a caption and writes a PNG to `path`.
 
     Args:
-        path: the output; any suffix. Missing parent folders are made.
+        path: the output, any suffix; a temporary file, which the caller renames.
         frames: uint8 [n, height, width, 3], in order.
         indices: frame number of each; the label shows it and its time, index / fps seconds.
         fps: frames a second.
@@ -89,8 +87,7 @@ def write_contact_sheet(
         raise ValueError(f"{len(frames)} frames and {len(indices)} frame numbers")
     labels = [f"frame {index}   {index / fps:.2f} s" for index in indices]
     sheet = _draw_sheet(frames, labels, caption)
-    with atomic_path(path.resolve()) as temporary:
-        sheet.save(temporary, format="PNG")
+    sheet.save(path, format="PNG")
 
 
 def _draw_sheet(frames: np.ndarray, labels: list[str], caption: str) -> Image.Image:

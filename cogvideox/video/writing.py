@@ -80,9 +80,9 @@ def encode_video(
 ) -> Iterator[VideoWriter]:
     """Opens a video for writing to `temporary`, of `atomic_video`; whole when the block ends.
 
-    The other arguments and the errors are those of `open_video_writer`.
+    The other arguments and the errors are those of `open_video_writer`, but for `path`, which the
+    caller has checked before the work.
     """
-    check_output_path(path, fps=fps, quality=quality)
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     if comment is not None and len(comment.encode(errors="replace")) > _MAX_COMMENT_BYTES:

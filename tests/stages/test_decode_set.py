@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import generate
 import stage3_vae_decoder as stage3
@@ -86,6 +87,23 @@ def test_the_video_replaces_the_old_one_last(folder: Path, monkeypatch):
     sheet = stage_files.contact_sheet(Path(stage_files.VIDEO_FILE)).name
     names = [sheet, stage_files.CONFIG_FILE, stage_files.VIDEO_FILE]
     assert [name for name in order if name in names] == names
+
+
+def test_a_kill_while_the_sheet_is_written_leaves_nothing_for_ever(folder: Path, monkeypatch):
+    """The next run removes temporary names of its own files, but none made from such a name."""
+    before, at_write = set(snapshot(folder)), list[set[str]]()
+    save = Image.Image.save
+
+    def note(*arguments, **options):
+        save(*arguments, **options)
+        at_write.append({path.name for path in folder.iterdir()} - before)
+
+    monkeypatch.setattr(Image.Image, "save", note)
+    decode(folder)
+    written = [stage_files.VIDEO_FILE, stage_files.CONFIG_FILE]
+    written.append(stage_files.contact_sheet(Path(stage_files.VIDEO_FILE)).name)
+    starts = tuple(f".{name}." for name in written)
+    assert at_write and all(name.startswith(starts) for name in at_write[-1]), at_write
 
 
 def test_a_folder_removed_while_decoding_fails(folder: Path, monkeypatch):

@@ -127,6 +127,7 @@ def test_the_caption_takes_a_font_that_has_its_letters():
 
 def test_sheet_is_replaced_or_left(tmp_path):
     path = tmp_path / "new" / "sheet.png"
+    path.parent.mkdir()
     write(path, coloured_frames(2, 32, 48))
     before = path.read_bytes()
     with pytest.raises(ValueError, match="2 frames and 3 frame numbers"):
