@@ -6,15 +6,18 @@ import re
 import subprocess
 from pathlib import Path
 
+from runtime.files import check_regular
+
 
 def read_comment(path: Path) -> str | None:
     """Reads the comment tag of a video; None if it has none.
 
     Raises:
-        ValueError: ffmpeg cannot read the file.
+        ValueError: it is not a regular file, or ffmpeg cannot read it.
     """
     from imageio_ffmpeg import get_ffmpeg_exe
 
+    check_regular(path)  # ffmpeg would wait for the other end of a named pipe
     command = [get_ffmpeg_exe(), "-v", "error", "-i", f"file:{path}", "-f", "ffmetadata", "-"]
     ffmpeg = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     if ffmpeg.returncode != 0:

@@ -1,6 +1,7 @@
 """A video is reproduced from its tag or from the settings next to it; else the reason is given."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,13 @@ def test_what_nothing_is_known_of(name, content, said, made, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=said):
         again(tmp_path / name)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path)])
+def test_no_regular_file(make, tmp_path):
+    make(tmp_path / "v.mp4")
+    with pytest.raises(InputError, match="v.mp4"):
+        again(tmp_path / "v.mp4")
 
 
 @pytest.mark.parametrize("comment", ["a note", "[]", '{"stage1_text_encoder": 3}', "{}"])
