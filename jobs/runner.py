@@ -20,7 +20,6 @@ from jobs.claims import Claim, Claims, is_claimed
 from jobs.gallery import Gallery
 from jobs.ledger import CONFIG, DONE, FAILED, Counts, Ledger, config_is_good, recorded_sections
 from jobs.mirror import Mirror
-from jobs.open_folder import OpenFolder
 from jobs.options import BatchOptions
 from jobs.records import (
     INPUTS,
@@ -36,6 +35,7 @@ from jobs.records import (
 from jobs.steps import show_steps
 from runtime.errors import InputError, RunError
 from runtime.files import write_json
+from runtime.open_folder import OpenFolder
 from runtime.text import printable
 from stages import files
 from stages.denoise import StoppedBetweenSteps

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import processes
 from runtime.devices import start_jax
 from runtime.errors import Stopped, checking_input
+from runtime.open_folder import OpenFolder
 from runtime.progress import Timings, progress, working
 from stages import files, sections
 from stages.checkpoints import Checkpoints
@@ -217,24 +218,29 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
     from runtime.compilation import CompilationLog
 
     compilations = CompilationLog()
-    with working("loading the transformer and its program"), ThreadPoolExecutor(1) as background:
-        compiling = background.submit(denoiser.compile, options.executables)
-        with timings.phase("load"):
-            parameters = denoiser.load(options.executables)
-            prompt_embeds = denoiser.prompt_embeds(tensors)
-        with timings.phase("compile"):  # the part that loading did not hide
-            step = compiling.result()
-    print(f"stage 2: {compilations.sentence()}")
+    with OpenFolder(output_dir) as watched:
+        with (
+            working("loading the transformer and its program"),
+            ThreadPoolExecutor(1) as background,
+        ):
+            compiling = background.submit(denoiser.compile, options.executables)
+            with timings.phase("load"):
+                parameters = denoiser.load(options.executables)
+                prompt_embeds = denoiser.prompt_embeds(tensors)
+            with timings.phase("compile"):  # the part that loading did not hide
+                step = compiling.result()
+        print(f"stage 2: {compilations.sentence()}")
 
-    section = denoising_section(checked, model, embeddings)
-    with timings.phase("run"), _profile(options.profile):
-        folder = processes.folder_of_first(output_dir, [files.checkpoint_file(section)])
-        checkpoints = Checkpoints(folder, section, options.checkpoint_every)
-        latents = denoise(checked, step, parameters, prompt_embeds, checkpoints, noise_source)
-    if not processes.is_first():
-        return
-    with timings.phase("save"):
-        path = save(latents, section, options.input_dir, output_dir)
+        section = denoising_section(checked, model, embeddings)
+        with timings.phase("run"), _profile(options.profile):
+            folder = processes.folder_of_first(output_dir, [files.checkpoint_file(section)])
+            checkpoints = Checkpoints(folder, section, options.checkpoint_every)
+            latents = denoise(checked, step, parameters, prompt_embeds, checkpoints, noise_source)
+        if not processes.is_first():
+            return
+        with timings.phase("save"):
+            path = save(latents, section, options.input_dir, output_dir)
+        watched.check()
     print(f"{path}: latents {list(latents.shape)}")
     timings.report(output_dir / "stage2_timings.json", compilation=compilations.summary())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import checking_input
+from runtime.open_folder import OpenFolder
 from runtime.progress import Timings, working
 from runtime.text import printable
 from stages import files, sections
@@ -104,12 +105,14 @@ def run(options: EncodeOptions) -> None:
         check_weights(model)
 
     print("device: CPU, on which the text encoder always runs")
-    with timings.phase("load"), working("loading the text encoder"):
-        text_encoder = load_text_encoder(model, getattr(torch, options.dtype))
-    with timings.phase("run"), working("encoding"):
-        tensors = embed(text_encoder, options, tokens)
-    with timings.phase("save"):
-        path = save(tensors, options, model, tokens)
+    with OpenFolder(options.output_dir) as folder:
+        with timings.phase("load"), working("loading the text encoder"):
+            text_encoder = load_text_encoder(model, getattr(torch, options.dtype))
+        with timings.phase("run"), working("encoding"):
+            tensors = embed(text_encoder, options, tokens)
+        with timings.phase("save"):
+            path = save(tensors, options, model, tokens)
+        folder.check()
     print(f"{path}: {len(options.prompt)} prompt(s) of {tokens} tokens")
     timings.report(options.output_dir / "stage1_timings.json")
 
