@@ -3,8 +3,8 @@
     python -m tests.fuzz.full_disk
 
 The disk is a tmpfs of this test's own (root only). Its size, or its number of inodes, is cut down
-to what is used plus a little once the run has said its first word, that is after its checks; step
-by step a little more, until everything fits. A run must end with exit code 1 or 2 and one line that
+to what is used plus a little once the run loads weights, that is after its checks; step by step a
+little more, until everything fits. A run must end with exit code 1 or 2 and one line that
 says so, or with exit code 0 and the right files; old files stay or are replaced whole, and with
 room the same command completes. Prints JSON; exit code 1 if anything ended badly, 77 if it cannot
 mount.
@@ -28,6 +28,8 @@ from tests.fuzz.harness import Ended, World, changes, generic, make_world, snaps
 from tests.fuzz.stages import CONFIG, OUTPUTS, STAGE2, STAGE3, Stages
 
 _ROOM = "size=4g,nr_inodes=100k"
+# What every stage says after its checks.
+_CHECKED = "loading the "
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -121,7 +123,7 @@ class _Stage:
         first: Callable[[], None] | None = None,
         later: Callable[[], None] | None = None,
     ) -> dict[str, object]:
-        """Runs the stage on a disk cut down by `first`, or by `later` after its first word."""
+        """Runs the stage on a disk cut down by `first`, or by `later` after its checks."""
         folder = self._renew()
         if first:
             first()
@@ -179,8 +181,7 @@ class _Stage:
         run = self._world.start(*self._argv, cwd=folder)
         logs = self._world.root / "logs" / str(self._world.number)
         while later and not run.poll():
-            if any((logs / name).stat().st_size for name in ("stdout", "stderr")
-                   if (logs / name).exists()):  # fmt: skip
+            if (logs / "stdout").exists() and _CHECKED in (logs / "stdout").read_text("utf-8"):
                 later()
                 break
             time.sleep(0.002)
