@@ -19,6 +19,7 @@ import utils
 from jobs.claims import DEFAULT_EXPIRY
 from jobs.jobfile import JsonSettings, LineSettings, Parse
 from runtime.errors import InputError
+from runtime.exit_codes import run_script
 from stages.files import CONFIG_FILE
 from stages.sections import STAGES
 
@@ -220,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    utils.run_main(main)
+    run_script(main)

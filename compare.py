@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import utils
+from runtime.exit_codes import run_script
 from stages import compare
 
 
@@ -56,4 +57,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_main(lambda: run(parse_arguments()))
+    run_script(lambda: run(parse_arguments()))

@@ -12,6 +12,7 @@ import sys
 
 import utils
 from runtime.errors import InputError, checking_input
+from runtime.exit_codes import run_script
 from stages import ahead
 
 
@@ -120,4 +121,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_main(lambda: run(parse_arguments()))
+    run_script(lambda: run(parse_arguments()))

@@ -4,6 +4,7 @@
 import argparse
 
 import utils
+from runtime.exit_codes import run_script
 from stages import decode, denoise, encode, generate
 
 
@@ -43,4 +44,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_main(lambda: run(parse_arguments()))
+    run_script(lambda: run(parse_arguments()))

@@ -7,6 +7,7 @@ Writes stage1_embeddings.safetensors and generation_config.json.
 import argparse
 
 import utils
+from runtime.exit_codes import run_script
 from stages import encode
 
 
@@ -31,4 +32,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_main(lambda: run(parse_arguments()))
+    run_script(lambda: run(parse_arguments()))

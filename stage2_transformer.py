@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 import utils
+from runtime.exit_codes import run_script
 from stages import denoise
 
 
@@ -42,4 +43,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_main(lambda: run(parse_arguments()))
+    run_script(lambda: run(parse_arguments()))

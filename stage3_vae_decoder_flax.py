@@ -4,8 +4,8 @@
 The arguments and files are those of stage3_vae_decoder.py; only the decoder differs.
 """
 
-import utils
+from runtime.exit_codes import run_script
 from stage3_vae_decoder import parse_arguments, run
 
 if __name__ == "__main__":
-    utils.run_main(lambda: run(parse_arguments(), "flax"))
+    run_script(lambda: run(parse_arguments(), "flax"))

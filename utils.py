@@ -1,4 +1,4 @@
-"""What every script's `main` needs: the shared arguments and the exit codes.
+"""The arguments that scripts share, and what follows from them.
 
 Importing it takes milliseconds, so a script refuses bad arguments before it loads torch, JAX or
 diffusers.
@@ -8,98 +8,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime import processes, stopping
+from runtime import processes
 from runtime.devices import PLATFORMS, insist_on
-from runtime.errors import InputError, RunError, Stopped, checking_input
-from runtime.text import printable
+from runtime.errors import InputError, checking_input
+from runtime.text import message_line
 from runtime.trusted_folders import parse_digest
 from runtime.versions import versions
 
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
 DEFAULT_FOLDER = Path("stage_outputs")
 EXECUTABLES_VARIABLE = "COGVIDEOX_EXECUTABLES"
-
-
-# Errors and exit codes --------------------------------------------------------------------------
-
-
-def run_main(main: Callable[[], None]) -> NoReturn:
-    """Runs a script's `main` and exits with the project's codes.
-
-    0 done, 1 failed, 2 bad usage or input (one line on stderr), 130 interrupted, 143 terminated.
-    Any other exception is a defect and shows its traceback.
-    """
-    # Both signals raise, so that a terminated run removes its temporary files.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    sys.unraisablehook = _stop_again
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A log file shows lines as they happen, and any encoding shows any prompt.
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    try:
-        main()
-        processes.finish()
-    except BrokenPipeError:  # as in `| head -1`
-        _end_unread()
-    except InputError as error:
-        _end(2, "error: ", " ".join(str(error).split()))
-    except (RunError, FloatingPointError, processes.OtherProcessFailed) as error:
-        _end(1, "failed: ", str(error))
-    except Stopped as stopped:
-        _end(128 + stopped.number, "", str(stopped))
-    except Exception as error:
-        processes.fail(f"{type(error).__name__}: {error}")
-        raise
-    sys.exit(0)
-
-
-def _end(code: int, kind: str, reason: str) -> NoReturn:
-    """Exits; prints the reason on stderr and sends it to the other processes."""
-    print(f"{kind}{printable(reason)}", file=sys.stderr)
-    processes.fail(reason)
-    sys.exit(code)
-
-
-def _end_unread() -> NoReturn:
-    """Exits after the reader of stdout or stderr closed it, with whichever of them is left."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)  # Python flushes stdout once more at exit
-    try:
-        _end(1, "failed: ", "the reader of the output closed it")
-    except BrokenPipeError:
-        os.dup2(null, 2)
-        sys.exit(1)
-
-
-def _stop(number: int, _: object) -> NoReturn:
-    stopping.asked.set()
-    raise Stopped(number)
-
-
-def _stop_again(unraisable: Any) -> None:
-    """Raises a signal again whose exception Python dropped.
-
-    Python drops exceptions in garbage collection callbacks, and JAX registers one: about half of
-    all signals were lost there while stage 2 started.
-    """
-    if isinstance(unraisable.exc_value, Stopped):
-        number = unraisable.exc_value.number
-        threading.Timer(0.05, signal.raise_signal, (number,)).start()
-    else:
-        sys.__unraisablehook__(unraisable)
-
-
-# Arguments --------------------------------------------------------------------------------------
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -118,7 +42,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().add_argument(*names, *hyphenated, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {message_line(message)} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

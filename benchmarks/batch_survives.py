@@ -28,8 +28,8 @@ from pathlib import Path
 
 import batch
 from jobs.records import OUTPUTS, StageRecord, read_batch
+from runtime.exit_codes import run_script
 from stages.files import CONFIG_FILE
-from utils import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,7 +122,7 @@ def _batch(folder: Path, more: tuple[str, ...]) -> None:
     sys.argv = ["batch.py", "../jobs.jsonl", "--output_dir", _OUTPUT_DIR, "--dtype=float32"]
     sys.argv += ["--model_id", str(ROOT / "models/toyworld"), "--allow_unsupported"]
     sys.argv += ["--checkpoint_every=1", *more]
-    run_main(batch.main)
+    run_script(batch.main)
 
 
 def wait(process: BaseProcess, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Errors that a script reports in one line, without a traceback.
 
-`utils.run_main` turns them into exit codes: InputError 2, RunError 1, Stopped 130 or 143.
+`runtime.exit_codes` turns them into exit codes: InputError 2, RunError 1, Stopped 130 or 143.
 """
 
 import contextlib

@@ -11,6 +11,7 @@ import utils
 from jobs.batch import read_jobs
 from jobs.jobfile import read_job_file
 from jobs.options import BatchOptions
+from runtime.exit_codes import run_main
 
 MODEL = Path(__file__).parents[2] / "models/toyworld"
 GOOD = {"prompt": "A red kite"}
@@ -113,7 +114,7 @@ def refusal(capsys, jobs: Path, output_dir: Path, *more: str) -> str:
         batch.run(batch.parse_arguments([*where, *more]))
 
     with pytest.raises(SystemExit) as exit_:
-        utils.run_main(main)
+        run_main(main)
     assert exit_.value.code == 2
     return capsys.readouterr().err
 

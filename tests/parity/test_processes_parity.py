@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import generate
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import utils
+from runtime.exit_codes import run_script
 from stages import files as stage_files
 from tests.pairs import run_pair
 from tests.tiny_models import save_tiny_model
@@ -78,4 +78,4 @@ def test_the_second_process_leaves_no_file(folder):
 
 
 if __name__ == "__main__":
-    utils.run_main(lambda: in_two_processes(*map(Path, sys.argv[1:])))
+    run_script(lambda: in_two_processes(*map(Path, sys.argv[1:])))

@@ -27,13 +27,14 @@ def test_a_killed_write_keeps_the_old_file(number: int, tmp_path: Path):
     path = tmp_path / "file.json"
     write_json(path, "old")
     program = f"""
-import os, pathlib, utils
+import os, pathlib
+from runtime.exit_codes import run_script
 from runtime.files import atomic_path
 def main():
     with atomic_path(pathlib.Path({str(path)!r})) as temporary:
         temporary.write_text('"ne')
         os.kill(os.getpid(), {int(number)})
-utils.run_main(main)
+run_script(main)
 """
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root)
@@ -45,7 +46,8 @@ utils.run_main(main)
 
 def test_a_signal_dropped_by_a_gc_callback_comes_again():
     program = """
-import gc, os, signal, time, utils
+import gc, os, signal, time
+from runtime.exit_codes import run_script
 def callback(phase, _):
     gc.callbacks.clear()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -54,7 +56,7 @@ def main():
     gc.callbacks.append(callback)
     gc.collect()
     time.sleep(5)
-utils.run_main(main)
+run_script(main)
 """
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)

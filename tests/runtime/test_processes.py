@@ -12,6 +12,7 @@ import argparse, jax, numpy, utils
 from runtime.errors import RunError
 from jax.sharding import NamedSharding, PartitionSpec
 from runtime import processes
+from runtime.exit_codes import run_script
 from runtime.mesh import make_mesh, place
 
 def main():
@@ -24,7 +25,7 @@ def main():
         raise RunError("the disk is gone")
     WAIT
 
-utils.run_main(main)
+run_script(main)
 """
 
 

@@ -14,6 +14,7 @@ from runtime import progress
 from runtime.progress import LogBar, Timings
 
 PROJECT = Path(__file__).parents[2]
+RUN_SCRIPT = "from runtime.exit_codes import run_script\n"
 
 
 class Terminal(io.StringIO):
@@ -117,7 +118,7 @@ def test_a_closed_pipe_ends_in_one_line():
     """`| head -1` closes the pipe like this."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = run("import utils\nutils.run_main(lambda: print('a line'))", writer)
+    done = run(f"{RUN_SCRIPT}run_script(lambda: print('a line'))", writer)
     os.close(writer)
     assert done.returncode == 1
     assert done.stderr == "failed: the reader of the output closed it\n"
@@ -128,7 +129,10 @@ def test_a_closed_pipe_ends_in_one_line():
     [{"LANG": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
 )
 def test_any_locale_prints_any_prompt(environment):
-    code = "import utils\nutils.run_main(lambda: print('\\u732b \\U0001f43c'))"
-    done = run(code, subprocess.PIPE, **environment)
+    done = run(
+        f"{RUN_SCRIPT}run_script(lambda: print('\\u732b \\U0001f43c'))",
+        subprocess.PIPE,
+        **environment,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("猫 🐼", "\\u732b \\U0001f43c")

@@ -12,8 +12,8 @@ import generate
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import utils
 from cogvideox.model.folder import find_model
+from runtime.exit_codes import run_main
 from stages import denoise, sections
 from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
@@ -72,7 +72,7 @@ def refusal(capsys, stage, *arguments: object) -> str:
         stage.run(parsed)
 
     with pytest.raises(SystemExit) as exit_:
-        utils.run_main(main)
+        run_main(main)
     assert exit_.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1, message

@@ -15,9 +15,9 @@ import compile_ahead
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
-import utils
 from cogvideox.model.folder import stored_tensors
 from runtime.errors import InputError, RunError
+from runtime.exit_codes import run_main
 from stages import ahead
 from stages.files import check_executables
 from tests.tiny_models import save_tiny_model
@@ -155,7 +155,7 @@ def test_bad_input_is_one_line(arguments, said, configs, tmp_path, capsys):
         compile_ahead.run(compile_ahead.parse_arguments([*where, *arguments]))
 
     with pytest.raises(SystemExit) as exit_:
-        utils.run_main(main)
+        run_main(main)
     message = capsys.readouterr().err
     assert exit_.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
     assert said in message
