@@ -255,7 +255,7 @@ def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
         stamp("imports, devices, checks")
         return plan
 
-    def stamped_denoise(plan: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
+    def stamped_denoise(plan: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
         stamp("wait for compiler or executable")
         calls = []
 
@@ -267,7 +267,10 @@ def run_stage(stage_arguments: list[str], *, steps: bool) -> None:
             calls.append(time.time())
             return step(*step_args)
 
-        latents = denoise(plan, stamped_step, *args, **kwargs)
+        (whole,) = loaded
+        step = whole.steps["off"]
+        loaded = [dataclasses.replace(whole, steps={"off": stamped_step})]
+        latents = denoise(plan, loaded, *args, **kwargs)
         result["steps"] = [round(b - a, 3) for a, b in itertools.pairwise([*calls, time.time()])]
         return latents
 

@@ -218,7 +218,7 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from cogvideox.denoising.loop import run_loop, to_host
+    from cogvideox.denoising.loop import LoadedDenoiser, run_loop, to_host
     from cogvideox.denoising.noise import NoiseSource
     from cogvideox.denoising.scheduler import make_schedule
     from cogvideox.model.config import SchedulerConfig
@@ -229,7 +229,7 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     abstract = abstract_parameters(denoiser.config, denoiser.mesh, np.dtype("bfloat16"))
     parameters = random_parameters(abstract)
     start = time.perf_counter()
-    step = denoiser.compile()
+    steps = denoiser.compile()
     compile_seconds = time.perf_counter() - start
     rng = np.random.default_rng(0)
     text = rng.normal(size=(2, 1, denoiser.text_tokens, denoiser.config.text_embed_dim))
@@ -250,12 +250,13 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     # The first step, which touches all memory for the first time, is not counted.
     stamps = []
-    states = run_loop(denoiser, step, parameters, embeds, schedule, settings.seed, NoiseSource())
+    loaded = LoadedDenoiser(denoiser, steps, parameters, embeds)
+    states = run_loop([loaded], schedule, settings.seed, NoiseSource())
     for state in states:  # noqa: B007
         stamps.append(time.perf_counter())
     seconds = (stamps[-1] - stamps[0]) / arguments.steps
     stats = jax.devices()[0].memory_stats() or {}
-    final = to_host(denoiser, state).latents.astype(np.float32)
+    final = to_host(state).latents.astype(np.float32)
     if arguments.save:
         np.save(arguments.save, final)
     report = {

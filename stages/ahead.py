@@ -209,7 +209,7 @@ def compile_target(target: Target, folder: Path, frames: Literal["uint8", "float
 
     parts = []
     if target.denoiser:
-        parts.append((target.denoiser.programs, 1))
+        parts.append((target.denoiser.programs(), 1))
     if target.decoder:
         programs = target.decoder.programs(target.latents, output=frames)
         parts.append((programs, target.decoder.compiler_threads))

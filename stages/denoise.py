@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -16,13 +17,14 @@ from runtime.open_folder import OpenFolder
 from runtime.progress import Timings, progress, working
 from stages import files, sections
 from stages.checkpoints import Checkpoints
+from stages.steps import compile_steps, load_steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import jax
     import numpy as np
 
+    from cogvideox.denoising.loop import LoadedDenoiser
     from cogvideox.denoising.noise import NoiseSource
     from cogvideox.denoising.program import Denoiser
     from cogvideox.denoising.scheduler import Schedule
@@ -77,12 +79,14 @@ class DenoisingRun:
 
     Attributes:
         padding_frames: leading latent frames that `drop_padding` removes.
+        gated: runs the steps that reuse the difference of guidance, if there are any.
     """
 
     settings: DenoisingSettings
     padding_frames: int
     denoiser: Denoiser
     schedule: Schedule
+    gated: Denoiser | None = None
 
     @property
     def latents_shape(self) -> tuple[int, ...]:
@@ -223,19 +227,20 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
             working("loading the transformer and its program"),
             ThreadPoolExecutor(1) as background,
         ):
-            compiling = background.submit(denoiser.compile, options.executables)
+            programs = (denoiser, checked.gated, checked.schedule, options.executables)
+            compiling = background.submit(compile_steps, *programs)
             with timings.phase("load"):
                 parameters = denoiser.load(options.executables)
-                prompt_embeds = denoiser.prompt_embeds(tensors)
             with timings.phase("compile"):  # the part that loading did not hide
-                step = compiling.result()
+                steps = compiling.result()
+            loaded = load_steps(denoiser, checked.gated, steps, parameters, tensors)
         print(f"stage 2: {compilations.sentence()}")
 
         section = denoising_section(checked, model, embeddings)
         with timings.phase("run"), _profile(options.profile):
             folder = processes.folder_of_first(output_dir, [files.checkpoint_file(section)])
             checkpoints = Checkpoints(folder, section, options.checkpoint_every)
-            latents = denoise(checked, step, parameters, prompt_embeds, checkpoints, noise_source)
+            latents = denoise(checked, loaded, checkpoints, noise_source)
         if not processes.is_first():
             return
         with timings.phase("save"):
@@ -310,9 +315,7 @@ Bar = Callable[..., Iterable[Any]]
 
 def denoise(
     run: DenoisingRun,
-    step: Callable,
-    parameters: dict[str, jax.Array],
-    prompt_embeds: jax.Array,
+    loaded: Sequence[LoadedDenoiser],
     checkpoints: Checkpoints,
     noise_source: NoiseSource,
     bar: Bar = progress,
@@ -320,7 +323,7 @@ def denoise(
     """Runs the loop, from a checkpoint if there is one.
 
     Args:
-        step: the compiled program.
+        loaded: result of `steps.load_steps`.
         bar: shows progress; called as `runtime.progress.progress` is.
 
     Returns:
@@ -329,33 +332,24 @@ def denoise(
     Raises:
         StoppedBetweenSteps: `checkpoints.stop` returned True.
     """
-    from cogvideox.denoising.loop import run_loop, to_host
+    from cogvideox.denoising.loop import checkpoint_tensors, run_loop, to_host
     from cogvideox.denoising.loop_checkpoint import read_checkpoint, write_checkpoint
 
     fingerprint, total = checkpoints.section["fingerprint"], len(run.schedule.timesteps)
     start = None
     if checkpoints.every:
-        start = read_checkpoint(
-            checkpoints.source,
-            fingerprint,
-            shape=run.denoiser.latents.sizes,
-            dtype=run.denoiser.dtype,
-            total=total,
-        )
+        types = functools.partial(checkpoint_tensors, run.denoiser, run.schedule)
+        start = read_checkpoint(checkpoints.source, fingerprint, total=total, tensor_types=types)
     if start:
         print(f"resuming from {checkpoints.source}, {start.steps} of {total} steps done")
-    states = run_loop(
-        *(run.denoiser, step, parameters, prompt_embeds, run.schedule, run.settings.seed),
-        noise_source,
-        start,
-    )
+    states = run_loop(loaded, run.schedule, run.settings.seed, noise_source, start)
     saved = start.steps if start else 0
     try:
         for state in bar(states, total=total, initial=saved, what="denoising"):
             stop = checkpoints.stop() and state.steps < total
             if checkpoints.every and state.steps < total:
                 if stop or state.steps % checkpoints.every == 0:
-                    checkpoint = to_host(run.denoiser, state)
+                    checkpoint = to_host(state, run.schedule)
                     if processes.is_first():
                         write_checkpoint(checkpoints.path, checkpoint, fingerprint)
                     saved = state.steps
@@ -364,7 +358,7 @@ def denoise(
     except Stopped:
         checkpoints.say_what_is_saved(saved, total)
         raise
-    return drop_padding(to_host(run.denoiser, state).latents, run.padding_frames)
+    return drop_padding(to_host(state).latents, run.padding_frames)
 
 
 def save(latents: np.ndarray, section: dict[str, Any], input_dir: Path, output_dir: Path) -> Path:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from runtime.progress import working
 from stages import decode, denoise, encode, files
 from stages.sections import DECODE, DENOISE, ENCODE
+from stages.steps import CompiledSteps, compile_steps, load_steps
 
 if TYPE_CHECKING:
     import jax
@@ -90,7 +91,7 @@ class Session:
         self._text_encoder: TextEncoder | None = None
         self._runs: dict[Shape, denoise.DenoisingRun] = {}
         self._parameters: tuple[jax.sharding.Mesh, dict[str, jax.Array]] | None = None
-        self._step: tuple[Shape, Callable] | None = None
+        self._step: tuple[Shape, CompiledSteps] | None = None
         self._decoder: tuple[jax.sharding.Mesh, Decoder] | None = None
 
     def check(self, requests: Sequence[VideoRequest], stages: Sequence[str], folder: Path) -> None:
@@ -155,7 +156,8 @@ class Session:
 
     def _prepare_transformer(self, request: VideoRequest) -> None:
         shape = request.shape
-        denoiser = self._runs[shape].denoiser
+        run = self._runs[shape]
+        denoiser = run.denoiser
         if self._parameters is None or self._parameters[0] != denoiser.mesh:
             self._parameters = None  # first, so that the devices never hold two
             with working(f"loading the transformer, mesh {self.mesh(shape)}"):
@@ -165,7 +167,8 @@ class Session:
 
             log, self._step = CompilationLog(), None
             with working(f"{shape}: loading the transformer's program"):
-                self._step = shape, denoiser.compile(request.denoise.executables)
+                programs = (denoiser, run.gated, run.schedule, request.denoise.executables)
+                self._step = shape, compile_steps(*programs)
             print(f"{shape}: {log.sentence()}")
 
     def _denoise(self, request: VideoRequest) -> None:
@@ -180,15 +183,14 @@ class Session:
             schedule=make_schedule(request.settings, self._model.scheduler),
         )
         embeddings, _ = denoise.open_embeddings(options.input_dir, options.model_id)
-        prompt_embeds = run.denoiser.prompt_embeds(files.read_tensors(embeddings))
+        tensors = files.read_tensors(embeddings)
         section = denoise.denoising_section(run, self._model, embeddings)
         every = options.checkpoint_every
         checkpoints = denoise.Checkpoints(options.output_dir, section, every, self._stop.is_set)
-        (_, step), (_, parameters) = self._step, self._parameters
-        latents = denoise.denoise(
-            *(run, step, parameters, prompt_embeds, checkpoints, NoiseSource()),
-            functools.partial(self._show_steps, options.output_dir),
-        )
+        (_, steps), (_, parameters) = self._step, self._parameters
+        loaded = load_steps(run.denoiser, run.gated, steps, parameters, tensors)
+        bar = functools.partial(self._show_steps, options.output_dir)
+        latents = denoise.denoise(run, loaded, checkpoints, NoiseSource(), bar)
         denoise.save(latents, section, options.input_dir, options.output_dir)
 
     def _prepare_decoder(self, request: VideoRequest) -> None:

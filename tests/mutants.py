@@ -42,6 +42,7 @@ BACKENDS = "tests/cogvideox/transformer/backends"
 BACKEND = f"{BACKENDS}/tpu/test_backend.py"
 CHOICE = f"{BACKENDS}/test_choice.py"
 MESHES = "tests/parity/test_meshes.py::test_mesh_equals_one_device"
+MASKS = "tests/parity/test_step_masks.py"
 PIPELINE = "tests/parity/test_pipeline.py::test_scripts_equal_diffusers[1.5 dpm]"
 TRAPS = "tests/parity/test_traps.py"
 ROBUST = "tests/splash_attention/test_splash_robustness.py"
@@ -140,12 +141,21 @@ MUTANTS = (
            "((steps - timestep) / steps) ** 5.0", "((steps - timestep - 1) / steps) ** 5.0",
            (f"{TRAPS}::test_dynamic_guidance_is_float64",)),
     Mutant("resumed loop draws the first noise again", LOOP,
-           "noise = next(itertools.islice(noises, done, None))", "noise = next(noises)",
+           "noises = itertools.islice(noises, done.steps, None)", "noises = iter(noises)",
            (f"{CHECKPOINTS}::test_killed_after_any_step",)),
     Mutant("resumed loop forgets x0", LOOP,
-           "latents, previous_x0, done = start.latents, start.previous_x0, start.steps",
-           "latents, done = start.latents, start.steps",
+           "rows(state.previous_x0), Reusable", "rows(0 * state.previous_x0), Reusable",
            (f"{CHECKPOINTS}::test_killed_after_any_step",)),
+    Mutant("residual scales of the branches exchanged", PROGRAM,
+           "jnp.stack(scales)[branches, None", "jnp.stack(scales)[-1 - branches, None",
+           (f"{MASKS}::test_reuse_equals_a_plain_loop_over_diffusers",)),
+    Mutant("gated step adds the whole guidance", PROGRAM,
+           "output + (guidance_scale[0] - 1) * reused.difference",
+           "output + guidance_scale[0] * reused.difference",
+           (f"{MASKS}::test_reuse_equals_a_plain_loop_over_diffusers",)),
+    Mutant("gated step reuses the negative residual", LOOP,
+           "residual[-denoiser.samples :]", "residual[: denoiser.samples]",
+           (f"{MASKS}::test_reuse_equals_a_plain_loop_over_diffusers",)),
     Mutant("checkpoint of another run accepted", "cogvideox/denoising/loop_checkpoint.py",
            'if file.metadata.get("fingerprint") != fingerprint:', "if False:", (CHECKPOINTS,)),
     Mutant("padding frames dropped at the end", "stages/denoise.py",

@@ -1,7 +1,12 @@
-"""The denoising loop: runs the compiled step over a schedule."""
+"""The denoising loop: runs compiled steps over a schedule.
 
+The schedule says which steps reuse what earlier ones computed. A step that is computed while later
+ones reuse its residual runs a program that keeps it; a schedule without a mask runs the exact step.
+"""
+
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,72 +14,208 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cogvideox.denoising.loop_checkpoint import LoopCheckpoint
+from cogvideox.denoising.loop_checkpoint import LoopCheckpoint, TensorTypes
 from cogvideox.denoising.noise import NoiseSource
-from cogvideox.denoising.program import TOKENS, Denoiser
+from cogvideox.denoising.program import RESIDUAL, TOKENS, Denoiser, Reusable, Reuse
 from cogvideox.denoising.scheduler import Schedule
-from runtime.mesh import place
+from cogvideox.transformer.parameters import abstract_parameters
+from runtime.mesh import place, with_sharding
 
 
 class LoopState(NamedTuple):
-    """State of the loop after `steps` steps, on the devices: [B, S, C] each."""
+    """State of the loop after `steps` steps, on the devices: [B, S, C] each.
+
+    Attributes:
+        denoiser: made the state; it says how the arrays are cut.
+        reusable: what the steps so far kept for later ones. Unlike the other arrays it stays valid.
+    """
 
     steps: int
+    denoiser: Denoiser
     tokens: jax.Array
     previous_x0: jax.Array
+    reusable: Reusable[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedDenoiser:
+    """A denoiser with what its steps need on the devices.
+
+    Attributes:
+        steps: result of `Denoiser.compile`.
+        prompt_embeds: result of `Denoiser.prompt_embeds`.
+    """
+
+    denoiser: Denoiser
+    steps: Mapping[Reuse, Callable]
+    parameters: Mapping[str, jax.Array]
+    prompt_embeds: jax.Array
+
+
+def residual_uses(schedule: Schedule) -> list[Reuse]:
+    """Returns what each step does with the residual; "off" for all if the mask skips none."""
+    mask = schedule.mask
+    if mask is None or all(mask.computed):
+        return ["off"] * len(schedule.timesteps)
+    return ["keep" if computed else "reuse" for computed in mask.computed]
+
+
+def programs_of_steps(schedule: Schedule) -> tuple[list[Reuse], list[Reuse]]:
+    """Returns what the steps with guidance, and then the gated ones, do with the residual.
+
+    There is one program for each; without a gate the second list is empty.
+    """
+    uses = residual_uses(schedule)
+    switch = len(uses) if schedule.guided_steps is None else schedule.guided_steps
+    return list(dict.fromkeys(uses[:switch])), list(dict.fromkeys(uses[switch:]))
+
+
+def is_gated(schedule: Schedule, step: int) -> bool:
+    """Whether a step reuses the difference of guidance."""
+    return schedule.guided_steps is not None and step >= schedule.guided_steps
+
+
+def checkpoint_tensors(denoiser: Denoiser, schedule: Schedule, steps: int) -> TensorTypes:
+    """Returns what a checkpoint after `steps` steps holds.
+
+    Args:
+        denoiser: of the run's first step.
+    """
+    latents, layout = denoiser.latents.sizes, denoiser.layout
+    tensors = {"latents": (latents, denoiser.dtype), "previous_x0": (latents, "float32")}
+    if residual_uses(schedule)[steps] == "reuse":
+        samples = denoiser.latents.batch if is_gated(schedule, steps - 1) else denoiser.samples
+        rows = layout.tokens - layout.text
+        tensors["residual"] = ((samples, rows, denoiser.config.width), denoiser.dtype)
+    if is_gated(schedule, steps):
+        tensors["difference"] = (latents, "float32")
+    return tensors
+
+
+def parameters_for(denoiser: Denoiser, parameters: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Gives the weights of a denoiser to `Denoiser.gated` of it, without copying them."""
+    abstract = abstract_parameters(denoiser.config, denoiser.mesh, jnp.dtype(denoiser.dtype))
+    return {name: with_sharding(parameters[name], abstract[name].sharding) for name in abstract}
 
 
 def run_loop(
-    denoiser: Denoiser,
-    compiled_step: Callable,
-    parameters: Mapping[str, jax.Array],
-    prompt_embeds: jax.Array,
+    loaded: Sequence[LoadedDenoiser],
     schedule: Schedule,
     seed: int,
     noise_source: NoiseSource,
     start: LoopCheckpoint | None = None,
+    *,
+    uses: Sequence[Reuse] | None = None,
 ) -> Iterator[LoopState]:
     """Runs the denoising loop.
 
+    The noise of a step does not depend on what the steps reuse.
+
     Args:
-        compiled_step: result of `Denoiser.compile`.
+        loaded: the denoiser, and after it the gated one if the schedule has gated steps.
         start: a state of the same run to resume from; None starts from the initial noise.
+        uses: what each step does with the residual; None takes what the schedule's mask needs.
+            "keep" for all steps yields the residual of every step of an exact run.
 
     Yields:
         The state after each step, once the device has computed it. The next step donates its
-        arrays, so only the last state stays valid.
+        arrays, except for `reusable`.
     """
-    rows, dtype = denoiser.sharding(TOKENS), jnp.dtype(denoiser.dtype)
-    noises = noise_source.draw(seed, denoiser.latents.sizes, dtype, schedule.noise_draws)
-    latents, done = next(noises), 0
-    previous_x0 = np.zeros(latents.shape, np.float32)
-    if start:
-        latents, previous_x0, done = start.latents, start.previous_x0, start.steps
+    total = len(schedule.timesteps)
+    uses = residual_uses(schedule) if uses is None else uses
+    latents, dtype = loaded[0].denoiser.latents.sizes, jnp.dtype(loaded[0].denoiser.dtype)
+    noises = noise_source.draw(seed, latents, dtype, schedule.noise_draws)
+    initial = LoopCheckpoint(0, next(noises), np.zeros(latents, np.float32))
+    done = start or initial
     # Repeat the draws of earlier steps to restore the generator's state.
-    noise = next(itertools.islice(noises, done, None))
-    tokens, previous_x0, noise = (
-        place(denoiser.layout.from_latents(array), rows) for array in (latents, previous_x0, noise)
-    )
+    noises = itertools.islice(noises, done.steps, None)
+    stops = [total] if schedule.guided_steps is None else [schedule.guided_steps, total]
+    for part, stop in zip(loaded, stops, strict=True):
+        state = None
+        for state in _run_part(part, schedule, uses, noises, done, stop):
+            yield state
+        if state and stop < total:
+            done = to_host(state, schedule)  # the next part has another mesh
+
+
+def _run_part(
+    loaded: LoadedDenoiser,
+    schedule: Schedule,
+    uses: Sequence[Reuse],
+    noises: Iterator[np.ndarray],
+    start: LoopCheckpoint,
+    stop: int,
+) -> Iterator[LoopState]:
+    """Runs the steps from `start` to before `stop` on one mesh."""
+    if start.steps >= stop:
+        return
+    denoiser = loaded.denoiser
+    tokens, previous_x0, reusable = to_devices(denoiser, start)
+    rows = denoiser.sharding(TOKENS)
     position_arrays = jax.tree.map(
         place, denoiser.positions, jax.tree.map(denoiser.sharding, denoiser.position_specs)
     )
-    for i, timestep in itertools.islice(enumerate(schedule.timesteps), done, None):
-        guidance_scale, coefficients = schedule.guidance_scales[i], schedule.coefficients[i]
-        scalars = denoiser.step_scalars(timestep, guidance_scale, coefficients)
-        tokens, previous_x0 = compiled_step(
-            tokens, previous_x0, parameters, position_arrays, prompt_embeds, noise, *scalars
+    noise = place(denoiser.layout.from_latents(next(noises)), rows)
+    for i in range(start.steps, stop):
+        use = uses[i]
+        scales = schedule.mask.scales[i] if schedule.mask and use == "reuse" else ()
+        scalars = denoiser.step_scalars(
+            *(schedule.timesteps[i], schedule.guidance_scales[i], schedule.coefficients[i]),
+            scales[-denoiser.branches :],
         )
-        if i + 1 < len(schedule.timesteps):
+        reused = Reusable(
+            reusable.residual if use == "reuse" else None,
+            reusable.difference if denoiser.difference == "reuse" else None,
+        )
+        tokens, previous_x0, kept = loaded.steps[use](
+            *(tokens, previous_x0, loaded.parameters, position_arrays, loaded.prompt_embeds, noise),
+            *(reused, *scalars),
+        )
+        reusable = Reusable(
+            *(old if new is None else new for new, old in zip(kept, reusable, strict=True))
+        )
+        if i + 1 < stop:
             # The host draws while the device computes: 0.1 s of a step that takes seconds.
             noise = place(denoiser.layout.from_latents(next(noises)), rows)
-        yield jax.block_until_ready(LoopState(i + 1, tokens, previous_x0))
+        jax.block_until_ready((tokens, previous_x0, reusable))
+        yield LoopState(i + 1, denoiser, tokens, previous_x0, reusable)
 
 
-def to_host(denoiser: Denoiser, state: LoopState) -> LoopCheckpoint:
-    """Copies a state to the host as latents, independent of the mesh.
+def to_devices(
+    denoiser: Denoiser, state: LoopCheckpoint
+) -> tuple[jax.Array, jax.Array, Reusable[jax.Array]]:
+    """Places tokens, previous x0 and reusable arrays on the denoiser's devices."""
+
+    def rows(latents: np.ndarray) -> jax.Array:
+        return place(denoiser.layout.from_latents(latents), denoiser.sharding(TOKENS))
+
+    residual = state.residual
+    if residual is not None:
+        # A gated step reuses only the residual of the prompts, which come last.
+        residual = denoiser.layout.place(residual[-denoiser.samples :], axis=1)
+        residual = place(residual, denoiser.sharding(RESIDUAL))
+    difference = None if state.difference is None else rows(state.difference)
+    return rows(state.latents), rows(state.previous_x0), Reusable(residual, difference)
+
+
+def to_host(state: LoopState, schedule: Schedule | None = None) -> LoopCheckpoint:
+    """Copies a state to the host, independent of the mesh.
 
     Every process must call it, and every process gets the full state.
+
+    Args:
+        schedule: also copies what its next step reuses.
     """
-    tokens = multihost_utils.process_allgather((state.tokens, state.previous_x0), tiled=True)
-    latents, previous_x0 = map(denoiser.layout.to_latents, tokens)
-    return LoopCheckpoint(state.steps, latents, previous_x0)
+    residual = difference = None
+    if schedule is not None and residual_uses(schedule)[state.steps] == "reuse":
+        residual = state.reusable.residual
+    if schedule is not None and is_gated(schedule, state.steps):
+        difference = state.reusable.difference
+    arrays = (state.tokens, state.previous_x0, Reusable(residual, difference))
+    tokens, previous_x0, kept = multihost_utils.process_allgather(arrays, tiled=True)
+    layout = state.denoiser.layout
+    return LoopCheckpoint(
+        *(state.steps, layout.to_latents(tokens), layout.to_latents(previous_x0)),
+        None if residual is None else kept.residual[:, layout.text : layout.tokens],
+        None if difference is None else layout.to_latents(kept.difference),
+    )

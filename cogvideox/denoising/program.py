@@ -2,13 +2,18 @@
 
 The step is one shard_map over the mesh. Every device holds a shard of the token rows of all samples
 and runs the transformer on its shard of the guided batch.
+
+A step has two lossy forms. One reuses the residual of an earlier step (see `step_mask`): what all
+blocks add to the embedded tokens. The other reuses the difference of guidance (see
+`Denoiser.gated`). They are programs of their own over the same weights; the exact step's program
+has no trace of them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +32,7 @@ from cogvideox.transformer.parameters import abstract_parameters
 from cogvideox.transformer.tokens import PositionTables, TokenLayout, positions
 from runtime.compiler_options import transformer_options
 from runtime.executables import find_or_compile
-from runtime.mesh import place
+from runtime.mesh import fitting_meshes, make_mesh, place
 from runtime.programs import Program, machine_fields
 from runtime.tensor_files import StoredTensor
 
@@ -46,6 +51,25 @@ SOURCES = (
 TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: split by rows, not by samples
 _ROWS = P(("sp", "tp"), None)  # [S, E]
 _BATCH = P("dp")  # the transformer's samples, guidance's included
+RESIDUAL = P("dp", ("sp", "tp"), None)  # [samples, S, E]
+
+# What a step does with a reusable array: nothing, also return it, or take it in place of its work.
+Reuse = Literal["off", "keep", "reuse"]
+
+
+class Reusable[Array](NamedTuple):
+    """Arrays that a step returns and later steps reuse; None if the step has no use for it.
+
+    Attributes:
+        residual: what all blocks add to the embedded tokens, [samples, S, E] in the run's dtype;
+            the samples of the negative prompts come first. Rows of text and padding are zero.
+        difference: the prediction for the prompts minus that for the negative prompts, [B, S, C]
+            float32.
+    """
+
+    residual: Array | None = None
+    difference: Array | None = None
+
 
 # Fields of the transformer's config that do not affect the program: they are unused, or only affect
 # the positional tables, which are arguments.
@@ -57,20 +81,38 @@ _NOT_IN_THE_PROGRAM = {
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """Denoising program for one model and one shape on one mesh.
+    """Denoising programs for one model and one shape on one mesh.
 
-    Prompts, noise, guidance scales and scheduler coefficients are arguments: changing the prompt,
-    seed, guidance scale, scheduler or step count does not recompile.
+    Prompts, noise, guidance scales, scheduler coefficients and the scales of a residual are
+    arguments: changing the prompt, seed, guidance scale, scheduler, step count or step mask does
+    not recompile.
+
+    Attributes:
+        stored: safetensors headers; {} if no weights are loaded.
+        guided: classifier-free guidance; doubles the transformer's batch.
+        difference: "off" in exact steps. "keep" also returns the difference of guidance; "reuse"
+            takes it and runs the transformer only for the prompts, without negative prompts.
     """
 
     config: TransformerConfig
-    stored: Mapping[str, StoredTensor]  # safetensors headers; {} if no weights are loaded
+    stored: Mapping[str, StoredTensor]
     latents: LatentShape
     text_tokens: int
-    guided: bool  # classifier-free guidance; doubles the transformer's batch
+    guided: bool
     dtype: str
     mesh: jax.sharding.Mesh
     backend: Backend
+    difference: Reuse = "off"
+
+    @property
+    def branches(self) -> int:
+        """Parts of the transformer's batch: 2 with negative prompts, else 1."""
+        return 2 if self.guided and self.difference != "reuse" else 1
+
+    @property
+    def samples(self) -> int:
+        """Samples of the transformer's batch."""
+        return self.branches * self.latents.batch
 
     @property
     def layout(self) -> TokenLayout:
@@ -103,27 +145,38 @@ class Denoiser:
         return load_parameters(self.config, self.stored, self.mesh, dtype, executables)
 
     def prompt_embeds(self, embeddings: Mapping[str, np.ndarray]) -> jax.Array:
-        """Builds the transformer's text input [B or 2B, S, E]; negative prompts first if guided."""
+        """Builds the transformer's text input [samples, S, E], negative prompts first."""
         parts = [embeddings["prompt_embeds"]]
-        if self.guided:
+        if self.branches == 2:
             parts.insert(0, embeddings["negative_prompt_embeds"])
         text = np.concatenate(parts).astype(jnp.dtype(self.dtype))
         return place(text, self.sharding(_BATCH))
 
-    def compile(self, executables: Path | None = None) -> Callable:
-        """Reads the step from the folder of executables or compiles it; needs no weights."""
-        devices = list(self.mesh.devices.flat)
-        return find_or_compile([self.program], executables, devices=devices)[0]
+    def compile(
+        self, executables: Path | None = None, residuals: Sequence[Reuse] = ("off",)
+    ) -> dict[Reuse, Callable]:
+        """Reads steps from the folder of executables or compiles them; needs no weights.
 
-    @property
-    def programs(self) -> list[Program]:
-        """Returns the step's program and the programs that load the weights."""
+        Args:
+            residuals: what the steps do with the residual, one program each.
+        """
+        programs, devices = [self.step_program(r) for r in residuals], list(self.mesh.devices.flat)
+        found = find_or_compile(programs, executables, devices=devices)
+        return dict(zip(residuals, found, strict=True))
+
+    def programs(self, residuals: Sequence[Reuse] = ("off",)) -> list[Program]:
+        """Returns the steps' programs and the programs that load the weights."""
         stacks = stack_programs(self.config, self.mesh, jnp.dtype(self.dtype))
-        return [self.program, *{stack.name: stack for stack in stacks.values()}.values()]
+        steps = [self.step_program(residual) for residual in residuals]
+        return [*steps, *{stack.name: stack for stack in stacks.values()}.values()]
 
     @property
     def program(self) -> Program:
-        """Returns the step's program with everything that determines its executable."""
+        """Returns the program of the step that has no use for a residual."""
+        return self.step_program("off")
+
+    def step_program(self, residual: Reuse) -> Program:
+        """Returns a step's program with everything that determines its executable."""
         b, t, _, h, w = self.latents.sizes
         mesh = "".join(f"-{axis}{size}" for axis, size in self.mesh.shape.items())
         config = {
@@ -131,6 +184,8 @@ class Denoiser:
             for name, value in dataclasses.asdict(self.config).items()
             if name not in _NOT_IN_THE_PROGRAM and value is not None
         }
+        reuses = {"residual": residual, "difference": self.difference}
+        reuses = {what: how for what, how in reuses.items() if how != "off"}
         fields = {
             "transformer": config,
             "latents": self.latents.sizes,
@@ -140,9 +195,11 @@ class Denoiser:
             "attention": self.backend.name,
             "block_sizes": self._block_sizes,
             "compiler_options": transformer_options(self.mesh.devices),
+            **reuses,
             **machine_fields(self.mesh, ("torch", "torchax", "diffusers"), SOURCES),
         }
-        return Program("stage2_transformer", f"{b}x{t}x{h}x{w}{mesh}", fields, self.lower)
+        name = "".join(["stage2_transformer", *(f"_{how}_{what}" for what, how in reuses.items())])
+        return Program(name, f"{b}x{t}x{h}x{w}{mesh}", fields, partial(self.lower, residual))
 
     @property
     def _block_sizes(self) -> dict[str, int]:
@@ -155,8 +212,8 @@ class Denoiser:
                 self.dtype,
             )
 
-    def lower(self) -> jax.stages.Lowered:
-        """Lowers the step for abstract arguments, sharded as in the loop."""
+    def lower(self, residual: Reuse = "off") -> jax.stages.Lowered:
+        """Lowers a step for abstract arguments, sharded as in the loop."""
 
         def abstract(shape: tuple[int, ...], dtype: DTypeLike, spec: P) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(spec))
@@ -169,42 +226,54 @@ class Denoiser:
         )
         tokens = abstract(self.layout.shape, self.dtype, TOKENS)
         x0 = abstract(self.layout.shape, jnp.float32, TOKENS)
-        text = (
-            self.latents.batch * (2 if self.guided else 1),
-            self.text_tokens,
-            self.config.text_embed_dim,
-        )
+        text = (self.samples, self.text_tokens, self.config.text_embed_dim)
         prompt_embeds = abstract(text, self.dtype, _BATCH)
-        scalars = self.step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6))
-        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, parameters)
+        residual_shape = (self.samples, self.layout.padded, self.config.width)
+        reusable = Reusable(abstract(residual_shape, self.dtype, RESIDUAL), x0)
+        reused, kept = (
+            Reusable(
+                reusable.residual if residual == how else None,
+                reusable.difference if self.difference == how else None,
+            )
+            for how in ("reuse", "keep")
+        )
+        scales = (1.0,) * self.branches if residual == "reuse" else ()
+        scalars = self.step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6), scales)
+        specs, reused_specs, kept_specs = (
+            jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
+            for tree in (parameters, reused, kept)
+        )
         step = jax.shard_map(
-            self._step,
+            partial(self._step, residual),
             mesh=self.mesh,
             in_specs=(
-                *(TOKENS, TOKENS, specs, self.position_specs, _BATCH, TOKENS),
+                *(TOKENS, TOKENS, specs, self.position_specs, _BATCH, TOKENS, reused_specs),
                 *jax.tree.map(lambda _: P(), scalars),
             ),
-            out_specs=(TOKENS, TOKENS),
+            out_specs=(TOKENS, TOKENS, kept_specs),
             check_vma=False,  # pallas_call does not declare which axes its output varies over
         )
         # Pallas reads the chip it compiles for from the abstract mesh.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return jax.jit(step, donate_argnums=(0, 1)).lower(
-                tokens, x0, parameters, position_arrays, prompt_embeds, tokens, *scalars
+                *(tokens, x0, parameters, position_arrays, prompt_embeds, tokens, reused, *scalars)
             )
 
     def _step(
         self,
+        residual: Reuse,
         tokens: jax.Array,
         previous_x0: jax.Array,
         parameters: Mapping[str, jax.Array],
         position_arrays: Mapping[str, jax.Array | tuple[jax.Array, jax.Array]],
         prompt_embeds: jax.Array,
         noise: jax.Array,
+        reused: Reusable[jax.Array],
         timestep: jax.Array,
         guidance_scale: tuple[jax.Array, ...],
         coefficients: StepCoefficients[jax.Array],
-    ) -> tuple[jax.Array, jax.Array]:
+        residual_scales: tuple[jax.Array, ...],
+    ) -> tuple[jax.Array, jax.Array, Reusable[jax.Array]]:
         """Runs transformer, guidance and scheduler on one device.
 
         Args:
@@ -212,28 +281,50 @@ class Denoiser:
             previous_x0: the same in float32.
             prompt_embeds: [b, S_text, text_embed_dim], this device's samples; with guidance, the
                 negative prompts come before the prompts.
+            reused: this device's part of what the step takes from earlier ones.
+            residual_scales: factors of the reused residual, by branch.
 
         Returns:
-            The next tokens and x0, [B, s, C].
+            The next tokens and x0, [B, s, C], and what the step keeps for later ones.
         """
-        samples = jnp.concatenate([tokens, tokens]) if self.guided else tokens
+        samples = jnp.concatenate([tokens, tokens]) if self.branches == 2 else tokens
         own = prompt_embeds.shape[0]
         samples = jax.lax.dynamic_slice_in_dim(samples, jax.lax.axis_index("dp") * own, own)
         from cogvideox.transformer import model as transformer  # only to trace: it takes seconds
 
-        output = transformer.predict(
-            self._module, parameters, samples, prompt_embeds, timestep, position_arrays
+        output, made = transformer.predict(
+            *(self._module, parameters, samples, prompt_embeds, timestep, position_arrays),
+            residual=self._scaled(reused.residual, residual_scales),
+            return_residual=residual == "keep",
         )
         output = jax.lax.all_gather(output.astype(jnp.float32), "dp", tiled=True)
-        if self.guided:
+        difference = None
+        if self.branches == 2:
             negative, positive = jnp.split(output, 2)
-            output = negative + guidance_scale[0] * (positive - negative)
+            difference = positive - negative
+            output = negative + guidance_scale[0] * difference
+        elif reused.difference is not None:
+            # negative = positive - difference in the line above.
+            output = output + (guidance_scale[0] - 1) * reused.difference
         following, x0 = step(tokens, output, previous_x0, noise, coefficients)
         # Text and padding rows stay zero; the transformer's output there is undefined.
         rows = row_indices(tokens.shape[1])[:, None]
         is_video = (rows >= self.layout.text) & (rows < self.layout.tokens)
-        following, x0 = (jnp.where(is_video, x, 0) for x in (following, x0))
-        return following.astype(tokens.dtype), x0
+        kept = Reusable(made, difference if self.difference == "keep" else None)
+        following, x0, kept = jax.tree.map(
+            lambda x: jnp.where(is_video, x, 0), (following, x0, kept)
+        )
+        return following.astype(tokens.dtype), x0, kept
+
+    def _scaled(
+        self, residual: jax.Array | None, scales: tuple[jax.Array, ...]
+    ) -> jax.Array | None:
+        """Multiplies this device's residual [b, s, E] by its branches' scales, in float32."""
+        if residual is None:
+            return None
+        own = residual.shape[0]
+        branches = (jax.lax.axis_index("dp") * own + jnp.arange(own)) // self.latents.batch
+        return jnp.stack(scales)[branches, None, None] * residual
 
     @cached_property
     def _module(self) -> "TokenTransformer":
@@ -242,11 +333,45 @@ class Denoiser:
         return transformer.TokenTransformer.abstract(self.config, self.layout, self.backend)
 
     def step_scalars(
-        self, timestep: int, guidance_scale: float, coefficients: StepCoefficients[float]
-    ) -> tuple[np.int32, tuple[np.float32, ...], StepCoefficients[np.float32]]:
+        self,
+        timestep: int,
+        guidance_scale: float,
+        coefficients: StepCoefficients[float],
+        residual_scales: Sequence[float] = (),
+    ) -> tuple[
+        np.int32, tuple[np.float32, ...], StepCoefficients[np.float32], tuple[np.float32, ...]
+    ]:
         """Returns the scalars of one step as arrays; constants would recompile the program.
 
         An unguided step has no guidance scale: JAX drops unused arguments from the executable.
+
+        Args:
+            residual_scales: by branch, if the step reuses a residual.
         """
         guidance = (np.float32(guidance_scale),) if self.guided else ()
-        return np.int32(timestep), guidance, StepCoefficients(*map(np.float32, coefficients))
+        scales = tuple(map(np.float32, residual_scales))
+        return (
+            *(np.int32(timestep), guidance),
+            *(StepCoefficients(*map(np.float32, coefficients)), scales),
+        )
+
+    def gated(self) -> "Denoiser":
+        """Returns the steps that run only the prompts and reuse the difference of guidance.
+
+        They use a mesh of the same devices. Half of the batch leaves devices along dp idle, so
+        these join sp. tp stays, so every device keeps its shards of the weights.
+
+        Raises:
+            ValueError: the heads cannot be split over that many devices.
+        """
+        size, tp = self.mesh.size, self.mesh.shape["tp"]
+        heads = self.config.num_attention_heads
+        fitting = fitting_meshes(self.latents.batch, heads, size)
+        shape = next((m for m in fitting if m[0] * m[1] * m[2] == size and m[2] == tp), None)
+        if shape is None:
+            raise ValueError(
+                f"--guidance_until: {heads} heads and {self.latents.batch} prompt(s) cannot be "
+                f"split over {size} devices with tp={tp}; take other --dp, --sp and --tp"
+            )
+        mesh = make_mesh(shape, list(self.mesh.devices.flat))
+        return dataclasses.replace(self, mesh=mesh, difference="reuse")

@@ -12,7 +12,7 @@ are not imported here because that takes longer than reading the weights.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ import numpy as np
 
 from cogvideox.model.config import SchedulerConfig
 from cogvideox.model.settings import DenoisingSettings
+
+if TYPE_CHECKING:
+    from cogvideox.denoising.step_mask import StepMask
 
 _Real = float | np.floating
 
@@ -66,12 +69,31 @@ def step(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Per-step arguments of one run, on the host."""
+    """Per-step arguments of one run, on the host.
+
+    Attributes:
+        noise_draws: draws by diffusers in each step; the last one is used.
+        mask: which steps run the transformer; None runs it in all.
+        guided_steps: the steps from this one on reuse the difference of guidance of the step
+            before; None computes it in all.
+    """
 
     timesteps: tuple[int, ...]
     guidance_scales: tuple[float, ...]
     coefficients: tuple[StepCoefficients[float], ...]
-    noise_draws: tuple[int, ...]  # draws by diffusers in each step; the last one is used
+    noise_draws: tuple[int, ...]
+    mask: "StepMask | None" = None
+    guided_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        steps = len(self.timesteps)
+        if self.mask and len(self.mask.computed) != steps:
+            raise ValueError(f"the step mask has {len(self.mask.computed)} steps, the run {steps}")
+        if self.guided_steps is not None and not 0 < self.guided_steps < steps:
+            raise ValueError(
+                f"a run of {steps} steps cannot end guidance after {self.guided_steps} of them; "
+                f"take 1 to {steps - 1}"
+            )
 
 
 def make_schedule(settings: DenoisingSettings, config: SchedulerConfig) -> Schedule:

@@ -53,7 +53,10 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
         timestep: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         embedding: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        *,
+        residual: torch.Tensor | None = None,
+        return_residual: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Predicts on one device of a mesh, inside shard_map.
 
         Args:
@@ -61,10 +64,30 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
             encoder_hidden_states: [b, S_text, text_embed_dim], the full text on every device.
             timestep: [b].
             rotary, embedding: this device's rows of `tokens.positions`.
+            residual: [b, s, E], added to the embedded tokens in place of the blocks.
+            return_residual: also return what the blocks add to the embedded tokens.
 
         Returns:
-            [b, s, C]; text and padding rows are undefined.
+            [b, s, C]; text and padding rows are undefined. With `return_residual` also the
+            residual [b, s, E] in the tokens' dtype.
         """
+        embedded, temb = self._embed(tokens, encoder_hidden_states, timestep, embedding)
+        if residual is None:
+            with jax.named_scope("blocks"):
+                hidden_states = self.transformer_blocks(embedded, temb, rotary)
+        else:
+            hidden_states = (embedded + residual).to(embedded.dtype)
+        output = self._project_out(hidden_states, temb)
+        return (output, hidden_states - embedded) if return_residual else output
+
+    def _embed(
+        self,
+        tokens: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        embedding: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the embedded tokens [b, s, E] and the timestep's embedding."""
         with jax.named_scope("embed"):
             temb = self.time_embedding(self.time_proj(timestep).to(tokens.dtype))
             patch = self.patch_embed.proj  # a strided convolution in 1.0, a linear layer in 1.5
@@ -73,8 +96,10 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
             hidden_states = cast(torch.Tensor, call_jax(text_rows_first, text, video))
             if embedding is not None:
                 hidden_states = hidden_states + embedding.to(hidden_states.dtype)
-        with jax.named_scope("blocks"):
-            hidden_states = self.transformer_blocks(hidden_states, temb, rotary)
+            return hidden_states, temb
+
+    def _project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Projects tokens [b, s, E] to the prediction [b, s, C]."""
         with jax.named_scope("project_out"):
             hidden_states = self.norm_final(hidden_states)
             hidden_states = self.norm_out(hidden_states, temb=temb)
@@ -118,13 +143,27 @@ def predict(
     prompt_embeds: jax.Array,
     timestep: jax.Array,
     positions: Mapping[str, object],
-) -> jax.Array:
-    """Runs `TokenTransformer.forward` on JAX arrays; the batch shares one `timestep` []."""
+    *,
+    residual: jax.Array | None = None,
+    return_residual: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Runs `TokenTransformer.forward` on JAX arrays; the batch shares one `timestep` [].
 
-    def forward(parameters, *arguments, **positions):
+    Returns:
+        The prediction, and the residual with `return_residual`, else None.
+    """
+
+    def forward(parameters, *arguments, **keywords):
         with torch.no_grad():
-            return torch.func.functional_call(module, parameters, arguments, positions)
+            return torch.func.functional_call(module, parameters, arguments, keywords)
 
     timesteps = jnp.full(tokens.shape[0], timestep)
-    output = call_torch(forward, dict(parameters), tokens, prompt_embeds, timesteps, **positions)
-    return cast(jax.Array, output)
+    output = call_torch(
+        *(forward, dict(parameters), tokens, prompt_embeds, timesteps),
+        **positions,
+        residual=residual,
+        return_residual=return_residual,
+    )
+    if return_residual:
+        return cast(tuple[jax.Array, jax.Array], output)
+    return cast(jax.Array, output), None

@@ -144,16 +144,16 @@ def table(folder: Path, capsys) -> str:
 def test_steps_of_the_running_job_are_shown(model, tmp_path, capsys, monkeypatch):
     """In `status` of another process, and in the batch's own output with the job's name."""
     monkeypatch.setattr(steps, "_EVERY_SECONDS", 0.0)
-    seen, make_step = [], Denoiser.compile
+    seen, make_steps = [], Denoiser.compile
 
     def compile_and_watch(self, *arguments):
-        step = make_step(self, *arguments)
+        found = make_steps(self, *arguments)
 
         def watched(*arguments):
             seen.append(table(tmp_path, capsys))
-            return step(*arguments)
+            return found["off"](*arguments)
 
-        return watched
+        return {"off": watched}
 
     monkeypatch.setattr(Denoiser, "compile", compile_and_watch)
     assert run(model, tmp_path, jobs=JOBS[:1]) == 0

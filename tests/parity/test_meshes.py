@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from cogvideox.denoising.loop import run_loop, to_host
+from cogvideox.denoising.loop import LoadedDenoiser, run_loop, to_host
 from cogvideox.denoising.noise import NoiseSource
 from cogvideox.denoising.program import Denoiser
 from cogvideox.denoising.scheduler import make_schedule
@@ -42,10 +42,9 @@ def final_latents(folder: Path, mesh_shape: tuple[int, int, int]) -> np.ndarray:
     texts = np.random.default_rng(0).normal(size=(2, 1, TOKENS, 32))
     embeds = denoiser.prompt_embeds({"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]})
     schedule = make_schedule(settings, model.scheduler)
-    *_, last = run_loop(
-        denoiser, denoiser.compile(), parameters, embeds, schedule, 0, NoiseSource()
-    )
-    return to_host(denoiser, last).latents
+    loaded = LoadedDenoiser(denoiser, denoiser.compile(), parameters, embeds)
+    *_, last = run_loop([loaded], schedule, 0, NoiseSource())
+    return to_host(last).latents
 
 
 # Gated, the MLP's first layer has twice the columns, and every shard needs both halves of some.

@@ -130,6 +130,7 @@ def test_damaged_checkpoints_are_ignored(folder, tmp_path, monkeypatch, capsys):
 
 
 SHAPE = (1, 2, 3, 4, 5)
+TYPES = {"latents": (SHAPE, "float32"), "previous_x0": (SHAPE, "float32")}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_odd_contents_of_the_right_fingerprint_are_ignored(steps, change, said, 
     tensors = {"latents": state, "previous_x0": state} | change
     write_tensors(tmp_path / "checkpoint", tensors, stamp)
     read = loop_checkpoint.read_checkpoint(
-        tmp_path / "checkpoint", "this run", shape=SHAPE, dtype="float32", total=4
+        tmp_path / "checkpoint", "this run", total=4, tensor_types=lambda _: TYPES
     )
     output = capsys.readouterr().out
     assert (read is None) == bool(said) and said in output
@@ -166,6 +167,6 @@ def test_a_flipped_bit_of_a_checkpoint_is_seen(tmp_path, capsys):
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content)
-    options = {"shape": SHAPE, "dtype": "float32", "total": 4}
+    options = {"total": 4, "tensor_types": lambda _: TYPES}
     assert loop_checkpoint.read_checkpoint(path, "run", **options) is None
     assert "checksum does not match" in capsys.readouterr().out

@@ -1,0 +1,66 @@
+"""The compiled steps of a denoising run, and the devices' arrays that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+    from cogvideox.denoising.loop import LoadedDenoiser
+    from cogvideox.denoising.program import Denoiser, Reuse
+    from cogvideox.denoising.scheduler import Schedule
+
+
+class CompiledSteps(NamedTuple):
+    """Results of `Denoiser.compile`.
+
+    Attributes:
+        gated: of the gated steps; empty if there are none.
+    """
+
+    guided: Mapping[Reuse, Callable]
+    gated: Mapping[Reuse, Callable]
+
+
+def compile_steps(
+    denoiser: Denoiser, gated: Denoiser | None, schedule: Schedule, executables: Path | None
+) -> CompiledSteps:
+    """Reads or compiles the programs that a schedule runs.
+
+    Args:
+        gated: result of `Denoiser.gated` if the schedule has gated steps.
+    """
+    from cogvideox.denoising.loop import programs_of_steps
+
+    of_guided, of_gated = programs_of_steps(schedule)
+    return CompiledSteps(
+        denoiser.compile(executables, of_guided),
+        gated.compile(executables, of_gated) if gated else {},
+    )
+
+
+def load_steps(
+    denoiser: Denoiser,
+    gated: Denoiser | None,
+    steps: CompiledSteps,
+    parameters: Mapping[str, jax.Array],
+    embeddings: Mapping[str, np.ndarray],
+) -> list[LoadedDenoiser]:
+    """Places the embeddings; returns the denoiser, and the gated one after it if there is one.
+
+    The gated steps use the same weights, which are not copied.
+    """
+    from cogvideox.denoising.loop import LoadedDenoiser, parameters_for
+
+    loaded = [
+        LoadedDenoiser(denoiser, steps.guided, parameters, denoiser.prompt_embeds(embeddings))
+    ]
+    if gated:
+        weights = parameters_for(gated, parameters)
+        prompts = gated.prompt_embeds(embeddings)
+        loaded.append(LoadedDenoiser(gated, steps.gated, weights, prompts))
+    return loaded
