@@ -22,10 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from jobs.typed_json import from_json, read_object
 from runtime.errors import InputError, RunError
 from runtime.files import flush
 from runtime.text import printable
+from runtime.typed_json import from_json, read_object
 
 CLAIMS_FOLDER = "claims"
 DEFAULT_EXPIRY = 120.0  # seconds without a sign of life; signs come four times as often

@@ -24,10 +24,10 @@ from typing import Any, Literal
 from cogvideox.model.settings import DenoisingSettings
 from jobs.claims import claim_state
 from jobs.steps import STEPS_FILE, Steps, read_steps
-from jobs.typed_json import from_json, read_object
 from runtime.errors import InputError
 from runtime.files import open_regular, write_json
 from runtime.text import printable
+from runtime.typed_json import from_json, read_object
 from stages import files
 from stages.sections import DECODE, DENOISE, ENCODE, STAGES
 from stages.session import Shape

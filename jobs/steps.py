@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from jobs.typed_json import from_json, read_object
 from runtime.errors import InputError
 from runtime.files import write_json
 from runtime.progress import progress
+from runtime.typed_json import from_json, read_object
 
 STEPS_FILE = "stage2_steps.json"
 _EVERY_SECONDS = 1.0

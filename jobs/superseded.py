@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.records import Job, JobState
-from jobs.typed_json import read_object
 from runtime.errors import InputError
 from runtime.files import write_json
+from runtime.typed_json import read_object
 
 BATCH_FILE = "batch.json"
 

@@ -69,7 +69,12 @@ class StepMask:
     @property
     def text(self) -> str:
         """One digit a step: 1 computed, 0 skipped."""
-        return "".join("01"[computed] for computed in self.computed)
+        return digits(self.computed)
+
+
+def digits(computed: Sequence[bool]) -> str:
+    """Returns one digit a step: 1 computed, 0 skipped."""
+    return "".join("01"[is_computed] for is_computed in computed)
 
 
 def parse_computed(text: str) -> tuple[bool, ...]:
@@ -193,10 +198,12 @@ def minimax_mask(weights: EdgeWeights, steps: int, budget: int) -> tuple[bool, .
     path = best[steps]
     if path is None:
         longest = max(j - i for i, j in edges) - 1
-        least = math.ceil(steps / (longest + 1))
+        fewest = [0] + [steps] * steps
+        for j in range(1, steps + 1):
+            fewest[j] = 1 + min(fewest[i] for i, _ in into[j])
         raise ValueError(
             f"no mask computes {budget} of {steps} steps if it skips at most {longest} in a row; "
-            f"the smallest number is {least}"
+            f"the smallest number is {fewest[steps]}"
         )
     return tuple(i in path[1] for i in range(steps))
 

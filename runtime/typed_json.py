@@ -1,4 +1,4 @@
-"""Read JSON files of a batch's folder into dataclasses, with every type checked.
+"""Read JSON files into dataclasses, with every type checked.
 
 The files may be damaged, or written by other people and programs.
 """
@@ -80,6 +80,9 @@ def _fits(value: Any, expected: Any) -> bool:
     if origin is dict:
         _, kind = get_args(expected)
         return isinstance(value, dict) and all(_fits(one, kind) for one in value.values())
+    if origin is list:
+        (kind,) = get_args(expected)
+        return isinstance(value, list) and all(_fits(one, kind) for one in value)
     if expected is Any:
         return True
     if expected in (int, float):
