@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import utils
 from jobs.claims import DEFAULT_EXPIRY
-from jobs.jobfile import JsonSettings, LineSettings, Parse
+from jobs.jobfile import LineSettings
 from runtime.errors import InputError
-from runtime.exit_codes import run_script
+from runtime.exit_codes import FAILED_JOBS, run_script
 from stages.files import CONFIG_FILE
 from stages.sections import STAGES
-
-_FAILED_JOBS = 3  # exit code
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,49 +91,16 @@ def _stages(text: str) -> tuple[str, ...]:
     return tuple(STAGES[int(number) - 1] for number in numbers)
 
 
-class _LineParser(utils.ArgumentParser):
-    """Checks the values of a line as the command line's are checked; raises instead of exiting."""
-
-    def __init__(self) -> None:
-        super().__init__("", "")
-        utils.add_prompt(self)
-        utils.add_text(self)
-        utils.add_denoising(self)
-        utils.add_video(self)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def line_parser(defaults: argparse.Namespace) -> Parse:
-    """Makes the function that checks a line's settings; `defaults` fill in what it leaves out."""
-    parser = _LineParser()
-
-    def words(settings: JsonSettings) -> Iterator[str]:
-        for key, value in settings.items():
-            if value is True:
-                yield f"--{key}"
-            elif value is not False:
-                yield f"--{key}={value}"
-
-    def parse(settings: JsonSettings) -> LineSettings:
-        switched_off = {key: False for key, value in settings.items() if value is False}
-        start = argparse.Namespace(**vars(defaults) | {"prompt": None} | switched_off)
-        parsed = parser.parse_args(list(words(settings)), start)
-        return utils.options(LineSettings, parsed, prompt=parsed.prompt[0])
-
-    return parse
-
-
 def run(arguments: argparse.Namespace) -> None:
     from jobs import batch
     from jobs.options import BatchOptions
 
     utils.choose_platform(arguments)
     utils.copy_trusted_executables(arguments)
-    counts = batch.run(utils.options(BatchOptions, arguments), line_parser(arguments))
+    parse = utils.line_parser(LineSettings, arguments)
+    counts = batch.run(utils.options(BatchOptions, arguments), parse)
     if counts and counts.failed:
-        sys.exit(_FAILED_JOBS)
+        sys.exit(FAILED_JOBS)
 
 
 def parse_status(argv: list[str] | None = None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +43,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message_line(message)} (see {self.prog} --help)\n")
+
+
+class RaisingParser(ArgumentParser):
+    """Checks arguments that do not come from the command line; raises instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -111,11 +118,11 @@ def add_mesh(parser: ArgumentParser, axes: tuple[str, ...] = ("dp", "sp", "tp"))
         parser.add_argument(f"--{axis}", type=integer(1), help=what)
 
 
-def add_prompt(parser: ArgumentParser) -> None:
+def add_prompt(parser: ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--prompt",
         action="append",
-        required=True,
+        required=required,
         help="what the video shows; repeat it for a batch of videos",
     )
 
@@ -322,3 +329,36 @@ def options[Options](
     names = {field.name for field in dataclasses.fields(kind)}
     values = {name: value for name, value in vars(arguments).items() if name in names}
     return kind(**{**values, **changes})
+
+
+def to_arguments(settings: Mapping[str, object]) -> list[str]:
+    """The command line that means the same as settings from a JSON file; lists are repeated."""
+    words = []
+    for name, value in settings.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not False:
+            words += [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def line_parser[Settings](
+    kind: type[Settings], defaults: argparse.Namespace
+) -> Callable[[Mapping[str, object]], Settings]:
+    """Makes the function that checks the settings of one video as the command line's are checked.
+
+    Args:
+        kind: the dataclass to make.
+        defaults: what settings are that a video leaves out.
+    """
+    parser = RaisingParser("", "")
+    for add in (add_prompt, add_text, add_denoising, add_video):
+        add(parser)
+
+    def parse(settings: Mapping[str, object]) -> Settings:
+        switched_off = {key: False for key, value in settings.items() if value is False}
+        start = argparse.Namespace(**vars(defaults) | {"prompt": None} | switched_off)
+        parsed = parser.parse_args(to_arguments(settings), start)
+        return options(kind, parsed, prompt=parsed.prompt[0])
+
+    return parse

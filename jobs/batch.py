@@ -12,13 +12,14 @@ from pathlib import Path
 
 from cogvideox.model.folder import MODEL_PARTS, ModelFolder, find_model
 from jobs.estimate import describe, job_bytes
+from jobs.gallery import GALLERY_FILE
 from jobs.identity import make_jobs
-from jobs.jobfile import Parse, read_job_file
+from jobs.jobfile import Parse, read_job_file, read_prompts
 from jobs.ledger import CONFIG, DONE, FAILED, Counts, Ledger
 from jobs.options import BatchOptions
 from jobs.records import Job, read_batch, write_job
 from jobs.runner import DISK_ERRORS, Runner
-from jobs.superseded import write_job_ids
+from jobs.superseded import add_job_ids, write_job_ids
 from runtime.errors import InputError, RunError, Stopped, checking_input
 from runtime.text import printable
 from stages import files
@@ -26,6 +27,7 @@ from stages.sections import STAGES
 
 _SHOWN_PROBLEMS = 100
 _SPARE_BYTES = 1 << 30
+_COMMAND_LINE = "generate.py"  # stands for a job file in batch.json
 
 
 def run(options: BatchOptions, parse: Parse) -> Counts | None:
@@ -63,7 +65,10 @@ def run(options: BatchOptions, parse: Parse) -> Counts | None:
 
     for job in jobs:
         _write_job(options.output_dir / job.folder, job, runner.ledger)
-    write_job_ids(options.output_dir, options.jobs, every_job)
+    if options.jobs:
+        write_job_ids(options.output_dir, options.jobs.name, every_job)
+    else:
+        add_job_ids(options.output_dir, _COMMAND_LINE, every_job)
     if options.engine == "ray":
         from jobs import ray_engine
 
@@ -75,6 +80,12 @@ def run(options: BatchOptions, parse: Parse) -> Counts | None:
         counts = runner.run()
     runner.copy()
     _name_failures(jobs, runner.ledger)
+    if not options.jobs:
+        for job in jobs:
+            if runner.ledger.next(job) == DONE:
+                video = options.output_dir / job.folder / files.VIDEO_FILE
+                print(f"video: {video} (seed {job.settings.seed})")
+    print(f"gallery: {options.output_dir / GALLERY_FILE}")
     print(f"{counts.done} done, {counts.failed} failed, {counts.left} left")
     if signals:
         raise Stopped(signals[0])
@@ -116,15 +127,21 @@ def _name_failures(jobs: Sequence[Job], ledger: Ledger) -> None:
 
 
 def read_jobs(options: BatchOptions, parse: Parse) -> tuple[ModelFolder, list[Job]]:
-    """Reads all jobs of the job file.
+    """Reads all jobs of the job file, or of the command line's prompts.
 
     Raises:
         InputError: some are wrong; every problem is printed first.
     """
-    lines, problems = read_job_file(options.jobs, parse)
+    if options.jobs:
+        lines, problems = read_job_file(options.jobs, parse, options.seeds)
+    else:
+        lines, problems = read_prompts(options.prompts, parse, options.seeds)
     model = find_model(options.model_id, MODEL_PARTS)
     jobs, more = make_jobs(lines, model)
     problems = sorted(problems + more)
+    if problems and not options.jobs:
+        number, problem = problems[0]
+        raise InputError(f"--prompt {options.prompts[number - 1][:80]!r}: {problem}")
     for number, problem in problems[:_SHOWN_PROBLEMS]:
         line = f"{options.jobs}:{number}: {' '.join(problem.split())}"
         print(printable(line), file=sys.stderr)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +39,7 @@ _TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "tru
 _KEYS = sorted([*TYPES, *_SHORT, "name", "seeds", "size"])
 
 
+Seeds = str | Sequence[int]
 JsonSettings = Mapping[str, object]  # settings of a line by their full names
 
 
@@ -85,12 +86,15 @@ class Line:
     settings: LineSettings
 
 
-def read_job_file(path: Path, parse: Parse) -> tuple[list[Line], list[tuple[int, str]]]:
+def read_job_file(
+    path: Path, parse: Parse, seeds: Seeds | None = None
+) -> tuple[list[Line], list[tuple[int, str]]]:
     """Reads and checks every line of a job file.
 
     Args:
         path: JSON lines if it ends in .jsonl or .ndjson, else one prompt per line.
         parse: checks the values of a line.
+        seeds: of lines that name none.
 
     Returns:
         The videos in order, and the problems, each with its line number.
@@ -98,6 +102,55 @@ def read_job_file(path: Path, parse: Parse) -> tuple[list[Line], list[tuple[int,
     Raises:
         InputError: the file is empty, too large, or cannot be read.
     """
+    content, read = _read(path), _from_line if path.suffix.lower() in _JSON_SUFFIXES else _from_text
+    lines, problems = [], []
+    for number, raw in enumerate(content.splitlines(), 1):
+        try:
+            settings = read(_decode(raw))
+            if settings is not None:
+                lines += _expand(number, settings, parse, seeds)
+        except ValueError as error:
+            problems.append((number, str(error)))
+    if not lines and not problems:
+        raise InputError(f"{path} holds no job")
+    return lines, problems
+
+
+def read_prompts(
+    prompts: Sequence[str], parse: Parse, seeds: Seeds | None
+) -> tuple[list[Line], list[tuple[int, str]]]:
+    """Makes the videos of prompts from the command line, as `read_job_file` does of lines."""
+    lines, problems = [], []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            lines += _expand(number, {"prompt": prompt}, parse, seeds)
+        except ValueError as error:
+            problems.append((number, str(error)))
+    return lines, problems
+
+
+def read_settings(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """Reads the settings of a run from a JSON object with the keys of a job file's line and more.
+
+    Args:
+        known: names of the settings that it may have.
+
+    Raises:
+        InputError: the file cannot be read, or a key or a type is wrong.
+    """
+    try:
+        settings = _from_json(_decode(_read(path)), [*known, *_SHORT, "size"])
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    for key, value in settings.items():
+        if not isinstance(value, str | int | float) and key != "seeds":
+            raise InputError(f"{path}: {key} is {json.dumps(value)[:80]}, not a single value")
+    return settings
+
+
+def _read(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
             content = file.read(_MAX_FILE_BYTES + 1)
@@ -105,18 +158,7 @@ def read_job_file(path: Path, parse: Parse) -> tuple[list[Line], list[tuple[int,
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     if len(content) > _MAX_FILE_BYTES:
         raise InputError(f"{path} has more than {_MAX_FILE_BYTES >> 20} MiB")
-    read = _from_json if path.suffix.lower() in _JSON_SUFFIXES else _from_text
-    lines, problems = [], []
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        try:
-            settings = read(_decode(raw))
-            if settings is not None:
-                lines += _expand(number, settings, parse)
-        except ValueError as error:
-            problems.append((number, str(error)))
-    if not lines and not problems:
-        raise InputError(f"{path} holds no job")
-    return lines, problems
+    return content.removeprefix(b"\xef\xbb\xbf")
 
 
 def _decode(raw: bytes) -> str:
@@ -135,10 +177,18 @@ def _from_text(text: str) -> dict[str, Any] | None:
     return {"prompt": text} if text else None
 
 
-def _from_json(text: str) -> dict[str, Any] | None:
-    """Reads a line's settings by their full names, types checked; None for an empty line."""
+def _from_line(text: str) -> dict[str, Any] | None:
+    """Reads the settings of a line; None for an empty line."""
     if not text:
         return None
+    settings = _from_json(text, _KEYS)
+    if "prompt" not in settings:
+        raise ValueError("no prompt")
+    return settings
+
+
+def _from_json(text: str, known: Sequence[str]) -> dict[str, Any]:
+    """Reads settings by their full names and checks the types of those in TYPES."""
     try:
         settings = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -148,8 +198,8 @@ def _from_json(text: str) -> dict[str, Any] | None:
     if not isinstance(settings, dict):
         raise ValueError('not a JSON object such as {"prompt": "A red kite"}')
     for key in settings:
-        if key not in _KEYS:
-            raise ValueError(f"unknown key {key[:80]!r}; known: {', '.join(_KEYS)}")
+        if key not in known:
+            raise ValueError(f"unknown key {key[:80]!r}; known: {', '.join(sorted(known))}")
     for short, full in _SHORT.items():
         if short in settings:
             if full in settings:
@@ -164,8 +214,6 @@ def _from_json(text: str) -> dict[str, Any] | None:
         settings |= {"height": int(match[1]), "width": int(match[2])}
     for key in settings.keys() & TYPES.keys():
         check_type(key, settings[key], TYPES[key])
-    if "prompt" not in settings:
-        raise ValueError("no prompt")
     return settings
 
 
@@ -196,9 +244,12 @@ def check_type(key: str, value: Any, expected: type) -> None:
         raise ValueError(f"{key} is {shown}, not {_TYPE_NAMES[expected]}")
 
 
-def _expand(number: int, settings: dict[str, Any], parse: Parse) -> list[Line]:
+def _expand(
+    number: int, settings: dict[str, Any], parse: Parse, default_seeds: Seeds | None
+) -> list[Line]:
     """Makes the videos of one line: one, or one per seed."""
-    name, seeds = settings.pop("name", None), settings.pop("seeds", None)
+    default = None if "seed" in settings else default_seeds
+    name, seeds = settings.pop("name", None), settings.pop("seeds", default)
     if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise ValueError(
             f"name {json.dumps(name, ensure_ascii=False)[:80]} cannot be used; take up to 64 "
@@ -210,11 +261,16 @@ def _expand(number: int, settings: dict[str, Any], parse: Parse) -> list[Line]:
         raise ValueError("seed and seeds are both given")
     return [
         Line(number, name and f"{name}-seed{seed}", _parse(settings | {"seed": seed}, parse))
-        for seed in _seeds(seeds)
+        for seed in read_seeds(seeds)
     ]
 
 
-def _seeds(seeds: Any) -> list[int] | range:
+def read_seeds(seeds: object) -> list[int] | range:
+    """The seeds of a list, or of a range such as "1-4".
+
+    Raises:
+        ValueError: it is neither, or there are more than 10,000.
+    """
     if isinstance(seeds, str) and (match := _SEEDS.fullmatch(seeds)):
         first, last = int(match[1]), int(match[2])
         if first > last or last - first >= _MAX_SEEDS:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs.claims import DEFAULT_EXPIRY
 from jobs.records import Job
 from stages.decode import DecodeOptions
 from stages.denoise import DenoiseOptions
@@ -18,16 +19,18 @@ class BatchOptions:
     """Options of batch.py, by the names of the command line.
 
     Attributes:
-        jobs: the job file.
+        jobs: the job file; None makes videos of `prompts`.
         stages: names of the stages to run, in their order.
         only: patterns of job names, folders or ids; None selects every job.
         claim_expiry: seconds after which others take over the job of a lost machine.
         mirror: URL of a copy of the folder; None keeps none.
         engine: "local" or "ray".
         workers_per_node: of the Ray engine.
+        prompts: of the command line, instead of a job file.
+        seeds: a range such as "1-4", or a list; for each prompt or line that names none itself.
     """
 
-    jobs: Path
+    jobs: Path | None
     output_dir: Path
     stages: Sequence[str]
     model_id: str
@@ -39,13 +42,15 @@ class BatchOptions:
     sp: int | None
     tp: int | None
     executables: Path | None
-    only: Sequence[str] | None
-    dry_run: bool
-    retry_failed: bool
-    claim_expiry: float
-    mirror: str | None
-    engine: str
-    workers_per_node: int
+    only: Sequence[str] | None = None
+    dry_run: bool = False
+    retry_failed: bool = False
+    claim_expiry: float = DEFAULT_EXPIRY
+    mirror: str | None = None
+    engine: str = "local"
+    workers_per_node: int = 1
+    prompts: Sequence[str] = ()
+    seeds: str | Sequence[int] | None = None
 
     def request(self, job: Job) -> VideoRequest:
         """The options of each stage for one job; the stages read and write its folder."""

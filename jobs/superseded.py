@@ -17,20 +17,33 @@ from runtime.typed_json import read_object
 BATCH_FILE = "batch.json"
 
 
-def write_job_ids(output_dir: Path, job_file: Path, jobs: Sequence[Job]) -> None:
+def write_job_ids(output_dir: Path, job_file: str, jobs: Sequence[Job]) -> None:
     """Writes which jobs a job file asks for now, over what it asked for before.
 
     Args:
         output_dir: the batch's folder.
-        job_file: known by its name without the folder.
+        job_file: its name without the folder.
         jobs: all jobs of the file, selected or not.
     """
+    _write(output_dir, _known_job_files(output_dir) | {job_file: [job.id for job in jobs]})
+
+
+def add_job_ids(output_dir: Path, source: str, jobs: Sequence[Job]) -> None:
+    """Writes that these jobs are asked for, too, by what is not a file that may change."""
+    job_files = _known_job_files(output_dir)
+    ids = dict.fromkeys([*job_files.get(source, []), *(job.id for job in jobs)])
+    _write(output_dir, job_files | {source: list(ids)})
+
+
+def _known_job_files(output_dir: Path) -> dict[str, list[str]]:
     try:
-        job_files = _read_job_files(output_dir)
+        return _read_job_files(output_dir)
     except InputError as error:
         print(f"warning: writing {BATCH_FILE} anew: {error}")
-        job_files = {}
-    job_files[job_file.name] = [job.id for job in jobs]
+        return {}
+
+
+def _write(output_dir: Path, job_files: dict[str, list[str]]) -> None:
     write_json(output_dir / BATCH_FILE, {"job_files": job_files})
 
 

@@ -19,6 +19,8 @@ from runtime import processes, stopping
 from runtime.errors import InputError, RunError, Stopped
 from runtime.text import message_line
 
+FAILED_JOBS = 3
+
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 

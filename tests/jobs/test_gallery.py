@@ -228,16 +228,16 @@ def test_a_changed_line_supersedes_the_older_job(tmp_path):
     old = add_job(tmp_path, 2, ["done"] * 3, name="old")
     other = add_job(tmp_path, 4, ["done"] * 3, name="other")
     assert find_superseded(tmp_path, read_batch(tmp_path)) == set()
-    write_job_ids(tmp_path, job_file, [kept, old])
+    write_job_ids(tmp_path, job_file.name, [kept, old])
     assert find_superseded(tmp_path, read_batch(tmp_path)) == set()
     new = dataclasses.replace(old, id="f" * 12, name="new")
     write_job(tmp_path / new.folder, new)
-    write_job_ids(tmp_path, job_file, [kept, new])
+    write_job_ids(tmp_path, job_file.name, [kept, new])
     assert find_superseded(tmp_path, read_batch(tmp_path)) == {old.id}
     # The first job file supersedes no job of the second.
-    write_job_ids(tmp_path, tmp_path / "more.jsonl", [old])
+    write_job_ids(tmp_path, "more.jsonl", [old])
     assert find_superseded(tmp_path, read_batch(tmp_path)) == set()
-    write_job_ids(tmp_path, tmp_path / "more.jsonl", [])
+    write_job_ids(tmp_path, "more.jsonl", [])
 
     page = Page(write_gallery(tmp_path, read_batch(tmp_path)))
     cards = [card["data-status"] for card in page.all("article")]
@@ -246,7 +246,7 @@ def test_a_changed_line_supersedes_the_older_job(tmp_path):
     # The same name on another line, as after lines were moved.
     renamed = dataclasses.replace(other, id="e" * 12, line=9)
     write_job(tmp_path / renamed.folder, renamed)
-    write_job_ids(tmp_path, job_file, [kept, new, renamed])
+    write_job_ids(tmp_path, job_file.name, [kept, new, renamed])
     assert find_superseded(tmp_path, read_batch(tmp_path)) == {old.id, other.id}
     with Claims() as claims:
         claims.take(tmp_path / old.folder)
@@ -259,7 +259,7 @@ def test_a_damaged_list_of_jobs_is_named_and_replaced(content, folder, capsys):
     (folder / "batch.json").write_text(content)
     with pytest.raises(InputError, match="batch.json"):
         find_superseded(folder, [])
-    write_job_ids(folder, Path("jobs.txt"), [])
+    write_job_ids(folder, "jobs.txt", [])
     assert "warning: writing batch.json anew" in capsys.readouterr().out
     assert find_superseded(folder, []) == set()
 

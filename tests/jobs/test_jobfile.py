@@ -9,7 +9,7 @@ import pytest
 import batch
 import utils
 from jobs.batch import read_jobs
-from jobs.jobfile import read_job_file
+from jobs.jobfile import LineSettings, read_job_file
 from jobs.options import BatchOptions
 from runtime.exit_codes import run_main
 
@@ -151,7 +151,7 @@ def read(tmp_path: Path, name: str, content: bytes, *more: str) -> list:
     where = [str(tmp_path / name), f"--output_dir={tmp_path}", f"--model_id={MODEL}"]
     arguments = batch.parse_arguments([*where, *more])
     options = utils.options(BatchOptions, arguments)
-    _, jobs = read_jobs(options, batch.line_parser(arguments))
+    _, jobs = read_jobs(options, utils.line_parser(LineSettings, arguments))
     return jobs
 
 
@@ -178,7 +178,8 @@ def test_text_files_hold_prompts(tmp_path: Path):
 def test_comments_in_text_files(line, prompt, tmp_path: Path):
     (tmp_path / "p.txt").write_text(f"First\n{line}\n")
     lines, problems = read_job_file(
-        tmp_path / "p.txt", batch.line_parser(batch.parse_arguments(["p.txt", "--output_dir=o"]))
+        tmp_path / "p.txt",
+        utils.line_parser(LineSettings, batch.parse_arguments(["p.txt", "--output_dir=o"])),
     )
     assert not problems
     found = [line.settings.prompt for line in lines[1:]]

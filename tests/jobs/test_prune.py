@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     make(tmp_path, "used")
     elsewhere = make(tmp_path / "elsewhere", "linked")
     (tmp_path / elsewhere.folder).symlink_to(tmp_path / "elsewhere" / elsewhere.folder)
-    write_job_ids(tmp_path, Path("jobs.jsonl"), [current])
+    write_job_ids(tmp_path, "jobs.jsonl", [current])
     return tmp_path
 
 
