@@ -168,11 +168,41 @@ def add_denoising(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=42, help="of the noise")
     add_allow_unsupported(parser)
     add_attention(parser)
+    add_speed(parser)
     parser.add_argument(
         "--checkpoint_every",
         type=integer(1),
         help="save the state of the loop after every so many steps; the same command resumes from "
         "it (default: never)",
+    )
+
+
+def add_speed(parser: ArgumentParser) -> None:
+    """Adds the lossy options of stage 2: what they change is more than rounding."""
+    parser.add_argument(
+        "--speed",
+        choices=("exact", "near", "fast", "turbo"),
+        default="exact",
+        help="all but exact are lossy: near computes 58%% of the steps, fast 48%%, turbo 40%% and "
+        "reuses the difference of guidance from half of them on; sets the three options below",
+    )
+    parser.add_argument(
+        "--step_mask",
+        metavar="{none,near,fast,FILE}",
+        help="lossy: skip the transformer in some steps. FILE is a calibration from calibrate.py, "
+        'or JSON such as {"steps": "1101"} with 0 for a skipped step (default: that of --speed)',
+    )
+    parser.add_argument(
+        "--mask_steps",
+        type=integer(1),
+        help="lossy: how many steps the mask computes (default: the share of --step_mask or "
+        "--speed)",
+    )
+    parser.add_argument(
+        "--guidance_until",
+        type=number(0, 1),
+        help="lossy: from this share of the steps on, skip the negative prompt and reuse the "
+        "difference that it made (default: that of --speed)",
     )
 
 

@@ -110,7 +110,7 @@ class Pace:
         patch = config.patch_size**2 * (config.patch_size_t or 1)
         tokens = shape.frames * shape.height * shape.width // patch + job.max_sequence_length
         step = step_flops(config, tokens, samples=2 if job.settings.guided else 1)
-        return sum(step.values()) * job.settings.num_inference_steps
+        return sum(step.values()) * job.lossy.computed_steps(job.settings.num_inference_steps)
 
 
 def job_bytes(job: Job, model: ModelFolder) -> int:

@@ -273,6 +273,8 @@ def _facts(state: JobState) -> Iterator[tuple[str, str]]:
     dynamic = ", dynamic" if settings.use_dynamic_cfg else ""
     yield "guidance", f"{_number(settings.guidance_scale)}{dynamic}"
     yield "steps", f"{settings.num_inference_steps} {settings.scheduler}"
+    if job.lossy.names:
+        yield "lossy", "; ".join(job.lossy.names)
     if job.negative_prompt:
         yield "negative prompt", job.negative_prompt
     yield "model", job.model_id + (f" @ {job.revision[:12]}" if job.revision else "")

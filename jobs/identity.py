@@ -15,7 +15,7 @@ from cogvideox.model.settings import DenoisingSettings, complete_settings, text_
 from jobs.jobfile import Line
 from jobs.records import Job
 from runtime.fingerprint import fingerprint
-from stages import files
+from stages import files, speed
 
 _ID_LENGTH = 16
 _LABEL_LENGTH = 40  # characters of a name that is made of a prompt
@@ -63,27 +63,31 @@ def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:
     own = line.settings
     names = (field.name for field in dataclasses.fields(DenoisingSettings))
     wishes = {name: getattr(own, name) for name in names}
+    settings = complete_settings(wishes, model, any_size=own.allow_unsupported)
     decides = {
         "prompt": own.prompt,
         "negative_prompt": own.negative_prompt,
         "max_sequence_length": text_tokens(
             own.max_sequence_length, model.transformer, any_length=own.allow_unsupported
         ),
-        "settings": complete_settings(wishes, model, any_size=own.allow_unsupported),
+        "settings": settings,
         "model_id": model.model_id,
         "revision": model.revision,
         "dtype": own.dtype,
         "decoder": own.decoder,
         "quality": own.quality,
         "no_metadata": own.no_metadata,
+        "speed": speed.resolve(own, settings, model).to_json(),
     }
     name = line.name or _label(own.prompt)
     # The content of the model counts, its path does not.
     hashed = {k: v for k, v in decides.items() if k not in ("model_id", "revision")} | {
-        "settings": dataclasses.asdict(decides["settings"]),
+        "settings": dataclasses.asdict(settings),
         "model": digest,
         "format": files.FORMAT_VERSION,
     }
+    if decides["speed"] == speed.EXACT:
+        del hashed["speed"]  # exact jobs keep the ids that they had before there were others
     return Job(
         id=fingerprint(hashed, compact=True)[:_ID_LENGTH], name=name, line=line.number, **decides
     )

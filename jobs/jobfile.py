@@ -34,6 +34,7 @@ TYPES: dict[str, type] = {
     **{"height": int, "width": int, "num_frames": int, "fps": int, "allow_unsupported": bool},
     **{"num_inference_steps": int, "guidance_scale": float, "use_dynamic_cfg": bool},
     **{"scheduler": str, "seed": int, "quality": int, "no_metadata": bool},
+    **{"speed": str, "step_mask": str, "mask_steps": int, "guidance_until": float},
 }
 _TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 _KEYS = sorted([*TYPES, *_SHORT, "name", "seeds", "size"])
@@ -67,6 +68,10 @@ class LineSettings:
     decoder: str
     quality: int | None
     no_metadata: bool
+    speed: str
+    step_mask: str | None
+    mask_steps: int | None
+    guidance_until: float | None
 
 
 # Checks the values of a line and fills in defaults; raises ValueError.

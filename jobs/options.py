@@ -75,6 +75,7 @@ class BatchOptions:
                 allow_unsupported=True,  # the job was checked when it was made
                 attention=self.attention,
                 checkpoint_every=self.checkpoint_every,
+                lossy=job.lossy,
                 dp=self.dp,
                 sp=self.sp,
                 tp=self.tp,

@@ -31,6 +31,7 @@ from runtime.typed_json import from_json, read_object
 from stages import files
 from stages.sections import DECODE, DENOISE, ENCODE, STAGES
 from stages.session import Shape
+from stages.speed import EXACT, Lossy, read_lossy
 
 JOB_FILE = "job.json"
 CONTACT_SHEET_FILE = files.contact_sheet(Path(files.VIDEO_FILE)).name
@@ -68,6 +69,16 @@ class Job:
     decoder: str  # "torchax" or "flax"
     quality: int | None
     no_metadata: bool
+    # "exact", or the lossy options in force; see speed.Lossy.
+    speed: str | dict[str, Any] = dataclasses.field(default=EXACT, hash=False)
+
+    def __post_init__(self) -> None:
+        read_lossy(self.speed)  # raises ValueError
+
+    @property
+    def lossy(self) -> Lossy:
+        """The lossy options in force."""
+        return read_lossy(self.speed)
 
     @property
     def folder(self) -> str:
@@ -77,8 +88,11 @@ class Job:
     @property
     def shape(self) -> Shape:
         """Jobs of one shape share their compiled programs."""
-        s = self.settings
-        return Shape(s.height, s.width, s.num_frames, s.guided, self.max_sequence_length)
+        s, lossy = self.settings, self.lossy
+        return Shape(
+            *(s.height, s.width, s.num_frames, s.guided, self.max_sequence_length),
+            *(lossy.mask is not None, lossy.guided_steps is not None),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from runtime.errors import checking_input
 from runtime.json_files import parse_json_object
 from runtime.text import printable
 from runtime.versions import versions
-from stages import files, generate
+from stages import files, generate, speed
 from stages.decode import DecodeOptions
 from stages.denoise import DenoiseOptions
 from stages.encode import EncodeOptions
@@ -113,7 +113,7 @@ def read_provenance(video: Path) -> Provenance:
                 f"{source} does not say what {stage}.py did for {video}: {error}"
             ) from error
         for name, value in section.items():
-            if name in TYPES and value is not None and name != "prompt":
+            if name in TYPES and value is not None and name not in ("prompt", "speed"):
                 check_type(name, value, TYPES[name])
     _check_chain(sections, source)
     if comment is None:
@@ -179,6 +179,7 @@ def stage_options(
         dtype=second["dtype"],
         **{field.name: second[field.name] for field in dataclasses.fields(DenoisingSettings)},
         allow_unsupported=True,  # they were computed once
+        lossy=speed.read_lossy(second.get("speed", speed.EXACT)),
         dp=options.dp,
         sp=options.sp,
         tp=options.tp,

@@ -96,13 +96,14 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def with_sharding(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns the same array under another sharding of the same devices; copies nothing.
+    """Returns the same array under another sharding of its devices or of some; copies nothing.
 
     Raises:
         ValueError: a device would hold another part of the array.
     """
     before = array.sharding.devices_indices_map(array.shape)
-    if before != sharding.devices_indices_map(array.shape):
+    after = sharding.devices_indices_map(array.shape)
+    if any(before.get(device) != index for device, index in after.items()):
         raise ValueError(f"{sharding} gives devices other parts than {array.sharding}")
-    shards = [shard.data for shard in array.addressable_shards]
+    shards = [shard.data for shard in array.addressable_shards if shard.device in after]
     return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)

@@ -16,7 +16,7 @@ from runtime.devices import start_jax
 from runtime.errors import checking_input
 from runtime.files import atomic_path, flush, reporting_disk_errors, to_text
 from runtime.progress import Timings, progress, working
-from stages import files, sections
+from stages import files, sections, speed
 from stages.video_digest import with_digests
 
 if TYPE_CHECKING:
@@ -350,11 +350,14 @@ def _write_contact_sheets(
     made = config[sections.DENOISE] | {"fps": fps}
     fields = dataclasses.fields(DenoisingSettings)
     settings = DenoisingSettings(**{field.name: made[field.name] for field in fields})
+    lossy = speed.read_lossy(made.get("speed", speed.EXACT))
     for sheet, sampler, prompt in zip(sheets, samplers, files.prompts(config), strict=True):
+        caption = f"{prompt}\n{settings.describe()}"
+        caption += f"\n{lossy.describe()}" if lossy.names else ""
         write_contact_sheet(
             sheet,
             sampler.frames(),
             indices=sampler.indices,
             fps=fps,
-            caption=f"{prompt}\n{settings.describe()}",
+            caption=caption,
         )

@@ -15,7 +15,7 @@ from runtime.devices import start_jax
 from runtime.errors import Stopped, checking_input
 from runtime.open_folder import OpenFolder
 from runtime.progress import Timings, progress, working
-from stages import files, sections
+from stages import files, sections, speed
 from stages.checkpoints import Checkpoints
 from stages.steps import compile_steps, load_steps
 
@@ -45,6 +45,8 @@ class DenoiseOptions:
         allow_unsupported: also compute sizes that the model was not trained for.
         attention: "auto", "splash", "cudnn" or "reference".
         checkpoint_every: steps between two saves of the loop's state; None saves none.
+        speed, step_mask, mask_steps, guidance_until: see `speed.SpeedOptions`.
+        lossy: what these resolve to, if it is known.
         dtype: "bfloat16" or "float32".
         executables: a folder from compile_ahead.py; missing programs are compiled.
         profile: a folder for a JAX profile of the loop.
@@ -66,6 +68,11 @@ class DenoiseOptions:
     allow_unsupported: bool = False
     attention: str = "auto"
     checkpoint_every: int | None = None
+    speed: str = speed.EXACT
+    step_mask: str | None = None
+    mask_steps: int | None = None
+    guidance_until: float | None = None
+    lossy: speed.Lossy | None = None
     dp: int | None = None
     sp: int | None = None
     tp: int | None = None
@@ -79,6 +86,7 @@ class DenoisingRun:
 
     Attributes:
         padding_frames: leading latent frames that `drop_padding` removes.
+        lossy: the lossy options in force, which the schedule has.
         gated: runs the steps that reuse the difference of guidance, if there are any.
     """
 
@@ -86,7 +94,8 @@ class DenoisingRun:
     padding_frames: int
     denoiser: Denoiser
     schedule: Schedule
-    gated: Denoiser | None = None
+    lossy: speed.Lossy
+    gated: Denoiser | None
 
     @property
     def latents_shape(self) -> tuple[int, ...]:
@@ -121,6 +130,7 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
     wishes = {field.name: getattr(options, field.name) for field in fields}
     settings = complete_settings(wishes, model, any_size=options.allow_unsupported)
     latents, padding = latent_shape(settings, model, batch)
+    lossy = options.lossy or speed.resolve(options, settings, model)
     with ThreadPoolExecutor(1) as background:
         # Starting the devices takes seconds; imports and checks that do not need them run at
         # the same time.
@@ -131,14 +141,18 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
 
         stored = stored_tensors(model.path / "transformer")
         check_weights(model.transformer, stored)
-        schedule = make_schedule(settings, model.scheduler)
+        schedule = lossy.apply(make_schedule(settings, model.scheduler))
         starting.result()
 
     import jax
 
     devices, guided = jax.devices(), settings.guided
     denoiser = make_denoiser(options, model, stored, latents, tokens, guided, devices)
-    return DenoisingRun(settings, padding, denoiser, schedule)
+    gated = None
+    if lossy.guided_steps:
+        denoiser = dataclasses.replace(denoiser, difference="keep")
+        gated = denoiser.gated()
+    return DenoisingRun(settings, padding, denoiser, schedule, lossy, gated)
 
 
 def make_denoiser(
@@ -218,6 +232,7 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
     denoiser = checked.denoiser
     mesh, attention = dict(denoiser.mesh.shape), denoiser.backend.name
     print(f"{checked.settings.describe()}\nmesh {mesh}, attention {attention}, {options.dtype}")
+    print(checked.lossy.describe())
 
     from runtime.compilation import CompilationLog
 
@@ -297,6 +312,7 @@ def denoising_section(
             "embeddings": embeddings.section["fingerprint"],
             **dataclasses.asdict(run.settings),
             "dtype": run.denoiser.dtype,
+            "speed": run.lossy.to_json(),
         },
         mesh=dict(run.denoiser.mesh.shape),
         attention=run.denoiser.backend.name,

@@ -65,10 +65,13 @@ _TYPES: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Hashes the settings that decide a stage's output, to 16 hexadecimal digits."""
-    return hash_json({k: v for k, v in settings.items() if k not in _NOT_HASHED})[
-        :_FINGERPRINT_LENGTH
-    ]
+    """Hashes the settings that decide a stage's output, to 16 hexadecimal digits.
+
+    Exact runs have the fingerprints that they had before there were lossy options.
+    """
+    exact = {"speed"} if settings.get("speed") == "exact" else set()
+    hashed = {k: v for k, v in settings.items() if k not in exact.union(_NOT_HASHED)}
+    return hash_json(hashed)[:_FINGERPRINT_LENGTH]
 
 
 def checksum(section: Mapping[str, Any]) -> str:

@@ -39,17 +39,22 @@ class Shape(NamedTuple):
     num_frames: int
     guided: bool
     text_tokens: int
+    masked: bool = False
+    gated: bool = False
 
     def __str__(self) -> str:
-        guidance = "" if self.guided else ", no guidance"
-        return f"{self.height}x{self.width}x{self.num_frames}{guidance}"
+        parts = [f"{self.height}x{self.width}x{self.num_frames}"]
+        parts += [] if self.guided else ["no guidance"]
+        parts += ["step mask"] * self.masked + ["guidance reused"] * self.gated
+        return ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoRequest:
     """One video to make: checked settings, and the options of its three stages.
 
-    The requests of one session agree in dtype, mesh, attention, decoder and executables.
+    The requests of one session agree in dtype, mesh, attention, decoder and executables. `lossy` of
+    the options of stage 2 is set.
     """
 
     settings: DenoisingSettings
@@ -60,8 +65,12 @@ class VideoRequest:
 
     @property
     def shape(self) -> Shape:
-        s = self.settings
-        return Shape(s.height, s.width, s.num_frames, s.guided, self.text_tokens)
+        s, lossy = self.settings, self.denoise.lossy
+        assert lossy is not None
+        return Shape(
+            *(s.height, s.width, s.num_frames, s.guided, self.text_tokens),
+            *(lossy.mask is not None, lossy.guided_steps is not None),
+        )
 
 
 class Session:
@@ -177,10 +186,12 @@ class Session:
 
         assert self._step is not None and self._parameters is not None
         options = request.denoise
+        assert options.lossy is not None
         run = dataclasses.replace(
             self._runs[request.shape],
             settings=request.settings,
-            schedule=make_schedule(request.settings, self._model.scheduler),
+            schedule=options.lossy.apply(make_schedule(request.settings, self._model.scheduler)),
+            lossy=options.lossy,
         )
         embeddings, _ = denoise.open_embeddings(options.input_dir, options.model_id)
         tensors = files.read_tensors(embeddings)

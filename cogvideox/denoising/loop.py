@@ -61,13 +61,12 @@ def residual_uses(schedule: Schedule) -> list[Reuse]:
 
 
 def programs_of_steps(schedule: Schedule) -> tuple[list[Reuse], list[Reuse]]:
-    """Returns what the steps with guidance, and then the gated ones, do with the residual.
+    """Returns what the steps with guidance, and then the gated ones, may do with the residual.
 
-    There is one program for each; without a gate the second list is empty.
+    There is one program for each. All masks have the same; without a gate the second list is empty.
     """
-    uses = residual_uses(schedule)
-    switch = len(uses) if schedule.guided_steps is None else schedule.guided_steps
-    return list(dict.fromkeys(uses[:switch])), list(dict.fromkeys(uses[switch:]))
+    programs: list[Reuse] = ["off"] if "off" in residual_uses(schedule) else ["keep", "reuse"]
+    return programs, [] if schedule.guided_steps is None else programs
 
 
 def is_gated(schedule: Schedule, step: int) -> bool:

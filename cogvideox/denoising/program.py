@@ -359,19 +359,14 @@ class Denoiser:
         """Returns the steps that run only the prompts and reuse the difference of guidance.
 
         They use a mesh of the same devices. Half of the batch leaves devices along dp idle, so
-        these join sp. tp stays, so every device keeps its shards of the weights.
+        these join sp, as many as split the heads. tp stays, so every device keeps its shards of
+        the weights.
 
         Raises:
-            ValueError: the heads cannot be split over that many devices.
+            ValueError: a process would have no device.
         """
-        size, tp = self.mesh.size, self.mesh.shape["tp"]
-        heads = self.config.num_attention_heads
-        fitting = fitting_meshes(self.latents.batch, heads, size)
-        shape = next((m for m in fitting if m[0] * m[1] * m[2] == size and m[2] == tp), None)
-        if shape is None:
-            raise ValueError(
-                f"--guidance_until: {heads} heads and {self.latents.batch} prompt(s) cannot be "
-                f"split over {size} devices with tp={tp}; take other --dp, --sp and --tp"
-            )
+        heads, tp = self.config.num_attention_heads, self.mesh.shape["tp"]
+        fitting = fitting_meshes(self.latents.batch, heads, self.mesh.size)
+        shape = next(shape for shape in fitting if shape[2] == tp)
         mesh = make_mesh(shape, list(self.mesh.devices.flat))
         return dataclasses.replace(self, mesh=mesh, difference="reuse")

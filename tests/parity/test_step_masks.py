@@ -286,7 +286,9 @@ def test_gated_steps_use_every_device_and_copy_no_weights(model):
             assert len({data.unsafe_buffer_pointer() for data in pointers}) == 1, name
 
 
-def test_heads_that_no_gated_mesh_splits_are_refused(tmp_path):
-    odd = save_tiny_model(tmp_path, num_attention_heads=1)
-    with pytest.raises(ValueError, match="1 heads and 1 prompt.* over 2 devices with tp=1"):
-        make_denoiser(odd, (2, 1, 1), gate=True).gated()
+def test_a_gated_mesh_takes_as_many_devices_as_split_the_heads(tmp_path):
+    few = save_tiny_model(tmp_path, num_attention_heads=2)
+    denoiser = make_denoiser(few, (2, 2, 1), gate=True)
+    gated = denoiser.gated()
+    assert dict(gated.mesh.shape) == {"dp": 1, "sp": 2, "tp": 1}
+    assert deviation(run_case(few, "gate", (2, 2, 1)), run_case(few, "gate")) < 2e-5
