@@ -21,7 +21,6 @@ from stages.sections import DENOISE, PARTS
 
 if TYPE_CHECKING:
     from cogvideox.denoising.calibration import CalibrationTarget
-
     from cogvideox.denoising.scheduler import Schedule
     from cogvideox.denoising.step_mask import StepMask
     from cogvideox.model.folder import ModelFolder

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
+from cogvideox.denoising import calibration as calibrations
 from cogvideox.denoising import loop_checkpoint
 from cogvideox.denoising.step_mask import budget_of, default_mask
 from cogvideox.model.folder import ModelFolder, find_model
@@ -270,3 +271,53 @@ def test_another_mask_seed_and_prompt_compile_nothing(folder, tmp_path, mask_fil
     capsys.readouterr()
     run(folder, tmp_path, "--speed=near", "--mask_steps=7")  # all steps: the exact program
     assert "0 compilations" in capsys.readouterr().out
+
+
+# Calibrations -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibration_file(model, tmp_path) -> Path:
+    target = speed.calibration_target(settings(25), model)
+    rng = np.random.default_rng(0)
+    ratios = tuple((1 - 0.01 * i, 1 - 0.02 * i) for i in range(25))
+    weights = {edge: float(rng.uniform()) for edge in calibrations.edges(25)}
+    made = calibrations.Calibration(target, ("a cat",), ratios, weights, {}, 1.0, {})
+    calibrations.write_calibration(tmp_path / "calibration.json", made)
+    return tmp_path / "calibration.json"
+
+
+@pytest.mark.parametrize(
+    ("options", "computed"),
+    [({}, 15), ({"speed": "fast"}, 12), ({"speed": "turbo"}, 10), ({"mask_steps": 20}, 20)],
+)
+def test_a_calibration_takes_the_number_of_steps_of_speed(
+    options, computed, model, calibration_file
+):
+    lossy = resolve(Options(step_mask=str(calibration_file), **options), settings(25), model)
+    assert lossy.mask.budget == computed and lossy.calibrated
+    assert "not calibrated" not in lossy.describe()
+    assert read_lossy(lossy.to_json()) == lossy
+    skipped = lossy.mask.computed.index(False)
+    assert lossy.mask.scales[skipped] == (1 - 0.01 * skipped, 1 - 0.02 * skipped)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"height": 96}, "size 48x80x9, this run's size is 96x80x9"),
+        ({"num_inference_steps": 24}, "steps 25, this run's steps is 24"),
+        ({"scheduler": "ddim"}, "scheduler dpm, this run's scheduler is ddim"),
+        ({"guidance_scale": 1.0}, "guidance on, this run's guidance is off"),
+    ],
+)
+def test_a_calibration_for_another_run_is_refused(change, said, model, calibration_file):
+    run_settings = dataclasses.replace(settings(25), **change)
+    with pytest.raises(ValueError, match=said):
+        resolve(Options(step_mask=str(calibration_file)), run_settings, model)
+
+
+def test_a_calibration_of_another_model_is_refused(calibration_file, tmp_path):
+    other = find_model(str(save_tiny_model(tmp_path / "other", num_layers=1)), [])
+    with pytest.raises(ValueError, match="was calibrated for the model .*, this run's is .*other"):
+        resolve(Options(step_mask=str(calibration_file)), settings(25), other)
