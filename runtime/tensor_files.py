@@ -18,7 +18,7 @@ import numpy as np
 from runtime.errors import InputError
 from runtime.files import atomic_path, open_regular
 from runtime.fingerprint import fingerprint
-from runtime.json_files import parse_json_object
+from runtime.json_files import MAX_BYTES, parse_json_object
 from runtime.text import printable
 
 # By safetensors' names.
@@ -30,7 +30,6 @@ DTYPES = {
     )
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 _HEADER_DIGEST, _DATA_DIGEST = "header_sha256", "data_sha256"
 
 
@@ -101,11 +100,9 @@ def read_header(path: Path) -> TensorFile:
         size = file.seek(0, 2)
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if size < 8 or length > min(size - 8, MAX_BYTES):
             raise InputError(f"{name} is truncated or not a safetensors file")
-        header = parse_json_object(
-            file.read(length), f"the header of {path}", max_bytes=_MAX_HEADER_BYTES
-        )
+        header = parse_json_object(file.read(length), f"the header of {path}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError(f"the header of {name} has metadata that are no texts")

@@ -1,12 +1,14 @@
 """The JSON reader accepts valid files and refuses others."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from runtime.errors import InputError
-from runtime.json_files import parse_json, parse_json_object, read_json, read_json_object
+from runtime.json_files import MAX_BYTES, parse_json, parse_json_object, read_json, read_json_object
 
 REFUSED = {
     "deep": (b"[" * 100_000, "nested deeper than 64"),
@@ -70,3 +72,39 @@ def test_takes_regular_files_only(tmp_path: Path):
     for name in ("missing", "itself", "nul\0"):
         with pytest.raises(InputError, match="cannot read"):
             read_json(tmp_path / name)
+
+
+_IN_ONE_GIB = """
+import resource, sys
+from pathlib import Path
+from runtime.errors import InputError
+from runtime.json_files import read_json
+from runtime.tensor_files import read_header
+
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+for read, path in zip([read_json, read_header, read_json, read_header], sys.argv[1:], strict=True):
+    try:
+        read(Path(path))
+    except InputError as error:
+        print(str(error).replace(path, "FILE"))
+"""
+
+
+def test_a_gibibyte_of_memory_reads_or_refuses_the_worst_files(tmp_path: Path):
+    """Lists of empty lists are the text that takes the most memory."""
+    worst = b"[" + b"[]," * (MAX_BYTES // 3 - 2) + b"0]"
+    worst += b" " * (-len(worst) % 8)
+    header = len(worst).to_bytes(8, "little")
+    paths = [tmp_path / name for name in ("worst", "worst header", "terabyte", "terabytes")]
+    for path, content in zip(paths, [worst, header + worst, b"{", header], strict=True):
+        path.write_bytes(content)
+    for path in paths[2:]:
+        os.truncate(path, 1 << 40)
+    command = [sys.executable, "-c", _IN_ONE_GIB, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "the header of FILE holds no JSON object",
+        f"FILE is longer than {MAX_BYTES:,} bytes",
+        "the header of FILE is not valid JSON: Expecting value: line 1 column 1 (char 0)",
+    ]
