@@ -14,7 +14,7 @@ import stage3_vae_decoder as stage3
 from cogvideox.video import contact_sheet
 from cogvideox.video.reading import read_comment
 from runtime import files as runtime_files
-from runtime.errors import RunError
+from runtime.errors import InputError, RunError
 from stages import files as stage_files
 from stages import sections, video_digest
 from tests.tiny_models import save_tiny_model
@@ -116,6 +116,16 @@ def test_a_folder_removed_while_decoding_fails(folder: Path, monkeypatch):
     monkeypatch.setattr(contact_sheet, "write_contact_sheet", remove)
     with pytest.raises(RunError):
         decode(folder)
+
+
+def test_a_read_only_input_folder_is_refused_before_the_work(folder: Path, tmp_path, monkeypatch):
+    """It takes generation_config.json, wherever the video goes."""
+    access = os.access
+    readable = lambda path, mode: path != folder and access(path, mode)  # noqa: E731
+    monkeypatch.setattr(os, "access", readable)
+    monkeypatch.setattr("cogvideox.vae.decode.Decoder.load", None)
+    with pytest.raises(InputError, match=f"{folder} is not writable"):
+        decode(folder, f"--output_video={tmp_path / 'elsewhere.mp4'}")
 
 
 def test_long_names(folder: Path):

@@ -1,6 +1,7 @@
 """Stages require finite results, keep other sections, and write arrays as numpy reads them."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.numpy import load_file
 
 from runtime.errors import RunError
 from stages import files as stage_files
-from stages.sections import make_section
+from stages.sections import DECODE, DENOISE, ENCODE, STAGES, make_section
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -27,6 +28,40 @@ def test_a_stage_keeps_the_sections_of_the_others(tmp_path: Path):
         stage_files.record_section(tmp_path, stage, section, inherited=tmp_path)
     config = json.loads((tmp_path / stage_files.CONFIG_FILE).read_text())
     assert {"stage1_text_encoder", "stage2_transformer"} <= config.keys()
+
+
+def test_a_stage_copies_no_section_that_was_changed(tmp_path: Path):
+    """Whoever reads the config later would believe it."""
+    for stage in STAGES:
+        section = make_section({"model_id": "m", "seed": 0})
+        stage_files.record_section(tmp_path, stage, section, inherited=tmp_path)
+    path = tmp_path / stage_files.CONFIG_FILE
+    config = json.loads(path.read_text())
+    config[DECODE]["seed"] = 1
+    config[DENOISE] = "no object"
+    path.write_text(json.dumps(config))
+    section = make_section({"model_id": "m", "seed": 2})
+    stage_files.record_section(tmp_path, ENCODE, section, inherited=tmp_path)
+    config = json.loads(path.read_text())
+    assert config.keys() == {"format_version", ENCODE}
+    assert config[ENCODE]["seed"] == 2
+
+
+def test_folders_that_cannot_take_the_files_are_refused(tmp_path: Path, monkeypatch):
+    usage = os.statvfs(tmp_path)
+    no_inodes = os.statvfs_result((*usage[:5], 1000, 0, 0, *usage[8:]))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda _: no_inodes)
+        with pytest.raises(ValueError, match="no inodes left"):
+            stage_files.check_output_folder(tmp_path / "new", "a", needed_bytes=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+        with pytest.raises(ValueError, match="is not writable"):
+            stage_files.check_output_folder(tmp_path / "new", "a", needed_bytes=0)
+    with pytest.raises(ValueError, match="too long by 1 bytes"):
+        stage_files.check_output_folder(tmp_path, "a" * 256, needed_bytes=0)
+    stage_files.check_output_folder(tmp_path / "new", "a", needed_bytes=0)
+    assert not (tmp_path / "new").exists()
 
 
 def test_equal_runs_write_equal_files(tmp_path: Path):
