@@ -23,7 +23,7 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 # The disk's answers, whichever call got them.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 # Longer names are hashed, because a temporary name adds the host's and must fit into 255 bytes.
 _LONGEST_STEM = 120
 
@@ -126,7 +126,7 @@ def reporting_disk_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         ours = error.filename is not None and _is_beside(error.filename, path)
-        if error.errno in _DISK_ERRORS or ours:
+        if error.errno in WRITE_ERRORS or ours:
             line = f"cannot write {printable(str(path))}: {error.strerror or error}"
             raise WriteError(line, error.errno) from error
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
 from cogvideox.video.frame_folder import frame_name
+from runtime.files import WRITE_ERRORS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,8 +200,9 @@ class FfmpegEncoder:
     def _failure(self, process: subprocess.Popen[bytes]) -> OSError:
         self._messages.seek(0)
         said = self._messages.read().decode(errors="replace").strip() or "nothing"
-        if os.strerror(errno.ENOSPC) in said:
-            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for number in WRITE_ERRORS:
+            if os.strerror(number) in said:
+                return OSError(number, os.strerror(number))
         return OSError(f"ffmpeg ended with status {process.returncode} and said: {said}")
 
 

@@ -1,5 +1,6 @@
 """Video files: what is written is what was handed over, or nothing is."""
 
+import errno
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ from cogvideox.video.formats import wants_float
 from cogvideox.video.pixels import to_uint8
 from cogvideox.video.reading import read_comment
 from cogvideox.video.writing import open_video_writer
+from runtime.errors import RunError
 
 FPS = 16
 ALL_OUTPUTS = ("out.mp4", "out.gif", "out.webp", "out.npy", "frames")
@@ -316,6 +318,16 @@ def test_a_disk_that_refuses_is_an_error_and_the_old_video_stays(tmp_path, name)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
     np.testing.assert_array_equal(read(path), before)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_what_the_disk_tells_ffmpeg_is_one_line(tmp_path, monkeypatch, number):
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!/bin/sh\ncat >/dev/null\necho 'a\n{os.strerror(number)}' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(program))
+    with pytest.raises(RunError, match=f"^cannot write .*out.mp4: {os.strerror(number)}$"):
+        write(tmp_path / "out.mp4", smooth_video(frames=2))
 
 
 @pytest.mark.parametrize("shape", [(48, 80, 3), (2, 48, 80, 4), (2, 3, 48, 80)])
