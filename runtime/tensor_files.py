@@ -29,6 +29,7 @@ DTYPES = {
         *(("I64", "i8"), ("I32", "i4"), ("I16", "i2"), ("I8", "i1"), ("U8", "u1"), ("BOOL", "?")),
     )
 }
+FLOAT_DTYPES = frozenset(DTYPES[name] for name in ("BF16", "F16", "F32", "F64"))
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_DIGEST, _DATA_DIGEST = "header_sha256", "data_sha256"
 

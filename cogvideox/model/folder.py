@@ -18,7 +18,7 @@ from cogvideox.model.config import (
 from cogvideox.model.digest import digest_part
 from runtime.files import check_regular
 from runtime.json_files import read_json_object
-from runtime.tensor_files import StoredTensor, read_header
+from runtime.tensor_files import FLOAT_DTYPES, StoredTensor, read_header
 from runtime.text import printable
 
 MODEL_PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
@@ -173,13 +173,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def check_names_and_shapes(
+def check_headers(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], *, what: str
 ) -> None:
-    """Compares the stored weights' names and shapes with the module's.
+    """Compares the stored weights' names and shapes with the module's, and requires floats.
 
     Raises:
-        ValueError: weights are missing, extra or of the wrong shape; the message lists them.
+        ValueError: weights are missing, extra, of the wrong shape or no floating-point numbers; the
+            message lists them.
     """
     problems = [f"missing {name}" for name in sorted(expected.keys() - stored.keys())]
     problems += [f"extra {name}" for name in sorted(stored.keys() - expected.keys())]
@@ -187,6 +188,11 @@ def check_names_and_shapes(
         f"{name} is {list(stored[name].shape)}, not {list(expected[name])}"
         for name in sorted(expected.keys() & stored.keys())
         if stored[name].shape != tuple(expected[name])
+    ]
+    problems += [
+        f"{name} is of dtype {stored[name].dtype}, not a floating-point one"
+        for name in sorted(expected.keys() & stored.keys())
+        if stored[name].dtype not in FLOAT_DTYPES
     ]
     if problems:
         more = len(problems) - _MOST_PROBLEMS

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from cogvideox.model.folder import ModelFolder, check_names_and_shapes, stored_tensors
+from cogvideox.model.folder import ModelFolder, check_headers, stored_tensors
 from runtime.errors import InputError
 from runtime.json_files import read_json_object
 from runtime.text import printable
@@ -51,7 +51,7 @@ def check_weights(model: ModelFolder) -> None:
             n: shape for n, shape in expected.items() if n in stored or n not in _SAME_WEIGHT
         }
     used = {name: stored[name] for name in stored.keys() & expected.keys()}
-    check_names_and_shapes(used, expected, what="the text encoder")
+    check_headers(used, expected, what="the text encoder")
 
 
 def load_text_encoder(model: ModelFolder, dtype: torch.dtype) -> TextEncoder:
@@ -66,6 +66,7 @@ def load_text_encoder(model: ModelFolder, dtype: torch.dtype) -> TextEncoder:
     _silence_transformers()
     with _reading(model.path / "tokenizer"):
         tokenizer = _class(model, "tokenizer").from_pretrained(model.path / "tokenizer")
+        _tokenize(tokenizer, ["a"], 2)  # the first use finds settings of a wrong type
     with _reading(model.path / "text_encoder"):
         encoder = _class(model, "text_encoder").from_pretrained(
             model.path / "text_encoder", dtype=dtype, use_safetensors=True
@@ -125,14 +126,7 @@ def encode(
         ("" for none).
     """
     tokenizer, encoder = text_encoder.tokenizer, text_encoder.encoder
-    cut = tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=max_sequence_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    whole = tokenizer(prompts, verbose=False).input_ids
+    cut, whole = _tokenize(tokenizer, prompts, max_sequence_length)
     # The end token takes the last position, so one more token than the excess is lost.
     dropped = [
         str(tokenizer.decode(ids[max_sequence_length - 1 : -1]))
@@ -141,8 +135,22 @@ def encode(
         for ids in whole
     ]
     with torch.no_grad():
-        embeddings = encoder(cut.input_ids)[0]
+        embeddings = encoder(cut)[0]
     return embeddings.to(encoder.dtype), dropped
+
+
+def _tokenize(
+    tokenizer: transformers.PreTrainedTokenizerBase, prompts: list[str], max_length: int
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """Returns the tokens [B, max_length], padded or truncated, and all tokens of each prompt."""
+    cut = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return cut.input_ids, tokenizer(prompts, verbose=False).input_ids
 
 
 def known_words(tokenizer: transformers.PreTrainedTokenizerBase) -> list[str]:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cogvideox.model.config import TransformerConfig
-from cogvideox.model.folder import check_names_and_shapes
+from cogvideox.model.folder import check_headers
 from cogvideox.transformer.activations import ACTIVATIONS, GATED
 from runtime.tensor_files import StoredTensor
 
@@ -171,4 +171,4 @@ def check_weights(config: TransformerConfig, stored: Mapping[str, StoredTensor])
             f"the transformer makes {config.out_channels} channels of {config.in_channels}; "
             "text-to-video models have as many out as in"
         )
-    check_names_and_shapes(stored, stored_shapes(config), what="the transformer")
+    check_headers(stored, stored_shapes(config), what="the transformer")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.model.folder import check_names_and_shapes, stored_tensors
+from cogvideox.model.folder import check_headers, stored_tensors
 from runtime.tensor_files import StoredTensor
 
 # Present in every full VAE, unused by the decoder.
@@ -105,5 +105,5 @@ def stored_weights(vae_folder: Path, config: VaeConfig) -> dict[str, StoredTenso
     shapes = weight_shapes(config)
     stored = stored_tensors(Path(vae_folder))
     stored = {name: t for name, t in stored.items() if not name.startswith(_NOT_FOR_DECODING)}
-    check_names_and_shapes(stored, shapes, what="the VAE")
+    check_headers(stored, shapes, what="the VAE")
     return {name: stored[name] for name in shapes}

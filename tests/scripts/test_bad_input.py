@@ -297,6 +297,25 @@ def test_truncated_vae_weights(models, finished, tmp_path, capsys):
     assert "damaged" in refusal(capsys, generate, *PROMPT, *where)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder/model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_integers_are_no_weights(name, models, tmp_path, capsys):
+    """A relabelled dtype of the same size fits every shape."""
+    model = Path(shutil.copytree(models / "good", tmp_path / "model"))
+    content = (model / name).read_bytes()
+    (model / name).write_bytes(content.replace(b'"F32"', b'"I32"', 1))
+    where = ["--model_id", model, "--output_dir", tmp_path / "out"]
+    assert "is of dtype int32, not a floating-point one" in refusal(
+        capsys, generate, *PROMPT, *where
+    )
+
+
 def test_text_encoder_that_transformers_would_fill_up(models, tmp_path, capsys):
     model = Path(shutil.copytree(models / "good", tmp_path / "model"))
     config = model / "text_encoder/config.json"

@@ -81,6 +81,7 @@ def test_sizes_that_no_encoder_has_are_refused(name, value, model):
         ("text_encoder/config.json", {"feed_forward_proj": "x-" * 1_000_000}),
         ("text_encoder/config.json", {"layer_norm_epsilon": []}),
         ("text_encoder/config.json", {"vocab_size": -5}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "4"}),
         ("tokenizer/tokenizer.json", {"model": None}),
         ("tokenizer/tokenizer.json", {"version": 7, "added_tokens": "a\nb"}),
     ],
