@@ -152,6 +152,18 @@ def test_uniform_and_default_masks_keep_their_budget(steps: int):
     assert sum(step_mask.uniform_mask(25, 16, 5)) == 16
 
 
+def test_default_masks_have_every_budget_and_growing_gaps():
+    for steps in range(1, 60):
+        for budget in range(1, steps + 1):
+            mask = step_mask.default_mask(steps, budget)
+            assert len(mask) == steps and sum(mask) == budget and mask[0]
+    for budget, text in ((15, "1111111110010010010010011"), (12, "1111111000100010001000011")):
+        assert step_mask.digits(step_mask.default_mask(25, budget)) == text
+    for bad in (0, 26):
+        with pytest.raises(ValueError, match=f"not {bad}"):
+            step_mask.default_mask(25, bad)
+
+
 def test_modes_compute_their_share():
     assert [step_mask.budget_of("near", steps) for steps in (50, 25, 1)] == [29, 15, 1]
     assert [step_mask.budget_of("fast", steps) for steps in (50, 25, 1)] == [24, 12, 1]
