@@ -139,8 +139,8 @@ def add_text(parser: ArgumentParser) -> None:
     )
 
 
-def add_denoising(parser: ArgumentParser) -> None:
-    """Adds the arguments that only stage 2 has, except for the profile."""
+def add_sampling(parser: ArgumentParser) -> None:
+    """Adds the settings of stage 2 that decide what a step computes."""
     parser.add_argument(
         "--num_inference_steps",
         "--steps",
@@ -162,10 +162,15 @@ def add_denoising(parser: ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's)")
     parser.add_argument("--num_frames", "--frames", type=int, help="default: the model's")
+    parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=42, help="of the noise")
+
+
+def add_denoising(parser: ArgumentParser) -> None:
+    """Adds the arguments that only stage 2 has, except for the profile."""
+    add_sampling(parser)
     parser.add_argument(
         "--fps", type=integer(1, 240), help="frames per second (default: the model's)"
     )
-    parser.add_argument("--seed", type=integer(0, 2**64 - 1), default=42, help="of the noise")
     add_allow_unsupported(parser)
     add_attention(parser)
     add_speed(parser)

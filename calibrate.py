@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Measures which denoising steps a model can skip, for the lossy step masks of stage 2.
+
+Writes calibration.json.
+"""
+
+import argparse
+from pathlib import Path
+
+import utils
+from runtime.exit_codes import run_script
+from stages import calibrate
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = utils.ArgumentParser(
+        "Calibrates step masks for one model, size, number of steps and scheduler: runs the exact "
+        "model, and again from half of its steps on with a few steps skipped before. A killed "
+        "run resumes.",
+        "  python calibrate.py\n"
+        "  python calibrate.py --num_inference_steps 50 --compute 29,24,20 --plot masks.png\n"
+        "  python stage2_transformer.py --step_mask stage_outputs/calibration.json",
+    )
+    utils.add_model(parser, default=utils.DEFAULT_MODEL)
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help="file with a prompt a line; one is enough (default: a prompt of its own)",
+    )
+    utils.add_text(parser)
+    parser.add_argument(
+        "--compute",
+        metavar="STEPS",
+        type=_numbers,
+        help="how many steps the masks compute, separated by commas (default: 58%% and 48%%)",
+    )
+    parser.add_argument("--plot", type=Path, help="PNG to draw the ratios and the masks into")
+    utils.add_sampling(parser)
+    utils.add_allow_unsupported(parser)
+    utils.add_attention(parser)
+    utils.add_output_dir(parser)
+    utils.add_mesh(parser)
+    utils.add_platform(parser)
+    utils.add_dtype(parser)
+    utils.add_executables(parser)
+    return parser.parse_args(argv)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(utils.integer(1)(part) for part in text.split(","))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    utils.choose_platform(arguments)
+    utils.copy_trusted_executables(arguments)
+    calibrate.run(utils.options(calibrate.CalibrateOptions, arguments))
+
+
+if __name__ == "__main__":
+    run_script(lambda: run(parse_arguments()))
