@@ -15,6 +15,7 @@ from typing import Any
 from kernel_schedule import Schedule, measure
 
 from runtime.chips import CHIPS
+from splash_attention import BlockLists
 
 # heads, tokens, head size: one chip's share of a CogVideoX1.5-5B block first.
 SHAPES = (
@@ -26,6 +27,10 @@ SHAPES = (
 )
 # "_beside": the keys of all heads side by side, as a projection makes them and stage 2 passes them.
 OURS = ("bounded", "bounded_beside", "online", "online_beside", "int8_qk", "int8_qk_beside")
+# The bounded path over lists of chunks, at these shares of all chunks: for the first shape only.
+SPARSE = ("sparse", "sparse_beside", "sparse_int8_qk", "sparse_int8_qk_beside")
+DENSITIES = (1.0, 0.5, 0.36, 0.27, 0.15)
+SPARSE_TILE, SPARSE_CHUNK = 512, 256  # queries and keys, as the transformer's rules take them
 UNITS = {
     "mxu": "MXU",
     "xlu": "XLU",
@@ -41,13 +46,27 @@ UNITS = {
 
 def operand_dtype(kernel: str) -> str:
     """Return the dtype of the kernel's q and k."""
-    return {"int8_qk": "int8", "float32": "float32"}.get(kernel.removesuffix("_beside"), "bfloat16")
+    name = kernel.removesuffix("_beside").removeprefix("sparse_")
+    return {"int8_qk": "int8", "float32": "float32"}.get(name, "bfloat16")
 
 
 def lower_ours(
-    sharding: Any, chip: str, heads: int, length: int, head_dim: int, kernel: str, blocks: dict
+    sharding: Any,
+    chip: str,
+    heads: int,
+    length: int,
+    head_dim: int,
+    kernel: str,
+    blocks: dict,
+    list_shapes: tuple[tuple[int, ...], ...] = (),
+    listed_valid: int | None = None,
 ) -> Any:
-    """Lower one path of the kernel of this package."""
+    """Lower one path of the kernel of this package.
+
+    Args:
+        list_shapes: of the arrays of `refs.ListRefs`.
+        listed_valid: as in `attention_kernel`.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -60,7 +79,7 @@ def lower_ours(
     quantized = dtype == jnp.int8
     value_dtype = jnp.dtype(jnp.bfloat16) if quantized else dtype
     # int8 keys end on a tile of 32.
-    keys = -(-length // 32) * 32 if quantized else length
+    keys = round_up(length, 32) if quantized else length
     rows = head_dim * DIGITS if quantized else head_dim
     beside = kernel.endswith("_beside")
     operands: dict[str, tuple[tuple[int, ...], jnp.dtype]] = {
@@ -70,10 +89,13 @@ def lower_ours(
     }
     if quantized:
         operands["q_scale"] = ((heads, 1, length), jnp.dtype(jnp.bfloat16))
+    lists = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for shape in list_shapes]
 
-    def call(**arrays: Any) -> jax.Array:
+    def call(lists: list[jax.Array], **arrays: Any) -> jax.Array:
         return attention_kernel(
             **arrays,
+            lists=tuple(lists),
+            listed_valid=listed_valid,
             bounded=not kernel.startswith("online"),
             kv_len=jnp.array([length], jnp.int32),
             always_valid=length,
@@ -86,10 +108,11 @@ def lower_ours(
         )[0]
 
     return jax.jit(call).lower(
+        lists,
         **{
             name: jax.ShapeDtypeStruct(shape, d, sharding=sharding)
             for name, (shape, d) in operands.items()
-        }
+        },
     )
 
 
@@ -152,7 +175,7 @@ RIVALS = {
     "jax_flash": (lower_jax_flash, "flash_attention"),
     "tokamax": (lower_tokamax, "splash_mha_fwd_no_residuals"),
 }
-KERNELS = (*OURS, *RIVALS)
+KERNELS = (*OURS, *SPARSE, *RIVALS)
 
 
 def measure_ours(
@@ -174,6 +197,62 @@ def measure_ours(
             "blocks": blocks,
         },
     )
+
+
+def sparse_lists(density: float, length: int, precision: str) -> BlockLists:
+    """Return lists that visit a share of all chunks; text is always visited, and visits everything.
+
+    The first chunk and the first tile hold the text. The other tiles visit evenly spread chunks,
+    with a key of padding each: 3 rows of 85 columns.
+    """
+    chunks = round_up(length, SPARSE_CHUNK) // SPARSE_CHUNK
+    tiles = round_up(length, SPARSE_TILE) // SPARSE_TILE
+    visited = max(2, int((density * tiles - 1) * chunks / max(1, tiles - 1)))
+    spread = [1 + i * (chunks - 1) // (visited - 1) for i in range(visited - 1)]
+    lists = [list(range(chunks)), *[[0, *spread]] * (tiles - 1)]
+    text = min(SPARSE_CHUNK, length - (chunks - 1) * (SPARSE_CHUNK - 1))
+    valid = [text] + [SPARSE_CHUNK - 1] * (chunks - 1)
+    return BlockLists.from_lists(
+        [lists], block_q=SPARSE_TILE, chunk=SPARSE_CHUNK, valid=valid, precision=precision
+    )
+
+
+def sparse_row(
+    chip: str, kernel: str, heads: int, length: int, head_dim: int, density: float
+) -> dict[str, Any]:
+    """Return one line of the table for lists of chunks.
+
+    The number of bodies of a tile is data, so the schedule counts the loop's body once.
+    """
+    dtype = operand_dtype(kernel)
+    lists = sparse_lists(density, length, "int8_qk" if dtype == "int8" else "bf16")
+    blocks = dataclasses.asdict(lists.block_sizes)
+    tiles = lists.chunks.shape[1]
+    shapes = ((heads,), lists.chunks.shape, lists.lengths.shape, lists.valid.shape)
+    arguments = {
+        "chip": chip, "heads": heads, "length": lists.keys, "head_dim": head_dim, "kernel": kernel,
+        "blocks": blocks, "list_shapes": shapes, "listed_valid": lists.least_valid,
+    }  # fmt: skip
+    schedule = measure(lower_ours, chip, "splash_attention", heads * tiles, arguments)
+    bodies = heads * int((-(-lists.lengths // lists.unroll)).sum())
+    cycles = schedule.cycles + bodies * schedule.uncounted_bundles
+    return {
+        "kernel": kernel,
+        "chip": chip,
+        "heads": heads,
+        "q_len": length,
+        "kv_len": length,
+        "head_dim": head_dim,
+        "density": round(float(lists.density()[0]), 4),
+        "cycles": cycles,
+        "milliseconds": round(cycles / CHIPS[chip].clock_hz * 1e3, 3),
+        "block_sizes": blocks,
+        "bodies": bodies,
+        "bundles_per_body": schedule.uncounted_bundles,
+        "program_bundles": schedule.program_bundles,
+        "compile_seconds": round(schedule.compile_seconds, 1),
+        "source": "compiler estimate",
+    }
 
 
 def round_up(value: int, step: int) -> int:
@@ -227,6 +306,21 @@ def row(chip: str, kernel: str, heads: int, length: int, head_dim: int) -> dict[
     }
 
 
+def report(line: dict[str, Any], json_follows: bool) -> None:
+    """Print progress; with --json the table goes to stdout at the end."""
+    shape = f"{line['heads']}x{line['q_len']}x{line['head_dim']}"
+    rest = (
+        f"at density {line['density']}"
+        if "density" in line
+        else f"{line['bundles_per_million_scores']:8.1f} per million scores"
+    )
+    print(
+        f"{line['kernel']:21} {shape:16} {line['cycles'] / 1e6:8.2f}M cycles {rest}",
+        file=sys.stderr if json_follows else sys.stdout,
+        flush=True,
+    )
+
+
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -245,17 +339,15 @@ def main() -> int:
         print("tokamax is not installed and left out; pip install '.[compare]'", file=sys.stderr)
         kernels.remove("tokamax")
     rows = []
-    for shape in shapes:
+    for heads, length, head_dim in shapes:
         for kernel in kernels:
-            rows.append(row(args.chip, kernel, *shape))
-            # Progress; the table goes to stdout at the end.
-            print(
-                f"{kernel:14} {'x'.join(map(str, shape)):16} "
-                f"{rows[-1]['cycles'] / 1e6:8.2f}M cycles "
-                f"{rows[-1]['bundles_per_million_scores']:8.1f} per million scores",
-                file=sys.stderr if args.json else sys.stdout,
-                flush=True,
-            )
+            if kernel not in SPARSE:
+                rows.append(row(args.chip, kernel, heads, length, head_dim))
+                report(rows[-1], args.json)
+            elif args.shape or (heads, length, head_dim) == SHAPES[0]:
+                for density in DENSITIES:
+                    rows.append(sparse_row(args.chip, kernel, heads, length, head_dim, density))
+                    report(rows[-1], args.json)
     if args.json:
         print(json.dumps(rows, indent=1))
     return 0

@@ -6,11 +6,13 @@ from splash_attention.attention import (
     sequence_minor_attention,
     splash_attention,
 )
+from splash_attention.block_lists import BlockLists
 from splash_attention.block_sizes import BlockSizes
 from splash_attention.reference import reference_attention
 from splash_attention.sharded import ring_attention, sharded_attention
 
 __all__ = [
+    "BlockLists",
     "BlockSizes",
     "attention_part",
     "query_scale",

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from splash_attention.block_lists import BlockLists
 from splash_attention.block_sizes import BlockSizes, choose_block_sizes, current_chip
+from splash_attention.bounds import bounded_heads, largest_scores, largest_values, smooth
 from splash_attention.kernel import attention_kernel, can_lie_side_by_side
 from splash_attention.quantize import quantize
 from splash_attention.reference import check_shapes
@@ -37,6 +39,8 @@ def splash_attention(
     *,
     scale: float | None = None,
     window_size: int | None = None,
+    block_lists: BlockLists | None = None,
+    rule: jax.Array | None = None,
     block_sizes: BlockSizes | None = None,
     precision: str = "bf16",
     smooth_k: bool = False,
@@ -52,6 +56,9 @@ def splash_attention(
         scale: factor on the scores. Default: 1 / sqrt(D).
         window_size: query i attends only to keys j with |i - j| <= window_size. Tiles outside the
             window are skipped. Default: all keys.
+        block_lists: the chunks of keys that each tile of queries attends to, by rule. Chunks that
+            no list names cost nothing. Default: all keys.
+        rule: [...] int32, the rule of each head. Default: the first rule of `block_lists`.
         block_sizes: tile sizes of the kernel. Default: the chip's entry in the tuned table.
         precision: "bf16" multiplies in the dtype of the inputs: bfloat16 with float32 accumulation,
             or float32 without loss. "int8_qk" quantises q (a step per query) and k (a step per
@@ -74,6 +81,8 @@ def splash_attention(
     out = sequence_minor_attention(
         *_sequence_minor(q, k, v, scale),
         window_size=window_size,
+        block_lists=block_lists,
+        rule=None if rule is None else rule.reshape(-1),  # as q is flattened
         block_sizes=block_sizes,
         precision=precision,
         smooth_k=smooth_k,
@@ -149,6 +158,8 @@ def sequence_minor_attention(
     largest_score: jax.Array | None = None,
     largest_value: jax.Array | None = None,
     window_size: int | None = None,
+    block_lists: BlockLists | None = None,
+    rule: jax.Array | None = None,
     block_sizes: BlockSizes | None = None,
     precision: str = "bf16",
     smooth_k: bool = False,
@@ -168,7 +179,8 @@ def sequence_minor_attention(
         largest_score: [...], an upper bound per head on |q.k|, in powers of two. Saves reading q
             and k for their norms. If it is too low, softmax overflows. Default: from the norms.
         largest_value: [...], an upper bound per head on |v|. Saves reading v.
-        window_size, block_sizes, precision, smooth_k, interpret: as in `splash_attention`.
+        window_size, block_lists, rule, block_sizes, precision, smooth_k, interpret: as in
+            `splash_attention`. Lists replace `kv_len`.
 
     Returns:
         [..., D, S] in the dtype of `q`.
@@ -178,26 +190,23 @@ def sequence_minor_attention(
     """
     kv_len, beside = _check_sequence_minor(q, k, v, kv_len, window_size, precision)
     *leading, head_dim, q_len = q.shape
-    for name, largest in (("largest_score", largest_score), ("largest_value", largest_value)):
-        if largest is not None and largest.shape != tuple(leading):
-            raise ValueError(f"{name} is {largest.shape}; q has heads {tuple(leading)}")
+    _check_bounds(largest_score, largest_value, tuple(leading))
     if window_size is not None and window_size >= max(q_len, kv_len) - 1:
         window_size = None
-
+    listed = {}
+    if block_lists is not None:
+        listed = _list_arguments(
+            block_lists, rule, q, k.shape[-2], kv_len, window_size, block_sizes
+        )
     q, k, v = _flatten_heads(q, k, v, beside)
+    bounds_given = largest_score is not None and largest_value is not None
+    if block_lists is not None and (precision != "bf16" or smooth_k or not bounds_given):
+        k, v = _clear_padding(block_lists, k, v)
     if precision == "int8_qk":
-        # Smoothed keys are rounded once, to int8.
-        k = k.astype(jnp.float32)
+        k = k.astype(jnp.float32)  # smoothed keys are rounded once, to int8
     if smooth_k:
         k = smooth(k, kv_len)
-    if largest_score is None:
-        largest_score = largest_scores(q, k, kv_len)
-    elif smooth_k:
-        # |q.mean| is at most the largest |q.k|.
-        largest_score = 2 * largest_score
-    if largest_value is None:
-        largest_value = largest_values(v, kv_len)
-    bounded = bounded_heads(largest_score.reshape(-1), largest_value.reshape(-1), kv_len)
+    bounded = _bounded(q, k, v, kv_len, largest_score, largest_value, smooth_k)
     out_dtype, q_scale, padded_head_dim = q.dtype, None, q.shape[1]
     if precision == "int8_qk":
         q, k, q_scale = quantize(q, k, kv_len)
@@ -212,8 +221,12 @@ def sequence_minor_attention(
         always_valid=kv_len,
         most_valid=kv_len,
         window_size=window_size,
+        **listed,
         out_dtype=out_dtype,
-        **_how_to_run(block_sizes, padded_head_dim, q_len, kv_len, q.dtype, interpret),
+        **_how_to_run(
+            block_sizes if block_lists is None else block_lists.block_sizes,
+            *(padded_head_dim, q_len, kv_len, q.dtype, interpret),
+        ),
     )
     return out[:, :head_dim].reshape(*leading, head_dim, q_len)
 
@@ -251,6 +264,84 @@ def _check_sequence_minor(
         raise ValueError(f"precision is {precision!r}; it must be one of {_PRECISIONS}")
     _check_dtypes(q, k, v)
     return kv_len, beside
+
+
+def _check_bounds(
+    largest_score: jax.Array | None, largest_value: jax.Array | None, heads: tuple[int, ...]
+) -> None:
+    for name, largest in (("largest_score", largest_score), ("largest_value", largest_value)):
+        if largest is not None and largest.shape != heads:
+            raise ValueError(f"{name} is {largest.shape}; q has heads {heads}")
+
+
+def _bounded(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_len: int,
+    largest_score: jax.Array | None,
+    largest_value: jax.Array | None,
+    smoothed: bool,
+) -> jax.Array:
+    """Return `bounded_heads` of the bounds given, for keys before smoothing, or of those found."""
+    if largest_score is None:
+        largest_score = largest_scores(q, k, kv_len)
+    elif smoothed:
+        # |q.mean| is at most the largest |q.k|.
+        largest_score = 2 * largest_score
+    if largest_value is None:
+        largest_value = largest_values(v, kv_len)
+    return bounded_heads(largest_score.reshape(-1), largest_value.reshape(-1), kv_len)
+
+
+def _clear_padding(
+    block_lists: BlockLists, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Replace the padding of k [B, K, R] and v [N, D, K] by zeros, and pad k to whole chunks.
+
+    The kernel masks padding itself, but the passes over k and v before it do not; and its int8 path
+    removes only the weights of padding, which must be finite.
+    """
+    valid = block_lists.valid_keys()[: k.shape[1]]
+    k = jnp.where(valid[:, None], k, jnp.zeros_like(k))
+    v = jnp.where(valid, v, jnp.zeros_like(v))
+    return jnp.pad(k, ((0, 0), (0, block_lists.keys - k.shape[1]), (0, 0))), v
+
+
+def _list_arguments(
+    block_lists: BlockLists,
+    rule: jax.Array | None,
+    q: jax.Array,
+    keys: int,
+    kv_len: int,
+    window_size: int | None,
+    block_sizes: BlockSizes | None,
+) -> dict[str, Any]:
+    """Check lists of chunks; return the kernel's keyword arguments lists and listed_valid.
+
+    Raises:
+        ValueError: the lists are of other lengths, or combined with an option they replace.
+    """
+    if window_size is not None or block_sizes is not None or kv_len != keys:
+        raise ValueError("block_lists replace window_size, block_sizes and kv_len; pass only one")
+    tiles, chunks = block_lists.chunks.shape[1], block_lists.valid.shape[0]
+    fit = -(-q.shape[-1] // block_lists.block_q), -(-keys // block_lists.chunk)
+    if fit != (tiles, chunks):
+        raise ValueError(
+            f"block_lists are of {tiles} tiles of {block_lists.block_q} queries and {chunks} "
+            f"chunks of {block_lists.chunk} keys; {q.shape[-1]} queries and {keys} keys need {fit}"
+        )
+    heads = q.shape[:-2]
+    if rule is None:
+        rule = jnp.zeros(heads, jnp.int32)
+    if rule.shape != heads:
+        raise ValueError(f"rule is {rule.shape}; q has heads {heads}")
+    tables = block_lists.chunks, block_lists.lengths, block_lists.valid
+    arrays = (rule.reshape(-1), *map(jnp.asarray, tables))
+    return {
+        "lists": tuple(array.astype(jnp.int32) for array in arrays),
+        "listed_valid": block_lists.least_valid,
+    }
 
 
 def _flatten_heads(
@@ -305,56 +396,3 @@ def _how_to_run(
         "vmem_limit_bytes": chip.require_vmem(block_sizes, head_dim, dtype),
         "interpret": pltpu.InterpretParams() if interpret is True else interpret,
     }
-
-
-def smooth(k: jax.Array, kv_len: int) -> jax.Array:
-    """Subtract from k [B, K, N x D] the mean of its first `kv_len` keys, keeping its dtype.
-
-    q.(k - mean) differs from q.k by the same number for every key, so softmax does not change.
-
-    Source: SageAttention (arXiv 2410.02367).
-    """
-    mean = jnp.mean(k[:, :kv_len].astype(jnp.float32), axis=1, keepdims=True)
-    return (k.astype(jnp.float32) - mean).astype(k.dtype)
-
-
-def largest_scores(q: jax.Array, k: jax.Array, kv_len: int) -> jax.Array:
-    """Bound |q.k| per head by the Cauchy-Schwarz inequality: max|q| max|k|, [N] float32.
-
-    Args:
-        q: [N, D, S], scaled by `query_scale`.
-        k: [B, K, N / B x D].
-        kv_len: number of valid keys.
-    """
-    heads, head_dim, _ = q.shape
-    q_squares = jnp.square(q.astype(jnp.float32))
-    k_squares = jnp.square(k[:, :kv_len].astype(jnp.float32))
-    k_squares = k_squares.reshape(k.shape[0], kv_len, -1, head_dim)
-    q_norm = jnp.sqrt(jnp.max(jnp.sum(q_squares, axis=1), axis=1))
-    k_norm = jnp.sqrt(jnp.max(jnp.sum(k_squares, axis=3), axis=1))
-    return q_norm * k_norm.reshape(heads)
-
-
-def largest_values(v: jax.Array, kv_len: int) -> jax.Array:
-    """Return max|v| per head over the first `kv_len` keys of v [N, D, K]: [N]."""
-    return jnp.max(jnp.abs(v[..., :kv_len]), axis=(1, 2))
-
-
-def bounded_heads(largest_score: jax.Array, largest_value: jax.Array, kv_len: int) -> jax.Array:
-    """Return 1 for each head that needs no running maximum, else 0: [N] int32.
-
-    If every score s, in powers of two, has |s| <= B, then 2^-B <= exp2(s) <= 2^B. The denominator
-    and the weighted sum of values stay finite while B + log2(keys) + log2(max|v|) < 127. At the
-    other end, the smallest weight times a value of 2^-24 max|v| must be a normal number, above
-    2^-126. A head with an infinity compares false and takes the online path. A head with NaN may
-    take either path; the NaN comes out in the same places.
-
-    Args:
-        largest_score: B, [N].
-        largest_value: max|v|, [N].
-        kv_len: number of valid keys.
-    """
-    log_v = jnp.log2(largest_value.astype(jnp.float32))
-    above = largest_score + math.log2(kv_len) + jnp.maximum(log_v, 0) <= 126
-    below = largest_score + jnp.maximum(-log_v, 0) <= 126 - 24
-    return (above & below).astype(jnp.int32)

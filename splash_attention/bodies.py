@@ -14,12 +14,13 @@ Three bodies compute the same softmax and differ in what they subtract from the 
 Axis letters: N heads (batch and heads flattened), S queries, K keys, D head size.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+
+from splash_attention.refs import Chunk, KernelConfig, Refs
 
 # A masked score, and the maximum of no keys. Finite, so that NO_SCORE - NO_SCORE is not NaN.
 NO_SCORE = -3e38
@@ -30,55 +31,6 @@ _MAX_RISE = 32.0
 _MAX_SUM = 2.0**120
 
 SUBLANES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelConfig:
-    """Static parameters of one kernel call."""
-
-    block_q: int
-    block_kv: int
-    chunk: int
-    unroll: int
-    q_len: int
-    kv_blocks: int
-    # Keys before this index are always valid; later chunks compare with `kv_len`.
-    always_valid: int
-    window_size: int | None
-    quantized: bool
-    with_log_total: bool
-    # Heads whose keys share a block of k; the queries of the other heads are zero.
-    packed: int
-
-    @property
-    def group(self) -> int:
-        """Keys per unrolled body."""
-        return self.unroll * self.chunk
-
-    @property
-    def groups(self) -> int:
-        """Bodies per block of keys."""
-        return self.block_kv // self.group
-
-    @property
-    def first_checked_chunk(self) -> int:
-        """Index in a group of the first chunk that may hold padding."""
-        last_group = (self.kv_blocks * self.groups - 1) * self.unroll
-        return max(0, self.always_valid // self.chunk - last_group)
-
-
-@dataclasses.dataclass(frozen=True)
-class Refs:
-    """References that a body reads and writes, in VMEM unless said otherwise."""
-
-    kv_len: jax.Ref  # [1] int32, in SMEM
-    q: jax.Ref  # [packed x R, block_q]; R is D, or 2 D for int8 operands
-    q_scale: jax.Ref | None  # [1, block_q] bfloat16, with int8 operands only
-    k: jax.Ref  # [block_kv, packed x R]
-    v: jax.Ref  # [D, block_kv]
-    shift: jax.Ref  # [1, block_q] float32, the running maximum
-    total: jax.Ref  # [8, block_q] float32, partial denominators
-    acc: jax.Ref  # [D, block_q] float32
 
 
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -119,19 +71,19 @@ def _scores(refs: Refs, products: jax.Array) -> jax.Array:
 def _weigh(
     config: KernelConfig,
     refs: Refs,
-    start: jax.Array,
+    chunk: Chunk,
     p: jax.Array,
     check: bool,
     below: jax.Array | None = None,
 ) -> jax.Array:
     """Multiply the values of a chunk, with the rows `below` appended, by p [chunk, block_q].
 
-    Returns float32 [D + rows, block_q]. With `check`, values past `kv_len` are replaced by zeros.
+    Returns float32 [D + rows, block_q]. With `check`, values of padding are replaced by zeros.
     """
-    v = refs.v[:, pl.ds(start, config.chunk)]
+    v = refs.v[:, pl.ds(chunk.start, config.chunk)]
     if check:
         # Padding may hold NaN: p is 0 there, but 0 x NaN is NaN.
-        v = jnp.where(_in_range(config, refs, start, (1, config.chunk), 1), v, jnp.zeros_like(v))
+        v = jnp.where(_in_range(config, refs, chunk, (1, config.chunk), 1), v, jnp.zeros_like(v))
     if below is not None:
         v = jnp.concatenate([v, below], axis=0)
     return jax.lax.dot(
@@ -150,17 +102,19 @@ def _key_index(
 
 
 def _in_range(
-    config: KernelConfig, refs: Refs, start: jax.Array, shape: tuple[int, ...], axis: int
+    config: KernelConfig, refs: Refs, chunk: Chunk, shape: tuple[int, ...], axis: int
 ) -> jax.Array:
-    return _key_index(config, start, shape, axis) < refs.kv_len[0]
+    if chunk.valid is not None:
+        return jax.lax.broadcasted_iota(jnp.int32, shape, axis) < chunk.valid
+    return _key_index(config, chunk.start, shape, axis) < refs.kv_len[0]
 
 
-def _visible(config: KernelConfig, refs: Refs, start: jax.Array, window: bool) -> jax.Array:
+def _visible(config: KernelConfig, refs: Refs, chunk: Chunk, window: bool) -> jax.Array:
     """Return a bool mask of the visible scores: [chunk, 1], or [chunk, block_q] with a window."""
-    visible = _in_range(config, refs, start, (config.chunk, 1), 0)
+    visible = _in_range(config, refs, chunk, (config.chunk, 1), 0)
     if window:
         assert config.window_size is not None
-        key = _key_index(config, start, (config.chunk, 1), 0)
+        key = _key_index(config, chunk.start, (config.chunk, 1), 0)
         query = pl.program_id(1) * config.block_q + jax.lax.broadcasted_iota(
             jnp.int32, (1, config.block_q), 1
         )
@@ -177,38 +131,63 @@ def _max_by_eight(x: jax.Array) -> jax.Array:
     return jnp.max(x.reshape(-1, SUBLANES, x.shape[-1]), axis=0)
 
 
-def _chunk_start(config: KernelConfig, group: jax.Array, index: int | jax.Array) -> jax.Array:
-    return pl.multiple_of(group * config.group + index * config.chunk, config.chunk)
+def _chunk_at(config: KernelConfig, refs: Refs, group: jax.Array, index: int) -> Chunk:
+    """Return a chunk of a group: the next keys, or the next entry of the tile's list."""
+    if refs.lists is None:
+        start = group * config.group + index * config.chunk
+        return Chunk(pl.multiple_of(start, config.chunk), None)
+    return refs.lists.chunk(config, group * config.unroll + index)
 
 
 def _pipelined_products(
     config: KernelConfig, refs: Refs, group: jax.Array
-) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-    """Yield (index, start, products) per chunk of a group, computing Q.K ahead of P.V.
+) -> Iterator[tuple[bool, Chunk, jax.Array]]:
+    """Yield (check, chunk, products) per chunk of a group, computing Q.K ahead of P.V.
+
+    `check` says whether the chunk may hold padding.
 
     The compiler keeps matmuls in program order. With two products queued before P.V, the MXU never
     waits for the exponentials of a chunk: 1,295 instead of 2,144 bundles per million scores. int8
     products are faster and need a third one queued.
     """
     ahead = min(3 if config.quantized else 2, config.unroll)
-    queue = [_products(config, refs, _chunk_start(config, group, i)) for i in range(ahead)]
-    for i in range(config.unroll):
+    chunks = [_chunk_at(config, refs, group, i) for i in range(config.unroll)]
+    queue = [_products(config, refs, chunk.start) for chunk in chunks[:ahead]]
+    for i, chunk in enumerate(chunks):
         if i + ahead < config.unroll:
-            queue.append(_products(config, refs, _chunk_start(config, group, i + ahead)))
-        yield i, _chunk_start(config, group, i), queue.pop(0)
+            queue.append(_products(config, refs, chunks[i + ahead].start))
+        check = refs.lists is not None or i >= config.first_checked_chunk
+        yield check, chunk, queue.pop(0)
+
+
+def _mask_end(config: KernelConfig, scores: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mask scores [chunk, block_q] past the `valid` keys of a listed chunk.
+
+    Only whole registers that may hold padding: masking all costs 2 of 169 bundles per chunk.
+    """
+    assert config.listed_valid is not None
+    first = config.listed_valid // SUBLANES * SUBLANES
+    if first == config.chunk:
+        return scores
+    key = first + jax.lax.broadcasted_iota(jnp.int32, (config.chunk - first, 1), 0)
+    end = jnp.where(key < valid, scores[first:], NO_SCORE)
+    return jnp.concatenate([scores[:first], end], axis=0)
 
 
 def _bounded_group(config: KernelConfig, refs: Refs, group: jax.Array) -> None:
     total, acc = refs.total[...], refs.acc[...]
     window = config.window_size is not None
-    for i, start, products in _pipelined_products(config, refs, group):
-        check = i >= config.first_checked_chunk
+    for check, chunk, products in _pipelined_products(config, refs, group):
         scores = _scores(refs, products)
-        if check or window:
-            scores = jnp.where(_visible(config, refs, start, window), scores, NO_SCORE)
+        if chunk.valid is not None:
+            scores = _mask_end(config, scores, chunk.valid)
+        elif check or window:
+            scores = jnp.where(_visible(config, refs, chunk, window), scores, NO_SCORE)
         p = jnp.exp2(scores)
-        total += _sum_by_eight(p)
-        acc += _weigh(config, refs, start, p, check)
+        sums = _sum_by_eight(p)
+        # An entry past the end of the list repeats a chunk; `_weigh` replaces its values by zeros.
+        total += sums if chunk.valid is None else jnp.where(chunk.valid > 0, sums, 0.0)
+        acc += _weigh(config, refs, chunk, p, check)
     refs.total[...], refs.acc[...] = total, acc
 
 
@@ -223,14 +202,20 @@ def _bounded_group_int8(config: KernelConfig, refs: Refs, group: jax.Array) -> N
     ones = jnp.ones((2 * SUBLANES, config.chunk), jnp.bfloat16)
     acc = jnp.zeros((head_dim + ones.shape[0], config.block_q), jnp.float32)
     window = config.window_size is not None
-    for i, start, products in _pipelined_products(config, refs, group):
-        check = i >= config.first_checked_chunk
+    for check, chunk, products in _pipelined_products(config, refs, group):
         # Scales are powers of two, so this product is exact.
         scores = products.astype(jnp.float32).astype(jnp.bfloat16) * refs.q_scale[...]
-        if check or window:
-            visible = _visible(config, refs, start, window)
+        below = ones
+        if chunk.valid is not None:
+            # Listed keys are zeros where they are padding: their weights are 1, and drop out here.
+            below = jnp.broadcast_to(
+                _in_range(config, refs, chunk, (1, config.chunk), 1).astype(jnp.bfloat16),
+                ones.shape,
+            )
+        elif check or window:
+            visible = _visible(config, refs, chunk, window)
             scores = jnp.where(visible, scores.astype(jnp.float32), NO_SCORE).astype(jnp.bfloat16)
-        acc += _weigh(config, refs, start, jnp.exp2(scores), check, ones)
+        acc += _weigh(config, refs, chunk, jnp.exp2(scores), check, below)
     refs.acc[...] += acc[:head_dim]
     refs.total[...] += acc[head_dim : head_dim + SUBLANES] * (1 / SUBLANES)
 
@@ -238,10 +223,10 @@ def _bounded_group_int8(config: KernelConfig, refs: Refs, group: jax.Array) -> N
 def _online_group(config: KernelConfig, refs: Refs, group: jax.Array, first: jax.Array) -> None:
     @pl.when(first)
     def _():
-        start = _chunk_start(config, group, 0)
+        chunk = _chunk_at(config, refs, group, 0)
         scores = jnp.where(
-            _visible(config, refs, start, False),
-            _scores(refs, _products(config, refs, start)),
+            _visible(config, refs, chunk, False),
+            _scores(refs, _products(config, refs, chunk.start)),
             NO_SCORE,
         )
         refs.shift[...] = jnp.max(scores, axis=0, keepdims=True)
@@ -250,15 +235,14 @@ def _online_group(config: KernelConfig, refs: Refs, group: jax.Array, first: jax
     total = jnp.zeros(refs.total.shape, jnp.float32)
     acc = jnp.zeros(refs.acc.shape, jnp.float32)
     rise = jnp.full_like(total, NO_SCORE)
-    for i, start, products in _pipelined_products(config, refs, group):
-        check = i >= config.first_checked_chunk
+    for check, chunk, products in _pipelined_products(config, refs, group):
         scores = _scores(refs, products) - shift
         if check:
-            scores = jnp.where(_visible(config, refs, start, False), scores, NO_SCORE)
+            scores = jnp.where(_visible(config, refs, chunk, False), scores, NO_SCORE)
         rise = jnp.maximum(rise, _max_by_eight(scores))
         p = jnp.exp2(scores)
         total += _sum_by_eight(p)
-        acc += _weigh(config, refs, start, p, check)
+        acc += _weigh(config, refs, chunk, p, check)
 
     rise = jnp.max(rise, axis=0, keepdims=True)
     # The first group contains the score it is shifted by, so it cannot lie far below its shift.
@@ -287,14 +271,18 @@ def _online_group(config: KernelConfig, refs: Refs, group: jax.Array, first: jax
 
 
 def _careful_chunks(config: KernelConfig, refs: Refs, first: jax.Array, last: jax.Array) -> None:
-    """Run online softmax on the chunks first <= i < last of the block that hold valid keys."""
-    keys = refs.kv_len[0] - pl.program_id(2) * config.block_kv
-    last = jnp.minimum(last, pl.cdiv(keys, config.chunk))
+    """Run online softmax on the chunks first <= i < last of the block or of the tile's list."""
+    if refs.lists is None:
+        keys = refs.kv_len[0] - pl.program_id(2) * config.block_kv
+        last = jnp.minimum(last, pl.cdiv(keys, config.chunk))
 
     def one_chunk(i: jax.Array, _: None) -> None:
-        start = pl.multiple_of(i * config.chunk, config.chunk)
-        visible = _visible(config, refs, start, config.window_size is not None)
-        scores = _scores(refs, _products(config, refs, start))
+        if refs.lists is None:
+            chunk = Chunk(pl.multiple_of(i * config.chunk, config.chunk), None)
+        else:
+            chunk = refs.lists.chunk(config, i)
+        visible = _visible(config, refs, chunk, config.window_size is not None)
+        scores = _scores(refs, _products(config, refs, chunk.start))
         scores = jnp.where(visible, scores, NO_SCORE)
         old = refs.shift[...]
         new = jnp.maximum(old, jnp.max(scores, axis=0, keepdims=True))
@@ -303,7 +291,7 @@ def _careful_chunks(config: KernelConfig, refs: Refs, first: jax.Array, last: ja
         shrink = jnp.exp2(old - new)
         refs.shift[...] = new
         refs.total[...] = refs.total[...] * shrink + _sum_by_eight(p)
-        refs.acc[...] = refs.acc[...] * shrink + _weigh(config, refs, start, p, True)
+        refs.acc[...] = refs.acc[...] * shrink + _weigh(config, refs, chunk, p, True)
 
     jax.lax.fori_loop(first, last, one_chunk, None)
 
@@ -320,8 +308,14 @@ def _chunks_in_window(config: KernelConfig) -> tuple[jax.Array, jax.Array]:
     return first, jnp.clip(last_key // config.chunk + 1, first, chunks)
 
 
+def _all_groups(config: KernelConfig, refs: Refs) -> tuple[int, int | jax.Array]:
+    if refs.lists is None:
+        return 0, config.groups
+    return 0, pl.cdiv(refs.lists.length, config.unroll)
+
+
 def attend_bounded(config: KernelConfig, refs: Refs) -> None:
-    first, last = 0, config.groups
+    first, last = _all_groups(config, refs)
     if config.window_size is not None:
         first_chunk, last_chunk = _chunks_in_window(config)
         first, last = first_chunk // config.unroll, pl.cdiv(last_chunk, config.unroll)
@@ -336,8 +330,7 @@ def attend_online(config: KernelConfig, refs: Refs) -> None:
         return
     first_block = pl.program_id(2) == 0
     jax.lax.fori_loop(
-        0,
-        config.groups,
+        *_all_groups(config, refs),
         lambda g, _: _online_group(config, refs, g, first_block & (g == 0)),
         None,
     )

@@ -21,14 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from splash_attention.block_sizes import BlockSizes
-from splash_attention.bodies import (
-    NO_SCORE,
-    SUBLANES,
-    KernelConfig,
-    Refs,
-    attend_bounded,
-    attend_online,
-)
+from splash_attention.bodies import NO_SCORE, SUBLANES, attend_bounded, attend_online
+from splash_attention.refs import KernelConfig, ListRefs, Refs
 
 _LANES = 128
 
@@ -49,11 +43,14 @@ def _kernel_body(
     """Run one grid step: one head, one tile of queries, one block of keys."""
     remaining = iter(all_refs)
     bounded_ref = next(remaining) if one_path is None else None
+    lists = None
+    if config.listed_valid is not None:
+        lists = ListRefs(*(next(remaining) for _ in range(4)))
     q_scale_ref = next(remaining) if config.quantized else None
     q_ref, k_ref, v_ref, out_ref = (next(remaining) for _ in range(4))
     log_total_ref = next(remaining) if config.with_log_total else None
     wide_q_ref = next(remaining) if config.packed > 1 else q_ref
-    refs = Refs(kv_len_ref, wide_q_ref, q_scale_ref, k_ref, v_ref, *remaining)
+    refs = Refs(kv_len_ref, wide_q_ref, q_scale_ref, k_ref, v_ref, *remaining, lists=lists)
     bounded = bool(one_path) if bounded_ref is None else bounded_ref[pl.program_id(0)] != 0
 
     @pl.when(pl.program_id(2) == 0)
@@ -101,6 +98,8 @@ def attention_kernel(
     always_valid: int,
     most_valid: int,
     window_size: int | None = None,
+    lists: tuple[jax.Array, ...] = (),
+    listed_valid: int | None = None,
     block_sizes: BlockSizes,
     vmem_limit_bytes: int,
     out_dtype: DTypeLike,
@@ -121,6 +120,8 @@ def attention_kernel(
         always_valid: static lower bound on `kv_len`; only later chunks are masked.
         most_valid: static upper bound on `kv_len`; later keys are not read.
         window_size: query i attends only to keys within this distance. Default: all keys.
+        lists: the arrays of `ListRefs`, with the keys as one block; `kv_len` is then not used.
+        listed_valid: with lists, a lower bound on the valid keys of every listed chunk.
         block_sizes: tile sizes.
         vmem_limit_bytes: VMEM the compiler may use.
         out_dtype: dtype of the output.
@@ -143,12 +144,13 @@ def attention_kernel(
         quantized=q_scale is not None,
         with_log_total=with_log_total,
         packed=_packed_heads(q, k),
+        listed_valid=listed_valid,
     )
     one_path = bounded if isinstance(bounded, bool) else None
-    scalars = [kv_len] if isinstance(bounded, bool) else [kv_len, bounded]
+    scalars = [kv_len, *([] if isinstance(bounded, bool) else [bounded]), *lists]
     operands = ([] if q_scale is None else [q_scale]) + [q, k, v]
     heads, _, q_len = q.shape
-    head_dim, scores = v.shape[1], heads * q_len * most_valid
+    head_dim = v.shape[1]
     return pl.pallas_call(
         functools.partial(_kernel_body, config=config, one_path=one_path),
         out_shape=[
@@ -161,15 +163,23 @@ def attention_kernel(
             vmem_limit_bytes=vmem_limit_bytes,
             disable_bounds_checks=True,
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=4 * scores * head_dim,
-            transcendentals=scores,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in operands)
-            + heads * head_dim * q_len * jnp.dtype(out_dtype).itemsize,
-        ),
+        cost_estimate=_cost(operands, heads * q_len * most_valid, head_dim, out_dtype),
         interpret=interpret,
         name="splash_attention",
     )(*scalars, *operands)
+
+
+def _cost(
+    operands: list[jax.Array], scores: int, head_dim: int, out_dtype: DTypeLike
+) -> pl.CostEstimate:
+    """Return what the kernel costs if every tile of queries visits all keys."""
+    *_, q, _, v = operands
+    out_bytes = v.shape[0] * head_dim * q.shape[2] * jnp.dtype(out_dtype).itemsize
+    return pl.CostEstimate(
+        flops=4 * scores * head_dim,
+        transcendentals=scores,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in operands) + out_bytes,
+    )
 
 
 def _packed_heads(q: jax.Array, k: jax.Array) -> int:

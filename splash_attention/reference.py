@@ -12,6 +12,8 @@ import numbers
 import jax
 import jax.numpy as jnp
 
+from splash_attention.block_lists import BlockLists
+
 # Scores held at once, over batch and heads: 2**26 float32 values are 256 MiB. A few thousand tokens
 # fit in one block and need no loop.
 _MAX_SCORES = 2**26
@@ -24,6 +26,8 @@ def reference_attention(
     *,
     scale: float | None = None,
     window_size: int | None = None,
+    block_lists: BlockLists | None = None,
+    rule: jax.Array | None = None,
 ) -> jax.Array:
     """Compute non-causal softmax attention in float32, whatever the input dtype.
 
@@ -33,6 +37,7 @@ def reference_attention(
         v: [..., K, Dv], with the leading axes of `q`.
         scale: factor on the scores. Default: 1 / sqrt(D).
         window_size: query i attends only to keys j with |i - j| <= window_size. Default: all keys.
+        block_lists, rule: as in `splash_attention`; the scores that no list names are masked.
 
     Returns:
         [..., S, Dv] in the dtype of `q`.
@@ -49,6 +54,10 @@ def reference_attention(
     scores_per_query = math.prod(leading) * kv_len
     block = max(1, min(q_len, _MAX_SCORES // max(scores_per_query, 1)))
     k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+    if block_lists is not None:
+        # Padding may hold anything; 0 x NaN would be NaN.
+        v32 = jnp.where(block_lists.valid_keys()[:kv_len, None], v32, 0)
+        rules = jnp.zeros(q.shape[:-2], jnp.int32) if rule is None else rule
 
     def attend(q_block: jax.Array, first_query: jax.Array | int) -> jax.Array:
         q32 = q_block.astype(jnp.float32) * scale
@@ -56,6 +65,10 @@ def reference_attention(
         if window_size is not None:
             query = first_query + jnp.arange(q_block.shape[-2])[:, None]
             visible = jnp.abs(query - jnp.arange(kv_len)[None, :]) <= window_size
+            scores = jnp.where(visible, scores, -jnp.inf)
+        if block_lists is not None:
+            tile = (first_query + jnp.arange(q_block.shape[-2])) // block_lists.block_q
+            visible = block_lists.keep()[rules[..., None], tile, :kv_len]
             scores = jnp.where(visible, scores, -jnp.inf)
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         total = jnp.sum(weights, axis=-1, keepdims=True)

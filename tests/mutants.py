@@ -46,6 +46,7 @@ MASKS = "tests/parity/test_step_masks.py"
 PIPELINE = "tests/parity/test_pipeline.py::test_scripts_equal_diffusers[1.5 dpm]"
 TRAPS = "tests/parity/test_traps.py"
 ROBUST = "tests/splash_attention/test_splash_robustness.py"
+LISTS = "tests/splash_attention/test_splash_block_lists.py"
 INT8 = "tests/splash_attention/test_splash_int8.py"
 SHARDED = "tests/splash_attention/test_splash_sharded.py"
 EXECUTABLES = "tests/runtime/test_executables.py"
@@ -204,9 +205,18 @@ MUTANTS = (
     Mutant("NaN of JSON accepted", JSON_FILE,
            "parse_constant=_refuse, ", "", (JSON,)),
     # The attention kernel.
+    Mutant("padding of a listed chunk weighed", "splash_attention/bodies.py",
+           "end = jnp.where(key < valid, scores[first:], NO_SCORE)", "end = scores[first:]",
+           (f"{LISTS}::test_random_lists",)),
+    Mutant("end of a list weighed", "splash_attention/bodies.py",
+           "jnp.where(chunk.valid > 0, sums, 0.0)", "sums", (f"{LISTS}::test_random_lists",)),
+    Mutant("rule of the first head for all", "splash_attention/refs.py",
+           "index = self.chunks[self.rule[pl.program_id(0)], pl.program_id(1), entry]",
+           "index = self.chunks[self.rule[0], pl.program_id(1), entry]",
+           (f"{LISTS}::test_random_lists",)),
     Mutant("kernel masks one key too many", "splash_attention/bodies.py",
-           "return _key_index(config, start, shape, axis) < refs.kv_len[0]",
-           "return _key_index(config, start, shape, axis) < refs.kv_len[0] - 1", (ROBUST,)),
+           "return _key_index(config, chunk.start, shape, axis) < refs.kv_len[0]",
+           "return _key_index(config, chunk.start, shape, axis) < refs.kv_len[0] - 1", (ROBUST,)),
     Mutant("keys past the end not zeroed in P.V", "splash_attention/bodies.py",
            "    if check:\n        # Padding may hold NaN",
            "    if False:\n        # Padding may hold NaN",

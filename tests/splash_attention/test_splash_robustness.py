@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from splash_attention import BlockSizes, sequence_minor_attention
-from splash_attention.attention import bounded_heads, largest_scores, largest_values
+from splash_attention.bounds import bounded_heads, largest_scores, largest_values
 from splash_attention.kernel import attention_kernel
 from tests.splash_attention.softmax import attend, relative_error
 
