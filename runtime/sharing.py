@@ -5,6 +5,10 @@ hf://owner/repository/path    gs://bucket/path    /mnt/shared/executables
 
 import contextlib
 import io
+import os
+import shutil
+import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -17,7 +21,9 @@ from runtime.artifacts import Refused, is_artifact_name, read_artifact, read_man
 from runtime.errors import InputError, RunError
 from runtime.files import atomic_path, open_regular
 from runtime.text import printable
-from runtime.trusted_folders import check_trusted, make_folder, manifest_digest
+from runtime.trusted_folders import check_trusted, is_digest, make_folder, manifest_digest
+
+_UNUSED_SECONDS = 30 * 86400.0
 
 
 def push(folder: Path, destination: str) -> list[str]:
@@ -145,7 +151,21 @@ def trusted_copy(folder: Path, digest: str, cache: Path) -> Path:
     check_trusted(cache, "compilation cache")
     copies = cache / "trusted" / digest
     pull(str(folder.absolute()), copies, digest)
+    if copies.is_dir():
+        os.utime(copies)
+    _remove_unused_copies(copies)
     return copies
+
+
+def _remove_unused_copies(used: Path) -> None:
+    """Deletes the copies beside `used` that no run has taken for a month."""
+    month_ago = time.time() - _UNUSED_SECONDS
+    with contextlib.suppress(FileNotFoundError):  # another process deletes them, too
+        for folder in used.parent.iterdir():
+            found = folder.lstat()
+            old = stat.S_ISDIR(found.st_mode) and found.st_mtime < month_ago
+            if old and is_digest(folder.name) and folder != used:
+                shutil.rmtree(folder)
 
 
 def _copy(

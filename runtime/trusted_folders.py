@@ -88,6 +88,11 @@ def parse_digest(text: str) -> str:
     return text.lower()
 
 
+def is_digest(name: str) -> bool:
+    """Whether a name is a digest as `manifest_digest` returns it."""
+    return bool(_DIGEST.fullmatch(name))
+
+
 class _Untrusted(Exception):
     """Somebody else can change a file; the message says why."""
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,25 @@ def test_executables_of_a_known_digest_are_taken(executables, shared):
     # They are the user's own: what changes in the folder later does not reach them.
     plant(executables)
     call(find(make_program(), copies))
+
+
+def test_copies_that_nobody_has_used_for_a_month_are_deleted(executables, shared):
+    trusted = shared / "cache" / "trusted"
+    folders = {name: trusted / name for name in ("a" * 64, "b" * 64, "notes")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        (folder / "x.json").write_text("{}")
+    sharing.trusted_copy(executables, digest_of(executables), shared / "cache")
+    month = 31 * 86400
+    for name, age in (("a" * 64, month), ("b" * 64, 60), ("notes", month)):
+        os.utime(folders[name], (time.time() - age,) * 2)
+    (trusted / ("c" * 64)).symlink_to(shared)
+    os.utime(trusted / ("c" * 64), (0, 0), follow_symlinks=False)
+    copies = trusted / digest_of(executables)
+    os.utime(copies, (0, 0))
+    assert sharing.trusted_copy(executables, copies.name, shared / "cache") == copies
+    assert {path.name for path in trusted.iterdir()} == {"b" * 64, "c" * 64, "notes", copies.name}
+    assert shared.is_dir() and time.time() - copies.stat().st_mtime < 60
 
 
 def test_executables_of_another_digest_are_refused(executables, shared):
