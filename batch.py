@@ -136,6 +136,9 @@ def parse_prune(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="a batch's --output_dir")
     parser.add_argument("--dry_run", action="store_true", help="list them and end")
     parser.add_argument("--yes", action="store_true", help="delete; without it nothing is deleted")
+    parser.add_argument(
+        "--mirror", metavar="URL", help="delete their copies there, too (default: those stay)"
+    )
     return parser.parse_args(argv)
 
 

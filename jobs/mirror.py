@@ -44,6 +44,10 @@ class _Store(Protocol):
         """Replaces a file at once: a reader finds the old one or the new one."""
         ...
 
+    def delete(self, job: str, names: Sequence[str]) -> None:
+        """Deletes files of a job, and its folder if nothing else is in it."""
+        ...
+
 
 class Mirror:
     """Copies between a batch's folder and a URL; threads may share it."""
@@ -94,6 +98,13 @@ class Mirror:
                     self._store.put(path, job.folder, path.name)
                     self._copied[path] = version
 
+    def delete(self, job: Job) -> int:
+        """Deletes the copies of a job's files; returns how many. Files of others stay."""
+        names = sorted(self._store.sizes(job.folder))
+        if names:
+            self._store.delete(job.folder, names)
+        return len(names)
+
 
 class _Folder:
     """A mirror in a folder. Follows no link below it: every name is looked up in an open folder."""
@@ -138,6 +149,13 @@ class _Folder:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary, dir_fd=folder)
                 raise
+
+    def delete(self, job: str, names: Sequence[str]) -> None:
+        with self._open(job) as folder:
+            for name in names:
+                os.unlink(name, dir_fd=folder)
+        with contextlib.suppress(OSError):  # files of others are in it
+            (self._root / job).rmdir()
 
     @contextlib.contextmanager
     def _open(self, job: str) -> Iterator[int]:
@@ -189,6 +207,14 @@ class _Remote:
             with contextlib.suppress(Exception):  # the first error says more
                 self._files.rm_file(temporary)
             raise
+
+    def delete(self, job: str, names: Sequence[str]) -> None:
+        folder = f"{self._root}/{job}"
+        self._require_no_link(folder, "directory")
+        for name in names:
+            self._files.rm_file(f"{folder}/{name}")
+        with contextlib.suppress(OSError):  # files of others are in it; buckets have no folders
+            self._files.rmdir(folder)
 
     def _require_no_link(self, path: str, kind: str) -> None:
         """Checks that a path is absent or of this kind.

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from jobs.claims import CLAIMS_FOLDER, Claims, is_claims_file
 from jobs.gallery import Gallery
-from jobs.records import JobState, is_job_file, read_batch
+from jobs.mirror import Mirror
+from jobs.records import Job, JobState, is_job_file, read_batch
 from jobs.superseded import find_superseded
-from runtime.errors import InputError
+from runtime.errors import InputError, RunError, checking_input
 from runtime.text import printable
 
 _TEMPORARY = re.compile(r"\.(.+?\.[a-z0-9]+)\..+\.tmp")
@@ -25,16 +26,22 @@ class PruneOptions:
     folder: Path
     dry_run: bool = False
     yes: bool = False
+    mirror: str | None = None
 
 
 def run(options: PruneOptions) -> None:
     """Lists the superseded jobs and, with `yes`, deletes this project's files in their folders.
 
-    Files of others stay, with their folder. So do jobs that a process works on.
+    Files of others stay, with their folder. So do jobs that a process works on. Copies in the
+    mirror are deleted first, so that the same command finds the job again if the mirror fails.
 
     Raises:
         InputError: the folder cannot be read, or there is something to delete without `yes`.
+        ValueError: the mirror's URL is of no known kind.
+        RunError: the mirror cannot be written.
     """
+    with checking_input():
+        mirror = Mirror(options.mirror, options.folder) if options.mirror else None
     states = read_batch(options.folder)
     superseded = find_superseded(options.folder, states)
     old = [state for state in states if _is_ours(state) and state.job.id in superseded]
@@ -54,6 +61,8 @@ def run(options: PruneOptions) -> None:
             if claims.take(state.folder) is None:
                 print(printable(f"kept {state.folder.name}: a process works on it"))
                 continue
+            if mirror:
+                _delete_copies(mirror, state.job)
             kept = _delete(state.folder)
             if kept:
                 print(printable(f"kept {state.folder.name}: not of this project: {kept[0]}"))
@@ -65,6 +74,14 @@ def run(options: PruneOptions) -> None:
 def _is_ours(state: JobState) -> bool:
     """Whether the folder is that of its job, and no link to another one."""
     return state.folder.name == state.job.folder and not state.folder.is_symlink()
+
+
+def _delete_copies(mirror: Mirror, job: Job) -> None:
+    try:
+        deleted = mirror.delete(job)
+    except Exception as error:  # of any file system
+        raise RunError(f"{job.folder} was not deleted in the mirror: {error}") from error
+    print(printable(f"deleted {deleted} file(s) of {job.folder} in the mirror"))
 
 
 def _delete(path: Path) -> list[str]:

@@ -61,6 +61,14 @@ def test_only_what_is_ours_is_copied(url, output_dir, tmp_path):
     assert (tmp_path / "newer" / JOB.folder / VIDEO_FILE).read_bytes() == b"another"
 
 
+def test_only_what_is_ours_is_deleted(url, output_dir):
+    mirror = Mirror(url, output_dir)
+    mirror.push(JOB)
+    assert mirror.delete(JOB) == 2 and mirror.delete(JOB) == 0
+    assert Mirror(url, output_dir / "new").pull([JOB]) == 0
+    assert (output_dir / JOB.folder / VIDEO_FILE).read_bytes() == b"video"
+
+
 @pytest.mark.parametrize("url", ["folder", "remote"], indirect=True)
 def test_a_link_at_the_target_is_not_followed(url, output_dir, tmp_path):
     mine = tmp_path / "mine"

@@ -7,10 +7,11 @@ import pytest
 
 import batch
 from jobs.claims import Claims
-from jobs.records import STAGES, Job, write_job, write_record
+from jobs.mirror import Mirror
+from jobs.records import STAGES, Job, read_batch, write_job, write_record
 from jobs.steps import STEPS_FILE
 from jobs.superseded import write_job_ids
-from runtime.errors import InputError
+from runtime.errors import InputError, RunError
 from stages.files import VIDEO_FILE
 from tests.jobs.test_records import JOB, record
 
@@ -71,3 +72,30 @@ def test_only_what_is_ours_and_superseded_is_deleted(folder, capsys):
     said = capsys.readouterr().out
     assert "deleted kite-old" in said and "kept kite-noted: not of this project: note.txt" in said
     assert "kite-old" not in (folder / "index.html").read_text()
+
+
+def test_copies_in_a_mirror_are_deleted_with_it(folder, tmp_path_factory, capsys):
+    root = tmp_path_factory.mktemp("mirror")
+    states = {state.job.id: state.job for state in read_batch(folder)}
+    mirror = Mirror(str(root), folder)
+    for id_ in ("current", "old", "noted"):
+        mirror.push(states[id_])
+    (root / "kite-noted/note.txt").write_text("mine")
+    prune(folder, "--yes", f"--mirror={root}")
+    assert not (root / "kite-old").exists()
+    assert [path.name for path in (root / "kite-noted").iterdir()] == ["note.txt"]
+    assert (root / "kite-current" / VIDEO_FILE).exists()
+    assert "of kite-old in the mirror" in capsys.readouterr().out
+
+
+def test_a_mirror_that_fails_leaves_the_job_to_the_next_time(folder, monkeypatch):
+    def fail(*_):
+        raise OSError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "delete", fail)
+        with pytest.raises(RunError, match="was not deleted in the mirror: no network"):
+            prune(folder, "--yes", "--mirror=memory://m")
+    assert (folder / "kite-old" / VIDEO_FILE).exists()
+    prune(folder, "--yes", "--mirror=memory://m")
+    assert not (folder / "kite-old").exists()
