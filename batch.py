@@ -95,8 +95,9 @@ def run(arguments: argparse.Namespace) -> None:
     from jobs import batch
     from jobs.options import BatchOptions
 
-    utils.choose_platform(arguments)
-    utils.copy_trusted_executables(arguments)
+    if arguments.engine == "local" or arguments.dry_run:  # Ray's workers do it on their machines
+        utils.choose_platform(arguments)
+        utils.copy_trusted_executables(arguments)
     parse = utils.line_parser(LineSettings, arguments)
     counts = batch.run(utils.options(BatchOptions, arguments), parse)
     if counts and counts.failed:

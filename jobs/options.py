@@ -26,6 +26,8 @@ class BatchOptions:
         mirror: URL of a copy of the folder; None keeps none.
         engine: "local" or "ray".
         workers_per_node: of the Ray engine.
+        platform: devices that each worker of Ray insists on; local runs have chosen theirs.
+        trust_executables: digest of `executables`, of which each worker of Ray makes its own copy.
         prompts: of the command line, instead of a job file.
         seeds: a range such as "1-4", or a list; for each prompt or line that names none itself.
     """
@@ -49,6 +51,8 @@ class BatchOptions:
     mirror: str | None = None
     engine: str = "local"
     workers_per_node: int = 1
+    platform: str | None = None
+    trust_executables: str | None = None
     prompts: Sequence[str] = ()
     seeds: str | Sequence[int] | None = None
 

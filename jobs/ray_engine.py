@@ -6,6 +6,7 @@ do. The project, the model and the output folder must have the same paths on eve
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from jobs.ledger import Counts, Ledger
 from jobs.options import BatchOptions
 from jobs.records import Job
 from jobs.runner import Runner
-from runtime.errors import RunError
+from runtime.devices import insist_on
+from runtime.errors import InputError, RunError
 
 _POLL_SECONDS = 2.0
 # Lost workers in a row, with no job finished between them, after which none is started again.
@@ -40,6 +42,7 @@ class _Worker:
     def run(self, jobs: Sequence[Job], options: BatchOptions, rank: int) -> Counts:
         from cogvideox.model.folder import MODEL_PARTS, find_model
 
+        options = prepare_machine(options)
         model = find_model(options.model_id, MODEL_PARTS)
         if model.revision != jobs[0].revision:
             raise RunError(
@@ -51,6 +54,29 @@ class _Worker:
 
     def stop(self) -> None:
         self._stop.set()
+
+
+def prepare_machine(options: BatchOptions) -> BatchOptions:
+    """Does on a worker's machine what a script does before a local run.
+
+    Returns:
+        The options with the worker's own copy of the executables.
+
+    Raises:
+        InputError: the machine has no such devices, or the executables have another digest.
+        RunError: the copy cannot be written.
+    """
+    if options.platform:
+        insist_on(options.platform)
+    if not options.trust_executables:
+        return options
+    if not options.executables:
+        raise InputError("--trust_executables is for --executables")
+    from runtime.compilation import cache_folder
+    from runtime.sharing import trusted_copy
+
+    copies = trusted_copy(options.executables, options.trust_executables, cache_folder())
+    return dataclasses.replace(options, executables=copies)
 
 
 def connect() -> None:

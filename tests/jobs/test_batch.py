@@ -20,11 +20,11 @@ import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 from cogvideox.denoising.program import Denoiser
 from cogvideox.text import encoder as text_encoder
-from jobs import steps
+from jobs import ray_engine, steps
 from jobs.gallery import Gallery
 from jobs.records import OUTPUTS, STAGES, read_batch, write_record
 from jobs.runner import Runner
-from runtime.errors import RunError, Stopped
+from runtime.errors import InputError, RunError, Stopped
 from stages import denoise, session
 from stages import files as stage_files
 from tests.tiny_models import save_tiny_model
@@ -500,3 +500,26 @@ def test_a_ray_cluster_of_this_machine(model, whole, tmp_path, calls):
     assert records(tmp_path)[folder.name, STAGES[1]].status == "failed"
     made = outputs(tmp_path)
     assert outputs(whole).items() <= made.items()
+
+
+def test_what_a_script_prepares_is_left_to_the_workers_of_ray(model, tmp_path, monkeypatch):
+    """The machine that starts a batch may have other devices and another cache."""
+    taken = []
+    monkeypatch.setattr("jobs.batch.run", lambda options, parse: taken.append(options))
+    monkeypatch.setattr("runtime.devices.has_devices", lambda _: False)
+    digest, folder = "0" * 64, tmp_path / "executables"
+    folder.mkdir()
+    more = ["--platform=tpu", f"--trust_executables={digest}", f"--executables={folder}"]
+    with pytest.raises(InputError, match="--platform tpu: this machine has no TPU"):
+        run(model, tmp_path, *more)
+    assert run(model, tmp_path, *more, "--engine=ray") == 0
+    (options,) = taken
+    assert (options.platform, options.trust_executables) == ("tpu", digest)
+    assert options.executables == folder
+    with pytest.raises(InputError, match="--platform tpu: this machine has no TPU"):
+        ray_engine.prepare_machine(options)
+    options = dataclasses.replace(options, platform=None)
+    with pytest.raises(InputError, match=f"not {digest} of --trust_executables"):
+        ray_engine.prepare_machine(options)
+    options = dataclasses.replace(options, trust_executables=None)
+    assert ray_engine.prepare_machine(options) == options
