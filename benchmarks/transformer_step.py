@@ -1,29 +1,38 @@
 """One full denoising step (all blocks, guidance, scheduler) at full size, without weights.
 
     python benchmarks/transformer_step.py --topology v6e-8 --mesh dp=2,sp=4 --json
+    python benchmarks/transformer_step.py --topology v6e-8 --speed near --json
     python benchmarks/transformer_step.py --topology local --size 768x1360x81 --json
+    python benchmarks/transformer_step.py --topology local --speed near --steps 49 --json
 
 A named topology compiles for it with libtpu, no TPU needed, and prints what the compiler estimates:
 XLA's cycles of every operation plus the scheduled bundles of the Pallas kernels. Time spent waiting
 for collectives is in neither; their bytes are printed. `local` runs random weights on the devices
-of this machine and prints measured seconds.
+of this machine and prints measured seconds. With lossy options, a topology compiles their programs
+instead, and `local` times a whole run with them beside an exact run.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
+import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import utils
 from cogvideox.transformer.flops import step_flops
 from runtime.chips import V6E
+from stages.speed import Lossy, resolve
+
+PLANNED_STEPS = 50  # of a video on a named topology
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = utils.ArgumentParser((__doc__ or "").splitlines()[0], "")
     parser.add_argument("--topology", default="v6e-8", help="v6e-1, -4, -8, -16, or local")
     parser.add_argument("--model", default="CogVideoX1.5-5B", help="a published transformer")
     parser.add_argument("--size", default="768x1360x81", help="height x width x frames")
@@ -35,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, help="local: write the final latents to this .npy")
     parser.add_argument("--compare", type=Path, help="local: another mesh's --save file")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    utils.add_speed(parser)
     return parser.parse_args()
 
 
@@ -88,53 +98,94 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
     )
 
 
+def make_settings(arguments: argparse.Namespace, steps: int) -> Any:
+    """Settings of a guided video with this many steps."""
+    from cogvideox.model.settings import DenoisingSettings
+
+    height, width, frames = map(int, arguments.size.split("x"))
+    return DenoisingSettings(height, width, frames, 16, steps, 6.0, False, "dpm", 0)
+
+
 def flops(denoiser: Any) -> dict[str, float]:
     """Returns the floating-point operations of one step on all devices: attention and linear."""
-    samples = denoiser.latents.batch * (2 if denoiser.guided else 1)
-    return step_flops(denoiser.config, denoiser.layout.tokens, samples)
+    return step_flops(denoiser.config, denoiser.layout.tokens, denoiser.samples)
 
 
 def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compiles the step for a named topology; returns the compiler's estimates."""
+    """Compiles the steps for a named topology; returns the compiler's estimates."""
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     from runtime.topology import machine_devices
 
     denoiser = make_denoiser(arguments, machine_devices(arguments.topology))
+    report = {
+        "topology": arguments.topology,
+        "model": arguments.model,
+        "size": arguments.size,
+        "mesh": dict(denoiser.mesh.shape),
+        "source": "compiler estimate",
+    }
+    lossy = resolve(cast(Any, arguments), make_settings(arguments, PLANNED_STEPS), None)
+    if not lossy.names:
+        return report | compile_step(denoiser, "off")
+    mask, guided_steps = lossy.mask, lossy.guided_steps or PLANNED_STEPS
+    kept, reused = ("keep", "reuse") if mask else ("off", None)
+    parts = [(denoiser, 0, PLANNED_STEPS)]
+    if guided_steps < PLANNED_STEPS:
+        denoiser = dataclasses.replace(denoiser, difference="keep")
+        parts = [(denoiser, 0, guided_steps), (denoiser.gated(), guided_steps, PLANNED_STEPS)]
+    programs, seconds = {}, 0.0
+    for part, start, stop in parts:
+        computed = sum(mask.computed[start:stop]) if mask else stop - start
+        for residual, times in ((kept, computed), (reused, stop - start - computed)):
+            if residual is not None:
+                found = compile_step(part, residual)
+                name = part.step_program(residual).name
+                programs[name] = {"mesh": dict(part.mesh.shape), "times": times, **found}
+                seconds += times * found["estimated_seconds"]
+    return report | {
+        "lossy": lossy.names,
+        "steps": PLANNED_STEPS,
+        "estimated_seconds_of_all_steps": round(seconds, 2),
+        "programs": programs,
+    }
+
+
+def compile_step(denoiser: Any, residual: Any) -> dict[str, Any]:
+    """Compiles one step; `residual` is what it does with the residual."""
     from runtime import hlo_costs
     from runtime.executables import compile_all
 
     start, cpu_start = time.perf_counter(), time.process_time()
-    (built,) = compile_all([denoiser.program], threads=1)
+    (built,) = compile_all([denoiser.step_program(residual)], threads=1)
     compiled = built.executable
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     hlo = compiled.as_text()
     assert hlo is not None
     costs = hlo_costs.read_costs(hlo)
     layers = denoiser.config.num_layers
-    kernels = kernel_cycles(denoiser)
+    kernels = {} if residual == "reuse" else kernel_cycles(denoiser)
     if costs.kernel_calls != layers * len(kernels):
         raise RuntimeError(f"{costs.kernel_calls} kernel calls in {layers} blocks")
     by_kind = costs.cycles | {name: cycles * layers for name, cycles in kernels.items()}
     total = sum(by_kind.values())
-    work = flops(denoiser)
     hbm = hlo_costs.memory(compiled)
-    peak = sum(work.values()) / denoiser.mesh.size / V6E.bfloat16_flops
-    return {
-        "topology": arguments.topology,
-        "model": arguments.model,
-        "size": arguments.size,
-        "mesh": dict(denoiser.mesh.shape),
-        "source": "compiler estimate",
+    report = {
         "estimated_cycles": total,
         "estimated_seconds": round(total / V6E.clock_hz, 3),
         "cycles_by_kind": by_kind,
-        "other_cycles_per_block": (total - by_kind["attention"]) // layers,
         "collective_bytes_per_chip": sum(costs.collective_bytes.values()),
         "collective_bytes_by_kind": costs.collective_bytes,
         "hbm_bytes_per_chip": {"weights": hbm["arguments"], **hbm},
         "code_bytes": hbm["code"],
         "compile_seconds": round(seconds, 1),
         "compile_cpu_seconds": round(cpu_seconds, 1),
+    }
+    if residual == "reuse":
+        return report
+    work = flops(denoiser)
+    peak = sum(work.values()) / denoiser.mesh.size / V6E.bfloat16_flops
+    return report | {
+        "other_cycles_per_block": (total - by_kind["attention"]) // layers,
         "flops": work,
         "share_of_arithmetic_floor": round(peak / (total / V6E.clock_hz), 3),
     }
@@ -155,7 +206,7 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     config, shape = denoiser.config, dict(denoiser.mesh.shape)
     head_dim, shards = config.attention_head_dim, shape["sp"]
     rows = config.width // (shape["tp"] * shards)
-    batch = 2 * denoiser.latents.batch // shape["dp"]
+    batch = denoiser.samples // shape["dp"]
     heads = batch * rows // head_dim
     attention = row("v6e", "bounded", heads, denoiser.layout.tokens, head_dim)
     cycles = {"attention": attention["cycles"]}
@@ -218,26 +269,20 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from cogvideox.denoising.loop import LoadedDenoiser, run_loop, to_host
+    from cogvideox.denoising.loop import run_loop, to_host
     from cogvideox.denoising.noise import NoiseSource
     from cogvideox.denoising.scheduler import make_schedule
     from cogvideox.model.config import SchedulerConfig
-    from cogvideox.model.settings import DenoisingSettings
     from cogvideox.transformer.parameters import abstract_parameters
+    from stages.steps import compile_steps, load_steps
 
     denoiser = make_denoiser(arguments, np.asarray(jax.devices()))
     abstract = abstract_parameters(denoiser.config, denoiser.mesh, np.dtype("bfloat16"))
     parameters = random_parameters(abstract)
-    start = time.perf_counter()
-    steps = denoiser.compile()
-    compile_seconds = time.perf_counter() - start
     rng = np.random.default_rng(0)
     text = rng.normal(size=(2, 1, denoiser.text_tokens, denoiser.config.text_embed_dim))
-    embeds = denoiser.prompt_embeds({"prompt_embeds": text[0], "negative_prompt_embeds": text[1]})
-    height, width, frames = map(int, arguments.size.split("x"))
-    settings = DenoisingSettings(
-        height, width, frames, 16, arguments.steps + 1, 6.0, False, "dpm", 0
-    )
+    embeddings = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1]}
+    settings = make_settings(arguments, arguments.steps + 1)
     schedule = make_schedule(
         settings,
         SchedulerConfig(
@@ -248,13 +293,25 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
             timestep_spacing="trailing",
         ),
     )
+
+    def times(lossy: Lossy) -> tuple[list[float], Any, float]:
+        """Seconds of each step, the last state, and seconds of compilation."""
+        part, gated, planned = denoiser, None, lossy.apply(schedule)
+        if lossy.guided_steps:
+            part = dataclasses.replace(denoiser, difference="keep")
+            gated = part.gated()
+        start = time.perf_counter()
+        steps = compile_steps(part, gated, planned, None)
+        compiled = time.perf_counter() - start
+        loaded = load_steps(part, gated, steps, parameters, embeddings)
+        stamps, state = [time.perf_counter()], None
+        for state in run_loop(loaded, planned, settings.seed, NoiseSource()):  # noqa: B007
+            stamps.append(time.perf_counter())
+        return [b - a for a, b in itertools.pairwise(stamps)], state, compiled
+
+    exact, state, compile_seconds = times(Lossy())
     # The first step, which touches all memory for the first time, is not counted.
-    stamps = []
-    loaded = LoadedDenoiser(denoiser, steps, parameters, embeds)
-    states = run_loop([loaded], schedule, settings.seed, NoiseSource())
-    for state in states:  # noqa: B007
-        stamps.append(time.perf_counter())
-    seconds = (stamps[-1] - stamps[0]) / arguments.steps
+    seconds = sum(exact[1:]) / arguments.steps
     stats = jax.devices()[0].memory_stats() or {}
     final = to_host(state).latents.astype(np.float32)
     if arguments.save:
@@ -275,10 +332,30 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "latents_std": float(final.std()),
         "jax": jax.__version__,
     }
+    lossy = resolve(cast(Any, arguments), settings, None)
+    if lossy.names:
+        report |= {"lossy": lossy.names} | compare_times(exact, times(lossy)[0], lossy)
     if arguments.compare:
         other = np.load(arguments.compare)
         report["relative_difference"] = float(np.linalg.norm(final - other) / np.linalg.norm(other))
     return report
+
+
+def compare_times(exact: list[float], times: list[float], lossy: Any) -> dict[str, Any]:
+    """Compares the seconds of all steps of an exact and a lossy run."""
+    computed = lossy.mask.computed if lossy.mask else [True] * len(times)
+    guided = lossy.guided_steps or len(times)
+    kinds: dict[str, list[float]] = {}
+    for i, seconds in enumerate(times):
+        kind = ("computed" if computed[i] else "skipped") + ("" if i < guided else ", gated")
+        kinds.setdefault(kind, []).append(seconds)
+    return {
+        "seconds_by_kind": {kind: round(statistics.median(x), 4) for kind, x in kinds.items()},
+        "steps_by_kind": {kind: len(x) for kind, x in kinds.items()},
+        "seconds_of_exact_run": round(sum(exact), 2),
+        "seconds_of_lossy_run": round(sum(times), 2),
+        "share_of_exact": round(sum(times) / sum(exact), 4),
+    }
 
 
 def run_diffusers(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -161,8 +161,11 @@ def read_lossy(value: object) -> Lossy:
         raise ValueError(f"speed is {shown}, not what stage 2 writes: {error}") from error
 
 
-def resolve(options: SpeedOptions, settings: DenoisingSettings, model: ModelFolder) -> Lossy:
+def resolve(options: SpeedOptions, settings: DenoisingSettings, model: ModelFolder | None) -> Lossy:
     """Makes the options that are in force in a run.
+
+    Args:
+        model: None refuses calibrations.
 
     Raises:
         ValueError: an option does not fit the run or another option; a file is damaged, or a
@@ -183,7 +186,7 @@ def resolve(options: SpeedOptions, settings: DenoisingSettings, model: ModelFold
 
 
 def _resolve_mask(
-    options: SpeedOptions, speed: _Speed, settings: DenoisingSettings, model: ModelFolder
+    options: SpeedOptions, speed: _Speed, settings: DenoisingSettings, model: ModelFolder | None
 ) -> tuple[StepMask | None, bool]:
     """Returns the mask, and whether it is calibrated for the model."""
     from cogvideox.denoising.step_mask import COMPUTED_SHARE, default_mask, unscaled_mask
@@ -206,6 +209,8 @@ def _resolve_mask(
         raise ValueError(f"--step_mask {printable(name)} is neither none, near, fast nor a file")
     content = read_json_object(path, max_bytes=_MAX_BYTES)
     if "steps" not in content:
+        if model is None:
+            raise ValueError(f"--step_mask {printable(name)}: there is no model to compare it with")
         return _calibrated_mask(path, budget, settings, model), True
     if options.mask_steps is not None:
         raise ValueError(f"--mask_steps {budget}: {printable(name)} says which steps are computed")
