@@ -14,6 +14,7 @@ import utils
 from runtime.errors import InputError, checking_input
 from runtime.exit_codes import run_script
 from stages import ahead
+from stages.speed import SPEEDS
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,6 +46,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=utils.integer(1), default=1, help="prompts at once")
     parser.add_argument("--unguided", action="store_true", help="for --guidance_scale 1 or less")
     parser.add_argument("--max_sequence_length", type=utils.integer(1, 4096), help="as in stage 1")
+    parser.add_argument(
+        "--speed",
+        type=_speeds,
+        default="exact",
+        help="compile what these values of stage 2's --speed need, separated by commas; all but "
+        "exact are lossy. near and fast cover every step mask. --plan shows all",
+    )
     parser.add_argument(
         "--frames",
         choices=("uint8", "float32"),
@@ -81,6 +89,14 @@ def _stages(text: str) -> tuple[int, ...]:
     if not stages or len(stages) != len(text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is not 2, 3 or 2,3")
     return stages
+
+
+def _speeds(text: str) -> tuple[str, ...]:
+    speeds = tuple(text.split(","))
+    unknown = [speed for speed in speeds if speed not in SPEEDS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(SPEEDS)}")
+    return speeds
 
 
 def _sizes(text: str) -> list[tuple[int, int, int]]:

@@ -13,6 +13,7 @@ from runtime.devices import start_jax
 from runtime.errors import InputError, RunError
 from runtime.progress import progress
 from stages import decode, denoise, files
+from stages.steps import programs_for
 
 if TYPE_CHECKING:
     from cogvideox.model.folder import ModelFolder
@@ -34,6 +35,7 @@ class AheadOptions:
         topology: one of TOPOLOGIES.
         batch: number of prompts.
         frames: what stage 3 returns.
+        speed: values of stage 2's option, whose programs are compiled.
         pull: where to copy artifacts from first.
         push: where to copy all artifacts to at the end.
         compile_all: with a plan, derive nothing.
@@ -54,6 +56,7 @@ class AheadOptions:
     unguided: bool
     max_sequence_length: int | None
     frames: Literal["uint8", "float32"]
+    speed: Sequence[str]
     allow_unsupported: bool
     executables: Path | None
     pull: str | None
@@ -76,7 +79,7 @@ def compile_sizes(options: AheadOptions, folder: Path, targets: Sequence[Target]
     if options.pull:
         pulled = sharing.pull(options.pull, folder, options.trust_executables)
         _report("pulled", pulled)
-    made = [compile_target(target, folder, options.frames) for target in targets]
+    made = [compile_target(options, target, folder) for target in targets]
     missing = [name for names in made for name in names if not (folder / name).exists()]
     if missing:
         raise RunError(
@@ -194,7 +197,7 @@ def _make_target(
     )
 
 
-def compile_target(target: Target, folder: Path, frames: Literal["uint8", "float32"]) -> list[str]:
+def compile_target(options: AheadOptions, target: Target, folder: Path) -> list[str]:
     """Compiles the programs of one size into `folder`, and prints what was made.
 
     Returns:
@@ -209,9 +212,9 @@ def compile_target(target: Target, folder: Path, frames: Literal["uint8", "float
 
     parts = []
     if target.denoiser:
-        parts.append((target.denoiser.programs(), 1))
+        parts.append((programs_for(target.denoiser, target.settings, options.speed), 1))
     if target.decoder:
-        programs = target.decoder.programs(target.latents, output=frames)
+        programs = target.decoder.programs(target.latents, output=options.frames)
         parts.append((programs, target.decoder.compiler_threads))
     for programs, threads in parts:
         made = compile_into(programs, folder, threads=threads)

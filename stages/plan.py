@@ -1,80 +1,26 @@
-"""Plans the memory and time of a video from the compiler's estimates, before anything runs.
-
-The program of a mesh is either compiled, or its figures are derived from a compiled program on as
-many chips. Seconds of compute are the compiler's cycles over the chip's clock. Seconds of
-communication are the bytes received over the speed of the links. Only chips in
-`runtime.chips.PLANNED` have estimates of time; for others the plan holds the memory alone.
-"""
+"""Plans the memory and time of a video, before anything runs (see `estimates`)."""
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import jax
 
 from cogvideox.denoising.program import Denoiser
 from cogvideox.model.settings import DenoisingSettings
-from cogvideox.transformer.parameters import abstract_parameters
-from cogvideox.vae.decode import Decoder, frame_batches
-from runtime.chips import PLANNED
-from runtime.hlo_costs import memory, read_costs
+from cogvideox.vae.decode import Decoder
 from runtime.jax_types import Device
 from runtime.mesh import fitting_meshes, make_mesh
-from runtime.programs import Program
-
-# XLA has no estimate for Pallas kernels. These rates come from their schedules at
-# 768x1360x81 on v6e-8 (benchmarks/transformer_step.py, benchmarks/vae_decode.py); at 720x1280x81
-# attention takes 0.6% less. Attention: 31.48M cycles, 12 heads of 45,106 tokens.
-_CYCLES_PER_SCORE = 31.48e6 / (12 * 45_106**2)
-# The decoder of the published VAEs: 644M cycles, 21 latent frames of 96 x 22 columns on each chip.
-_PUBLISHED_VAE = (128, 256, 256, 512)
-_CYCLES_PER_LATENT = 644.2e6 / (21 * 96 * 22)
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Memory and time of one stage on one mesh, per chip.
-
-    Attributes:
-        source: "compiled" or "derived".
-        fits: whether it fits into the memory.
-        hbm: bytes by kind; empty if the compiler found the program too large.
-        cycles: of the compiler's schedule; None if the device has no estimate.
-        received: bytes from other chips; None if the device has no estimate.
-    """
-
-    source: str
-    fits: bool
-    hbm: dict[str, int]
-    cycles: int | None
-    received: int | None
-
-    def describe(self, device: Device) -> dict[str, Any]:
-        """Returns JSON values, with the seconds on that chip.
-
-        `seconds` counts compute and then communication at the links' full speed, as if nothing
-        overlapped.
-        """
-        described: dict[str, Any] = {
-            "source": self.source,
-            "fits": self.fits,
-            "hbm_bytes_per_chip": self.hbm,
-            "seconds": None,
-        }
-        chip = PLANNED.get(device.device_kind)
-        if chip is None or self.cycles is None or self.received is None:
-            return described
-        compute = self.cycles / chip.clock_hz
-        communication = self.received / chip.link_bytes_per_second
-        return described | {
-            "seconds": round(compute + communication, 3),
-            "compute_seconds": round(compute, 3),
-            "communication_seconds": round(communication, 3),
-            "estimated_cycles": self.cycles,
-            "received_bytes_per_chip": self.received,
-        }
+from stages.estimates import (
+    Compiler,
+    Estimate,
+    decoder_programs,
+    derive_decode,
+    derive_step,
+    estimate_decode,
+    estimate_step,
+)
+from stages.speed import SPEEDS, NamedSpeed, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +60,20 @@ def make_plans(
     known: tuple[Estimate, tuple[int, ...]] | None = None
     pool = ThreadPoolExecutor(threads)
     try:
-        compiler = _Compiler(pool)
+        compiler = Compiler(pool)
         for i, target in enumerate(targets):
             if target.denoiser is not None:
                 others = _other_meshes(target.denoiser) if compile_all else []
                 for denoiser in (target.denoiser, *others):
                     compiler.start(denoiser.program)
             if target.decoder is not None and (compile_all or i == 0):
-                for program in _decoder_programs(target.decoder, target.latents):
+                for program in decoder_programs(target.decoder, target.latents):
                     compiler.start(program)
         for target in targets:
             plan = _plan_step(target, compiler, compile_all)
             if target.decoder is not None:
                 if known is None or compile_all:
-                    estimate = _estimate_decode(target.decoder, target.latents, compiler)
+                    estimate = estimate_decode(target.decoder, target.latents, compiler)
                 else:
                     estimate = derive_decode(target.decoder, target.latents, *known)
                 if estimate.hbm:  # nothing can be derived from a program that is too large
@@ -137,54 +83,65 @@ def make_plans(
                 plan["decode"] = {"mesh": dict(mesh.shape), **described}
             step, decode = plan.get("best_step"), plan.get("decode")
             if step and decode and decode["fits"] and decode["seconds"] is not None:
-                steps = target.settings.num_inference_steps
-                plan["video_seconds"] = round(steps * step["seconds"] + decode["seconds"], 1)
+                plan["video_seconds"] = {
+                    speed: round(seconds + decode["seconds"], 1)
+                    for speed, seconds in plan["seconds_of_all_steps"].items()
+                }
             yield plan
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-class _Compiler:
-    """Compiles programs in threads while the calling thread lowers the next ones."""
-
-    def __init__(self, pool: ThreadPoolExecutor):
-        self._pool = pool
-        self._started: dict[str, Future] = {}
-
-    def start(self, program: Program) -> None:
-        name = program.manifest_name
-        if name not in self._started:
-            options = program.fields.get("compiler_options")
-            self._started[name] = self._pool.submit(program.lower().compile, options)
-
-    def result(self, program: Program) -> jax.stages.Compiled | None:
-        """The compiled program; None if it is too large for the memory."""
-        self.start(program)
-        try:
-            return self._started[program.manifest_name].result()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return None
-
-
-def _plan_step(target: Target, compiler: _Compiler, compile_all: bool) -> dict[str, Any]:
+def _plan_step(target: Target, compiler: Compiler, compile_all: bool) -> dict[str, Any]:
     settings, denoiser = target.settings, target.denoiser
     size = f"{settings.height}x{settings.width}x{settings.num_frames}"
     plan: dict[str, Any] = {"size": size, "steps": settings.num_inference_steps}
     if denoiser is None:
         return plan
     device = denoiser.mesh.devices.flat[0]
-    own = _estimate_step(denoiser, compiler)
-    rows = [{"mesh": dict(denoiser.mesh.shape), **own.describe(device)}]
+    own = estimate_step(denoiser, compiler)
+    meshes = [(denoiser, own)]
     for other in _other_meshes(denoiser):
         # Nothing can be derived from a program that is too large.
         derived = own.hbm and not compile_all
-        estimate = derive_step(other, own, denoiser) if derived else _estimate_step(other, compiler)
-        rows.append({"mesh": dict(other.mesh.shape), **estimate.describe(device)})
-    fitting = [row for row in rows if row["fits"] and row["seconds"] is not None]
-    best = min(fitting, key=lambda row: row["seconds"], default=None)
-    return plan | {"step": rows, "best_step": best}
+        estimate = derive_step(other, own, denoiser) if derived else estimate_step(other, compiler)
+        meshes.append((other, estimate))
+    rows = [{"mesh": dict(one.mesh.shape), **found.describe(device)} for one, found in meshes]
+    fitting = [i for i, row in enumerate(rows) if row["fits"] and row["seconds"] is not None]
+    plan |= {"step": rows, "best_step": None}
+    if not fitting:
+        return plan
+    best = min(fitting, key=lambda i: rows[i]["seconds"])
+    seconds = _seconds_of_all_steps(settings, *meshes[best], compiler)
+    return plan | {"best_step": rows[best], "seconds_of_all_steps": seconds}
+
+
+def _seconds_of_all_steps(
+    settings: DenoisingSettings, denoiser: Denoiser, step: Estimate, compiler: Compiler
+) -> dict[str, float]:
+    """Returns the seconds of a video's steps for each `--speed`.
+
+    Args:
+        step: of the exact step.
+    """
+    device = denoiser.mesh.devices.flat[0]
+
+    def seconds(estimate: Estimate) -> float:
+        return estimate.describe(device)["seconds"]
+
+    skipped = estimate_step(denoiser, compiler, "reuse")
+    kinds = [(seconds(step), seconds(skipped))]
+    if settings.guided:
+        gated = denoiser.gated()
+        kinds.append((seconds(derive_step(gated, step, denoiser)), seconds(skipped) / 2))
+    steps, found = settings.num_inference_steps, {}
+    for speed in SPEEDS:
+        lossy = resolve(NamedSpeed(speed), settings, None)
+        computed = lossy.mask.computed if lossy.mask else (True,) * steps
+        guided = lossy.guided_steps or steps
+        costs = (kinds[i >= guided][not is_computed] for i, is_computed in enumerate(computed))
+        found[speed] = round(sum(costs), 2)
+    return found
 
 
 def table(plans: Sequence[Mapping[str, Any]]) -> str:
@@ -209,10 +166,10 @@ def table(plans: Sequence[Mapping[str, Any]]) -> str:
                 f"{temporaries:>7}{seconds:>10}  {row['source']}{best}"
             )
         if plan.get("video_seconds") is not None:
-            lines.append(
-                f"{plan['size']:<14}a video of {plan['steps']} steps: {plan['video_seconds']} s"
-            )
-    return "\n".join([*lines, "Seconds are compiler estimates; nothing was run."])
+            speeds = ", ".join(f"{name} {s} s" for name, s in plan["video_seconds"].items())
+            lines.append(f"{plan['size']:<14}a video of {plan['steps']} steps: {speeds}")
+    note = "Seconds are compiler estimates; nothing was run. All speeds but exact are lossy."
+    return "\n".join([*lines, note])
 
 
 def _other_meshes(denoiser: Denoiser) -> list[Denoiser]:
@@ -229,172 +186,3 @@ def _other_meshes(denoiser: Denoiser) -> list[Denoiser]:
         for shape in shapes
         if math.prod(shape) == mesh.size and shape != tuple(mesh.shape.values())
     ]
-
-
-def _estimate_step(denoiser: Denoiser, compiler: _Compiler) -> Estimate:
-    """Compiles a denoising step and reads its estimates."""
-    device = denoiser.mesh.devices.flat[0]
-    compiled = compiler.result(denoiser.program)
-    if compiled is None:
-        return Estimate("compiled", False, {}, None, None)
-    hbm = _split_weights(memory(compiled), _weight_bytes(denoiser))
-    if device.device_kind not in PLANNED:
-        return Estimate("compiled", hbm["total"] <= _capacity(device), hbm, None, None)
-    costs = read_costs(_text(compiled))
-    cycles = sum(costs.cycles.values())
-    if costs.kernel_calls:
-        cycles += int(denoiser.config.num_layers * _kernel_cycles(denoiser))
-    received = sum(costs.collective_bytes.values())
-    return Estimate("compiled", hbm["total"] <= _capacity(device), hbm, cycles, received)
-
-
-def derive_step(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Estimate:
-    """Derives the estimates of a step from those of the same step on another mesh.
-
-    Every mesh shares the work evenly, so cycles and temporaries scale with the number of chips.
-    Weights and exchanged bytes are counted exactly. With tp each chip also holds the gathered
-    tokens of its samples.
-    """
-    fewer = known_for.mesh.size / denoiser.mesh.size
-    gathered = _tokens_bytes(denoiser) if denoiser.mesh.shape["tp"] > 1 else 0
-    hbm = {
-        "weights": _weight_bytes(denoiser),
-        "inputs": int(known.hbm["inputs"] * fewer),
-        "outputs": int(known.hbm["outputs"] * fewer),
-        "temporaries": int(known.hbm["temporaries"] * fewer) + gathered,
-        "code": known.hbm["code"],
-    }
-    hbm["total"] = sum(hbm.values())
-    cycles = None if known.cycles is None else int(known.cycles * fewer)
-    device = denoiser.mesh.devices.flat[0]
-    fits = hbm["total"] <= _capacity(device)
-    return Estimate("derived", fits, hbm, cycles, _received(denoiser))
-
-
-def _estimate_decode(decoder: Decoder, latents: tuple[int, ...], compiler: _Compiler) -> Estimate:
-    """Compiles the decoder for latents [B, C, T, H, W] and reads its estimates."""
-    device = decoder.mesh.devices.flat[0]
-    programs = _decoder_programs(decoder, latents)
-    results = [compiler.result(program) for program in programs]
-    compiled = [result for result in results if result is not None]
-    if len(compiled) < len(programs):
-        return Estimate("compiled", False, {}, None, None)
-    arrays = decoder.abstract_weights.values()
-    weights = sum(array.size * array.dtype.itemsize for array in arrays)
-    # Between two batches only the caches stay in memory, and they are arguments.
-    hbm = max((memory(program) for program in compiled), key=lambda hbm: hbm["total"])
-    hbm = _split_weights(hbm, weights)
-    fits = hbm["total"] <= _capacity(device)
-    if device.device_kind not in PLANNED:
-        return Estimate("compiled", fits, hbm, None, None)
-    costs = [read_costs(_text(program)) for program in compiled]
-    runs = (1, len(frame_batches(latents[2])) - 1)
-    cycles = sum(n * sum(cost.cycles.values()) for n, cost in zip(runs, costs, strict=False))
-    received = sum(
-        n * sum(cost.collective_bytes.values()) for n, cost in zip(runs, costs, strict=False)
-    )
-    if any(cost.kernel_calls for cost in costs):
-        if decoder.config.block_out_channels != _PUBLISHED_VAE:
-            return Estimate("compiled", fits, hbm, None, None)
-        batch, _, frames, height, width = latents
-        columns = math.ceil(width / decoder.mesh.size)
-        cycles += int(_CYCLES_PER_LATENT * batch * frames * height * columns)
-    return Estimate("compiled", fits, hbm, cycles, received)
-
-
-def derive_decode(
-    decoder: Decoder, latents: tuple[int, ...], known: Estimate, known_for: tuple[int, ...]
-) -> Estimate:
-    """Derives the estimates of a decode from those of another size on the same mesh.
-
-    Cycles scale with the latents of the columns on a chip, memory with those of one frame.
-    """
-
-    def columns(shape: tuple[int, ...]) -> int:
-        batch, _, _, height, width = shape
-        return batch * height * math.ceil(width / decoder.mesh.size)
-
-    area = columns(latents) / columns(known_for)
-    length = latents[2] / known_for[2]
-    hbm = {
-        kind: size if kind in ("weights", "code") else int(size * area)
-        for kind, size in known.hbm.items()
-        if kind != "total"
-    }
-    hbm["total"] = sum(hbm.values())
-    cycles = None if known.cycles is None else int(known.cycles * area * length)
-    # Neighbours exchange one column each, whatever the width.
-    heights = latents[0] * latents[3] / (known_for[0] * known_for[3])
-    received = None if known.received is None else int(known.received * heights * length)
-    fits = hbm["total"] <= _capacity(decoder.mesh.devices.flat[0])
-    return Estimate("derived", fits, hbm, cycles, received)
-
-
-def _decoder_programs(decoder: Decoder, latents: tuple[int, ...]) -> list[Program]:
-    return decoder.programs(latents, output="uint8")
-
-
-def _text(compiled: jax.stages.Compiled) -> str:
-    """The optimized HLO of a program."""
-    text = compiled.as_text()
-    assert text is not None
-    return text
-
-
-def _capacity(device: Device) -> float:
-    """Bytes of a device's memory; infinite if the backend does not report it, as for CPUs."""
-    if device.device_kind in PLANNED:
-        return PLANNED[device.device_kind].hbm_bytes
-    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
-
-
-def _split_weights(hbm: dict[str, int], weights: int) -> dict[str, int]:
-    """Splits the bytes of the arguments into weights and other inputs."""
-    rest = {name: size for name, size in hbm.items() if name != "arguments"}
-    return {"weights": weights, "inputs": hbm["arguments"] - weights, **rest}
-
-
-def _weight_bytes(denoiser: Denoiser) -> int:
-    abstract = abstract_parameters(denoiser.config, denoiser.mesh, jax.numpy.dtype(denoiser.dtype))
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in abstract.values()
-    )
-
-
-def _samples(denoiser: Denoiser) -> int:
-    """Samples of each dp group."""
-    batch = denoiser.latents.batch * (2 if denoiser.guided else 1)
-    return batch // denoiser.mesh.shape["dp"]
-
-
-def _tokens_bytes(denoiser: Denoiser) -> int:
-    """Bytes of the tokens that an sp shard of a dp group holds after a gather over tp."""
-    width = denoiser.config.width
-    item = jax.numpy.dtype(denoiser.dtype).itemsize
-    return _samples(denoiser) * denoiser.layout.padded * width * item // denoiser.mesh.shape["sp"]
-
-
-def _received(denoiser: Denoiser) -> int:
-    """Bytes a chip receives in a step; tests/cogvideox/transformer/test_collectives.py counts them.
-
-    Over sp, q, k, v and the output are exchanged. Over tp, the tokens are gathered twice and summed
-    twice.
-    """
-    sp, tp = denoiser.mesh.shape["sp"], denoiser.mesh.shape["tp"]
-    tokens = _tokens_bytes(denoiser)
-    changed = 4 * tokens // tp * (sp - 1) // sp
-    gathered = 4 * tokens * (tp - 1) // tp
-    return denoiser.config.num_layers * (changed + gathered)
-
-
-def _kernel_cycles(denoiser: Denoiser) -> float:
-    """Cycles of the Pallas kernels of one block on one chip."""
-    chip = PLANNED[denoiser.mesh.devices.flat[0].device_kind]
-    shards = denoiser.mesh.shape["sp"] * denoiser.mesh.shape["tp"]
-    heads = _samples(denoiser) * denoiser.config.num_attention_heads // shards
-    attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE
-    # Memory limits the four norms and, with sp, the two kernels that join and split its shards.
-    kernels = 6 if denoiser.mesh.shape["sp"] > 1 else 4
-    moved = kernels * 2 * _tokens_bytes(denoiser) // denoiser.mesh.shape["tp"]
-    return attention + moved / chip.hbm_bytes_per_second * chip.clock_hz

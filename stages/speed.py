@@ -75,6 +75,16 @@ class SpeedOptions(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class NamedSpeed:
+    """The options that only name a speed."""
+
+    speed: str
+    step_mask: None = None
+    mask_steps: None = None
+    guidance_until: None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Lossy:
     """The lossy options in force.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from stages.speed import NamedSpeed, resolve
 
 if TYPE_CHECKING:
     import jax
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from cogvideox.denoising.loop import LoadedDenoiser
     from cogvideox.denoising.program import Denoiser, Reuse
     from cogvideox.denoising.scheduler import Schedule
+    from cogvideox.model.settings import DenoisingSettings
+    from runtime.programs import Program
 
 
 class CompiledSteps(NamedTuple):
@@ -24,6 +29,29 @@ class CompiledSteps(NamedTuple):
 
     guided: Mapping[Reuse, Callable]
     gated: Mapping[Reuse, Callable]
+
+
+def programs_for(
+    denoiser: Denoiser, settings: DenoisingSettings, speeds: Iterable[str]
+) -> list[Program]:
+    """Returns the programs that load the weights and those of the steps, each once.
+
+    Args:
+        denoiser: the exact one.
+        speeds: values of `--speed`.
+    """
+    from cogvideox.denoising.loop import programs_of_masks
+
+    found: dict[str, Program] = {}
+    for speed in speeds:
+        lossy = resolve(NamedSpeed(speed), settings, None)
+        residuals, parts = programs_of_masks(lossy.mask is not None), [denoiser]
+        if lossy.guided_steps:
+            keeping = dataclasses.replace(denoiser, difference="keep")
+            parts = [keeping, keeping.gated()]
+        programs = [part.step_program(residual) for part in parts for residual in residuals]
+        found |= {program.manifest_name: program for program in programs}
+    return [*found.values(), *denoiser.stack_programs]
 
 
 def compile_steps(

@@ -63,10 +63,15 @@ def residual_uses(schedule: Schedule) -> list[Reuse]:
 def programs_of_steps(schedule: Schedule) -> tuple[list[Reuse], list[Reuse]]:
     """Returns what the steps with guidance, and then the gated ones, may do with the residual.
 
-    There is one program for each. All masks have the same; without a gate the second list is empty.
+    There is one program for each; without a gate the second list is empty.
     """
-    programs: list[Reuse] = ["off"] if "off" in residual_uses(schedule) else ["keep", "reuse"]
+    programs = programs_of_masks("off" not in residual_uses(schedule))
     return programs, [] if schedule.guided_steps is None else programs
+
+
+def programs_of_masks(masked: bool) -> list[Reuse]:
+    """Returns what steps may do with the residual, with or without a mask; all masks have both."""
+    return ["keep", "reuse"] if masked else ["off"]
 
 
 def is_gated(schedule: Schedule, step: int) -> bool:
@@ -167,7 +172,8 @@ def _run_part(
             reusable.difference if denoiser.difference == "reuse" else None,
         )
         tokens, previous_x0, kept = loaded.steps[use](
-            *(tokens, previous_x0, loaded.parameters, position_arrays, loaded.prompt_embeds, noise),
+            *(tokens, previous_x0, denoiser.arguments_of(use, loaded.parameters)),
+            *(denoiser.arguments_of(use, position_arrays), loaded.prompt_embeds, noise),
             *(reused, *scalars),
         )
         reusable = Reusable(

@@ -28,7 +28,7 @@ from cogvideox.model.settings import LatentShape
 from cogvideox.transformer.backends.base import Backend
 from cogvideox.transformer.collectives import row_indices
 from cogvideox.transformer.loading import load_parameters, stack_programs
-from cogvideox.transformer.parameters import abstract_parameters
+from cogvideox.transformer.parameters import BLOCKS, abstract_parameters
 from cogvideox.transformer.tokens import PositionTables, TokenLayout, positions
 from runtime.compiler_options import transformer_options
 from runtime.executables import find_or_compile
@@ -164,11 +164,11 @@ class Denoiser:
         found = find_or_compile(programs, executables, devices=devices)
         return dict(zip(residuals, found, strict=True))
 
-    def programs(self, residuals: Sequence[Reuse] = ("off",)) -> list[Program]:
-        """Returns the steps' programs and the programs that load the weights."""
+    @property
+    def stack_programs(self) -> list[Program]:
+        """Returns the programs that load the weights."""
         stacks = stack_programs(self.config, self.mesh, jnp.dtype(self.dtype))
-        steps = [self.step_program(residual) for residual in residuals]
-        return [*steps, *{stack.name: stack for stack in stacks.values()}.values()]
+        return list({stack.name: stack for stack in stacks.values()}.values())
 
     @property
     def program(self) -> Program:
@@ -212,18 +212,29 @@ class Denoiser:
                 self.dtype,
             )
 
+    @staticmethod
+    def arguments_of[Value](residual: Reuse, arrays: Mapping[str, Value]) -> dict[str, Value]:
+        """Returns the weights or position tables that a step takes; a reused residual needs few.
+
+        JAX drops unused arguments from the executable, which the manifest would still list.
+        """
+        unused = (BLOCKS, "rotary") if residual == "reuse" else ()
+        return {name: array for name, array in arrays.items() if not name.startswith(unused)}
+
     def lower(self, residual: Reuse = "off") -> jax.stages.Lowered:
         """Lowers a step for abstract arguments, sharded as in the loop."""
 
         def abstract(shape: tuple[int, ...], dtype: DTypeLike, spec: P) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(spec))
 
-        parameters = abstract_parameters(self.config, self.mesh, jnp.dtype(self.dtype))
+        position_specs = self.arguments_of(residual, self.position_specs)
         position_arrays = jax.tree.map(
             lambda array, spec: abstract(array.shape, array.dtype, spec),
-            self.positions,
-            self.position_specs,
+            self.arguments_of(residual, self.positions),
+            position_specs,
         )
+        parameters = abstract_parameters(self.config, self.mesh, jnp.dtype(self.dtype))
+        parameters = self.arguments_of(residual, parameters)
         tokens = abstract(self.layout.shape, self.dtype, TOKENS)
         x0 = abstract(self.layout.shape, jnp.float32, TOKENS)
         text = (self.samples, self.text_tokens, self.config.text_embed_dim)
@@ -247,7 +258,7 @@ class Denoiser:
             partial(self._step, residual),
             mesh=self.mesh,
             in_specs=(
-                *(TOKENS, TOKENS, specs, self.position_specs, _BATCH, TOKENS, reused_specs),
+                *(TOKENS, TOKENS, specs, position_specs, _BATCH, TOKENS, reused_specs),
                 *jax.tree.map(lambda _: P(), scalars),
             ),
             out_specs=(TOKENS, TOKENS, kept_specs),

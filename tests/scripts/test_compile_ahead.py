@@ -350,3 +350,25 @@ def test_fingerprints_for_a_tpu_are_the_same_in_every_process_and_differ_with_th
         else:
             assert "stage2_transformer" in changed, variant
             assert len(changed) == 3 or "--dp" in variant, variant
+
+
+def test_lossy_programs_are_compiled_ahead(model, configs, tmp_path):
+    """near covers every mask; turbo also covers masks with gated steps."""
+    folder, mask = tmp_path / "executables", tmp_path / "mask.json"
+    compile_for(configs, folder, "--stages=2", "--speed=exact,near,turbo")
+    assert len(list(folder.glob("stage2_transformer*.json"))) == 7
+    mask.write_text('{"steps": "1101"}')
+    texts = ["--prompt", "A red cat", "--model_id", str(model), "--output_dir", str(tmp_path)]
+    stage1.run(stage1.parse_arguments([*texts, FLOAT]))
+    steps = ["--input_dir", tmp_path, *SIZE, FLOAT, "--num_inference_steps=4"]
+    steps += ["--executables", folder]
+    for lossy in ([], ["--step_mask", mask], ["--speed=turbo"]):
+        out = run_script("stage2_transformer.py", *steps, *lossy)
+        assert "stage 2: 0 compilations, 0 cache hits" in out
+        assert ("lossy: " in out) == bool(lossy)
+
+
+def test_a_speed_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        compile_ahead.parse_arguments(["--speed", "exact,quick"])
+    assert "'quick' is not one of exact, near, fast, turbo" in capsys.readouterr().err

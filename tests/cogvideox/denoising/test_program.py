@@ -33,10 +33,14 @@ def denoiser(guided: bool) -> Denoiser:
     return Denoiser(CONFIG, {}, latents, 4, guided, "float32", mesh, CpuBackend())
 
 
+@pytest.mark.parametrize("difference", ["off", "keep", "reuse"])
+@pytest.mark.parametrize("residual", ["off", "keep", "reuse"])
 @pytest.mark.parametrize("guided", [False, True])
-def test_an_executable_is_kept_and_found(guided, tmp_path):
+def test_an_executable_is_kept_and_found(guided, residual, difference, tmp_path):
     """JAX drops unused arguments, which the manifest would list."""
-    program = denoiser(guided).program
+    if difference != "off" and not guided:
+        pytest.skip("without guidance there is no difference")
+    program = dataclasses.replace(denoiser(guided), difference=difference).step_program(residual)
     assert compile_into([program], tmp_path) == [program.manifest_name]
 
     def lower() -> jax.stages.Lowered:
