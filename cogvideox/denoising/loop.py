@@ -51,6 +51,31 @@ class LoadedDenoiser:
     parameters: Mapping[str, jax.Array]
     prompt_embeds: jax.Array
 
+    def step(
+        self,
+        residual: Reuse,
+        tokens: jax.Array,
+        previous_x0: jax.Array,
+        positions: Mapping[str, jax.Array | tuple[jax.Array, jax.Array]],
+        noise: jax.Array,
+        reused: Reusable[jax.Array],
+        scalars: tuple,
+    ) -> tuple[jax.Array, jax.Array, Reusable[jax.Array]]:
+        """Runs a compiled step, which donates `tokens` and `previous_x0`.
+
+        Args:
+            residual: what the step does with the residual.
+            scalars: result of `Denoiser.step_scalars`.
+
+        Returns:
+            The next tokens and x0, and what the step keeps for later ones.
+        """
+        take = self.denoiser.arguments_of
+        return self.steps[residual](
+            *(tokens, previous_x0, take(residual, self.parameters), take(residual, positions)),
+            *(self.prompt_embeds, noise, reused, *scalars),
+        )
+
 
 def residual_uses(schedule: Schedule) -> list[Reuse]:
     """Returns what each step does with the residual; "off" for all if the mask skips none."""
@@ -171,10 +196,8 @@ def _run_part(
             reusable.residual if use == "reuse" else None,
             reusable.difference if denoiser.difference == "reuse" else None,
         )
-        tokens, previous_x0, kept = loaded.steps[use](
-            *(tokens, previous_x0, denoiser.arguments_of(use, loaded.parameters)),
-            *(denoiser.arguments_of(use, position_arrays), loaded.prompt_embeds, noise),
-            *(reused, *scalars),
+        tokens, previous_x0, kept = loaded.step(
+            *(use, tokens, previous_x0, position_arrays, noise, reused, scalars)
         )
         reusable = Reusable(
             *(old if new is None else new for new, old in zip(kept, reusable, strict=True))

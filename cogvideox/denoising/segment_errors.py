@@ -209,9 +209,9 @@ class Measurement:
             *(schedule.timesteps[k], schedule.guidance_scales[k], schedule.coefficients[k]),
             [float(scale) for scale in scales],
         )
-        tokens, previous_x0, kept = loaded.steps[use](
-            *(*state, loaded.parameters, self._positions, loaded.prompt_embeds),
-            *(self._noise(k), Reusable(residual, None), *scalars),
+        reused = Reusable(residual, None)
+        tokens, previous_x0, kept = loaded.step(
+            *(use, *state, self._positions, self._noise(k), reused, scalars)
         )
         return tokens, previous_x0, kept.residual
 
