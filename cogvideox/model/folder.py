@@ -140,11 +140,25 @@ def _download(model_id: str, patterns: list[str]) -> str:
         return huggingface_hub.snapshot_download(
             model_id, allow_patterns=patterns, ignore_patterns=ignored
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except HFValidationError as error:
         raise ValueError(
-            f"--model_id {model_id} is neither a folder nor a model the hub gives: {reason}"
+            f"--model_id {model_id}: there is no such folder, and it is no hub id such as "
+            "OWNER/NAME"
         ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"--model_id {model_id}: there is no such folder, the hub cannot be reached, and its "
+            f"cache on this machine lacks this model ({_first_line(error)})"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"--model_id {model_id}: there is no such folder, and the hub does not give such a "
+            f"model: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].removeprefix("Got: ")
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -5,7 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 import generate
@@ -136,6 +138,24 @@ def test_absent_model(tmp_path, capsys):
     assert "there is no such folder" in refusal(capsys, stage1, *PROMPT, *where)
 
 
+@pytest.mark.parametrize("name", ["moved-model", "owner/moved-model"])
+def test_a_moved_model_whose_name_could_be_a_hub_id(name, tmp_path, capsys, monkeypatch):
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("Got: ConnectError: Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    said = refusal(capsys, stage1, *PROMPT, "--model_id", name, "--output_dir", tmp_path)
+    assert f"{name}: there is no such folder, the hub cannot be reached, and its cache" in said
+    assert "(ConnectError: Name or service not known)" in said
+
+
+@pytest.mark.parametrize("name", ["my model", "a--b", "owner/na..me", "-x"])
+def test_a_name_that_is_no_hub_id(name, tmp_path, capsys):
+    said = refusal(capsys, stage1, *PROMPT, f"--model_id={name}", "--output_dir", tmp_path)
+    assert f"{name}: there is no such folder, and it is no hub id such as OWNER/NAME" in said
+    assert "Repo id" not in said
+
+
 def test_a_folder_that_is_no_model(tmp_path, capsys):
     assert "model_index.json" in refusal(capsys, stage1, *PROMPT, "--model_id", tmp_path)
 
@@ -206,7 +226,10 @@ class TestStageFiles:
     def test_stale(self, stage, name, files, capsys):
         edit(files, "stage1_text_encoder", seal=True, prompt="A blue dog")
         edit(files, "stage2_transformer", seal=True, seed=7)
-        assert "stale" in refusal(capsys, stage, "--input_dir", files)
+        said = refusal(capsys, stage, "--input_dir", files)
+        made_by = sections.STAGES[stage is stage3]
+        assert f"{name} is stale: {stage_files.CONFIG_FILE} beside it describes another run" in said
+        assert f"run {made_by}.py again" in said
 
     def test_a_flipped_bit(self, stage, name, files, capsys):
         data = bytearray((files / name).read_bytes())
@@ -249,6 +272,30 @@ class TestStageFiles:
         edit(files, "stage2_transformer", seal=True, model_id="/gone/model")
         said = refusal(capsys, stage, "--input_dir", files)
         assert "/gone/model: there is no such folder" in said and "with --model_id" in said
+
+
+@pytest.fixture
+def read_only(files, monkeypatch) -> Path:
+    """A folder that takes no files; root may write to any folder, so its mode would not do."""
+    access = os.access
+    refuse = lambda path, mode: access(path, mode) and not (mode & os.W_OK and path == files)  # noqa: E731
+    monkeypatch.setattr(os, "access", refuse)
+    return files
+
+
+def test_stage3_with_an_input_folder_that_is_read_only(read_only, tmp_path, capsys):
+    """Its section of the config belongs into that folder, beside the latents."""
+    video = ["--output_video", tmp_path / "elsewhere.mp4"]
+    said = refusal(capsys, stage3, "--input_dir", read_only, *video)
+    assert f"{read_only} is not writable" in said
+    assert not (tmp_path / "elsewhere.mp4").exists()
+
+
+def test_stage2_with_an_input_folder_that_is_read_only(read_only, tmp_path, capsys):
+    assert f"{read_only} is not writable" in refusal(capsys, stage2, "--input_dir", read_only)
+    where = ["--input_dir", read_only, "--output_dir", tmp_path / "elsewhere"]
+    with pytest.raises(AssertionError, match="weights were read"):  # all checks have passed
+        stage2.run(stage2.parse_arguments(list(map(str, where))))
 
 
 def test_latents_whose_prompt_was_encoded_anew(files, capsys):
