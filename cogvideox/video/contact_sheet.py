@@ -7,10 +7,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cogvideox.video.fonts import Fonts
+from runtime.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,9 +27,9 @@ DEFAULT_COUNT = 12
 _MIN_WIDTH, _MAX_WIDTH = 960, 1600
 _GRID_ASPECT = 2.2  # preferred width over height of the grid, without labels and caption
 _MARGIN, _GAP = 24, 8
-# Fonts to try for characters that Pillow's own font lacks.
-_MORE_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf")
-_NO_CHARACTER = "\uffff"  # in no font, so it is drawn as the font's missing-character box
+# Variation selectors choose between forms of the character before; fonts draw them as boxes.
+_SELECTORS = re.compile("[\ufe00-\ufe0f]")
+_MAX_NAMED = 40  # most missing characters that the warning names
 _LABEL_SIZE, _TITLE_SIZE, _TEXT_SIZE = 15, 22, 17
 _BACKGROUND, _TITLE_COLOR, _TEXT_COLOR = (20, 21, 24), (240, 240, 240), (168, 172, 180)
 
@@ -79,7 +84,7 @@ def write_contact_sheet(
         indices: frame number of each; the label shows it and its time, index / fps seconds.
         fps: frames a second.
         caption: any text, wrapped to the sheet. The first line, meant for the prompt, is drawn
-            larger. Characters that no installed font has are drawn as boxes.
+            larger. Characters that no installed font has are drawn as boxes, with a warning.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype.name != "uint8":
         raise ValueError(f"frames must be uint8 [n, height, width, 3], got {frames.shape}")
@@ -119,7 +124,10 @@ def _draw_sheet(frames: np.ndarray, labels: list[str], caption: str) -> Image.Im
         draw.text((left, top + thumb_height + 3), label, _TEXT_COLOR, label_font)
     top = caption_top
     for line in caption_lines:
-        draw.text((_MARGIN, top), line.text, line.color, line.font)
+        left, baseline = float(_MARGIN), top + line.ascent
+        for part, font in line.runs:
+            draw.text((left, baseline), part, line.color, font, anchor="ls")
+            left += font.getlength(part)
         top += line.height
     return sheet
 
@@ -137,72 +145,53 @@ def _grid_columns(count: int, frame_aspect: float) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    text: str
-    font: ImageFont.FreeTypeFont
+    runs: list[tuple[str, ImageFont.FreeTypeFont]]
+    ascent: int  # of the font that has most of the text
     color: tuple[int, int, int]
     height: int
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part, _ in self.runs)
 
 
 def _caption_lines(caption: str, width: int) -> list[_Line]:
     """Wraps the caption: the first line large, then a gap, then the rest small."""
-    paragraphs = caption.splitlines()
-    font = _caption_font("".join(paragraphs))
+    paragraphs = _SELECTORS.sub("", caption).splitlines()
+    fonts = Fonts("".join(paragraphs))
+    if fonts.lacking:
+        named = printable("".join(sorted(fonts.lacking))[:_MAX_NAMED])
+        print(
+            f"warning: no font here has {named}; boxes stand for it on the contact sheet "
+            "(pip install '.[fonts]' installs Noto)"
+        )
     lines = []
     for number, paragraph in enumerate(paragraphs):
         size, color = (_TITLE_SIZE, _TITLE_COLOR) if number == 0 else (_TEXT_SIZE, _TEXT_COLOR)
-        sized = font.font_variant(size=size)
+        ascent, _ = fonts.base(size).getmetrics()
         lines += [
-            _Line(text, sized, color, _line_height(size)) for text in _wrap(paragraph, sized, width)
+            _Line(fonts.runs(text, size), ascent, color, _line_height(size))
+            for text in _wrap(paragraph, functools.partial(fonts.length, size=size), width)
         ]
         if number == 0:
             lines[-1] = dataclasses.replace(lines[-1], height=lines[-1].height + _GAP)
     return lines
 
 
-def _caption_font(text: str) -> ImageFont.FreeTypeFont:
-    """Returns the installed font that lacks the fewest characters of the text.
-
-    Pillow's own font is preferred but has little beyond ASCII, not even umlauts.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    default = ImageFont.load_default(_TEXT_SIZE)
-    if not isinstance(default, ImageFont.FreeTypeFont):
-        raise RuntimeError("contact sheets need a Pillow with FreeType; this one has none")
-    fonts = [default]
-    for name in _MORE_FONTS:
-        try:
-            fonts.append(ImageFont.truetype(name, _TEXT_SIZE))
-        except OSError:  # the font is not installed
-            continue
-    characters = {c for c in text if c.isprintable()}
-
-    def lacking(font: ImageFont.FreeTypeFont) -> int:
-        def drawn(character: str) -> bytes:
-            image = Image.new("L", (2 * _TEXT_SIZE, 2 * _TEXT_SIZE))
-            ImageDraw.Draw(image).text((0, 0), character, 255, font)
-            return image.tobytes()
-
-        box = drawn(_NO_CHARACTER)
-        return sum(drawn(c) == box for c in characters)
-
-    return min(fonts, key=lacking)
-
-
-def _wrap(paragraph: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(paragraph: str, length: Callable[[str], float], width: int) -> list[str]:
     """Breaks at spaces; inside a word only if the word alone is wider than the line."""
     # Replace control and direction characters, and lone surrogates of a non-UTF-8 command line.
-    printable = "".join(c if c.isprintable() else " " for c in paragraph)
+    drawable = "".join(c if c.isprintable() else " " for c in paragraph)
     lines = [""]
-    for word in printable.split():
+    for word in drawable.split():
         longer = f"{lines[-1]} {word}".lstrip()
-        if font.getlength(longer) <= width:
+        if length(longer) <= width:
             lines[-1] = longer
             continue
         if lines[-1]:
             lines.append("")
         for character in word:  # a script without spaces makes one long word
-            if lines[-1] and font.getlength(lines[-1] + character) > width:
+            if lines[-1] and length(lines[-1] + character) > width:
                 lines.append("")
             lines[-1] += character
     return lines

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cogvideox.video import fonts
 from cogvideox.video.contact_sheet import (
     FrameSampler,
     _caption_lines,
@@ -107,7 +108,8 @@ def test_captions_of_any_kind_are_wrapped_and_drawn(tmp_path, caption):
 def test_wrapping_loses_no_text():
     caption = "A first line that is long enough to wrap somewhere\nand " + "x" * 99 + " the rest"
     lines = _caption_lines(caption, 300)
-    assert all(line.font.getlength(line.text) <= 300 for line in lines)
+    width = lambda line: sum(font.getlength(part) for part, font in line.runs)  # noqa: E731
+    assert all(width(line) <= 300 for line in lines)
     assert "".join("".join(line.text for line in lines).split()) == "".join(caption.split())
     assert lines[0].height > lines[-1].height  # the prompt is larger
 
@@ -118,11 +120,35 @@ def test_characters_that_are_no_text_become_spaces():
 
 
 def test_the_caption_takes_a_font_that_has_its_letters():
-    plain, accented = _caption_lines("girl", 900)[0].font, _caption_lines("Mädchen", 900)[0].font
+    plain, accented = (_caption_lines(text, 900)[0].runs[0][1] for text in ("girl", "Mädchen"))
     assert plain.getname()[0] == "Aileron"  # Pillow's own, the same on every machine
     if accented.getname() == plain.getname():
         pytest.skip("this machine has no further font")
     assert bytes(accented.getmask("ä")) != bytes(accented.getmask("\uffff"))
+
+
+def test_characters_of_several_fonts_share_a_line():
+    """The packages of the extra "fonts" are installed, or a font of this system has them."""
+    text = "A cat 猫 고양이 plays 🐼 quietly"
+    found = fonts.Fonts(text)
+    if found.lacking:
+        pytest.skip(f"this machine has no font for {found.lacking}")
+    runs = found.runs(text, 22)
+    assert "".join(part for part, _ in runs) == text
+    for part, font in runs:
+        box = bytes(font.getmask("\uffff"))
+        assert all(bytes(font.getmask(c)) != box for c in part if not c.isspace()), part
+
+
+def test_missing_characters_are_named_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(fonts, "_SYSTEM_FONTS", ())
+    monkeypatch.setattr(fonts, "_PACKAGES", ("no_such_package",))
+    write(tmp_path / "sheet.png", coloured_frames(2, 32, 48), "a cat 猫 猫\nand 🐼\ufe0f")
+    said = capsys.readouterr().out
+    assert said.startswith("warning: no font here has 猫🐼; boxes stand for it")
+    assert said.count("\n") == 1 and ".[fonts]" in said
+    write(tmp_path / "sheet.png", coloured_frames(2, 32, 48), "a cat")
+    assert capsys.readouterr().out == ""
 
 
 def test_sheet_is_replaced_or_left(tmp_path):
