@@ -17,6 +17,7 @@ from runtime.text import printable
 
 _MOST_REASON = 400  # characters of a message; a damaged file may hold megabytes
 _MOST_TEXT = 200  # characters of a string that the code uses
+_TIMESTEP_ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")  # diffusers' names
 _Config = TypeVar("_Config", bound="_JsonConfig")
 
 
@@ -140,6 +141,11 @@ class TransformerConfig(_JsonConfig):
         _check_range(self, 1, 64, "patch_size", "patch_size_t", "temporal_compression_ratio")
         _check_range(self, 1e-12, 1, "norm_eps")
         _check_range(self, 1e-3, 1e3, "spatial_interpolation_scale", "temporal_interpolation_scale")
+        if self.timestep_activation_fn not in _TIMESTEP_ACTIVATIONS:
+            raise ValueError(
+                f"timestep_activation_fn must be one of {', '.join(_TIMESTEP_ACTIVATIONS)}, "
+                f"not {self.timestep_activation_fn!r}"
+            )
         if self.use_rotary_positional_embeddings and self.attention_head_dim % 16:
             raise ValueError(
                 f"attention_head_dim must be a multiple of 16 for rotary positions, "

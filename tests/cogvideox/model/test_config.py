@@ -40,6 +40,11 @@ def test_old_and_complete_files_are_equal(tmp_path):
         (TransformerConfig, {"norm_eps": 1e301}, "norm_eps must be a number, not 1e+301"),
         (TransformerConfig, {"attention_bias": 1}, "attention_bias must be true or false, not 1"),
         (TransformerConfig, {"activation_fn": 3}, "activation_fn must be a string, not 3"),
+        (
+            TransformerConfig,
+            {"timestep_activation_fn": "\x1b[31m"},
+            "timestep_activation_fn must be one of silu, swish, mish, gelu, relu, not",
+        ),
         (TransformerConfig, {"_class_name": "UNet"}, "_class_name is 'UNet', not CogVideoXTran"),
         (
             TransformerConfig,
