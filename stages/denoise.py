@@ -223,7 +223,7 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
         embeddings, model = open_embeddings(options.input_dir, options.model_id)
         reading = background.submit(files.read_tensors, embeddings)
         files.check_executables(options.executables)
-        files.check_output_folder(output_dir, files.LATENTS_FILE)
+        files.check_output_folder(output_dir, files.LATENTS_FILE, files.CONFIG_FILE)
         if options.profile:
             files.check_output_folder(options.profile)
         batch, tokens, _ = embeddings.shapes["prompt_embeds"]

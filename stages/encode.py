@@ -77,7 +77,7 @@ def check(options: EncodeOptions) -> tuple[ModelFolder, int]:
     from runtime.json_files import read_json_object
 
     check_prompts(options.prompt, options.negative_prompt)
-    files.check_output_folder(options.output_dir, files.EMBEDDINGS_FILE)
+    files.check_output_folder(options.output_dir, files.EMBEDDINGS_FILE, files.CONFIG_FILE)
     model = find_model(options.model_id, ["tokenizer", "text_encoder"])
     for part, known in _CLASSES.items():
         if model.component_class(part) not in known:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from runtime.files import check_regular
 
+_MAX_BYTES = 4 << 20  # tags of this project have up to 1 MiB, before ffmpeg escapes them
+
 
 def read_comment(path: Path) -> str | None:
     """Reads the comment tag of a video; None if it has none.
 
     Raises:
-        ValueError: it is not a regular file, or ffmpeg cannot read it.
+        ValueError: it is not a regular file, ffmpeg cannot read it, or its tags are too long.
     """
     from imageio_ffmpeg import get_ffmpeg_exe
 
@@ -22,6 +24,8 @@ def read_comment(path: Path) -> str | None:
     ffmpeg = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     if ffmpeg.returncode != 0:
         raise ValueError(f"ffmpeg cannot read {path}: {ffmpeg.stderr.decode(errors='replace')}")
+    if len(ffmpeg.stdout) > _MAX_BYTES:
+        raise ValueError(f"the tags of {path} are longer than {_MAX_BYTES:,} bytes")
     metadata = ffmpeg.stdout.decode(errors="replace")
     found = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", metadata, re.DOTALL | re.MULTILINE)
     return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else None

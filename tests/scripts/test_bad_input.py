@@ -166,6 +166,12 @@ def test_output_folder_that_is_a_file(models, tmp_path, capsys):
     assert "is a file" in refusal(capsys, stage1, *PROMPT, *where)
 
 
+def test_a_config_that_is_a_folder(models, tmp_path, capsys):
+    (tmp_path / stage_files.CONFIG_FILE).mkdir()
+    where = ["--model_id", models / "good", "--output_dir", tmp_path]
+    assert "generation_config.json is a folder" in refusal(capsys, stage1, *PROMPT, *where)
+
+
 def section_of(files: Path, stage: str) -> dict:
     return json.loads((files / stage_files.CONFIG_FILE).read_text())[stage]
 
