@@ -133,6 +133,14 @@ def test_stage1_settings(arguments, said, models, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_imports_count_as_phase_start(finished):
+    phases = {1: ["start", "load", "run", "save"], 2: ["start", "load", "compile", "run", "save"]}
+    for stage, expected in phases.items():
+        timings = json.loads((finished / f"stage{stage}_timings.json").read_text())
+        assert list(timings["seconds"]) == [*expected, "total"]
+        assert timings["seconds"]["start"] > 0
+
+
 def test_absent_model(tmp_path, capsys):
     where = ["--model_id", tmp_path / "absent", "--output_dir", tmp_path]
     assert "there is no such folder" in refusal(capsys, stage1, *PROMPT, *where)

@@ -14,7 +14,9 @@ from runtime.exit_codes import run_main
 from stages import files
 from tests.tiny_models import save_tiny_model
 
+# On one device: two programs with collectives at once can block eight devices of two cores.
 SMALL = ["--dtype=float32", "--allow_unsupported", "--steps=2", "--height=32", "--width=32"]
+SMALL += ["--dp=1", "--sp=1", "--tp=1"]
 
 
 @pytest.fixture(scope="module")
