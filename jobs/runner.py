@@ -6,6 +6,7 @@ shape, while a thread decodes the previous video. Any number of processes may wo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import threading
@@ -36,6 +37,7 @@ from jobs.steps import show_steps
 from runtime.errors import InputError, RunError
 from runtime.files import write_json
 from runtime.open_folder import OpenFolder
+from runtime.progress import working
 from runtime.text import printable
 from stages import files
 from stages.denoise import StoppedBetweenSteps
@@ -87,7 +89,8 @@ class Runner:
             ValueError: a job cannot be computed.
         """
         requests = [self._options.request(job) for job in self._jobs]
-        self._session.check(requests, self._stages, self._output_dir)
+        with working(f"checking {len(requests)} job(s): importing JAX, starting the devices"):
+            self._session.check(requests, self._stages, self._output_dir)
 
     def fetch(self) -> None:
         """Fetches files that this machine lacks from the mirror.
@@ -165,14 +168,17 @@ class Runner:
     def _encode(self, jobs: Sequence[Job]) -> int:
         """Runs stage 1 of all free jobs; returns how many it worked on."""
         worked = 0
-        for job, claim in self._taken(jobs):
-            need = self.ledger.next(job)
-            if need == CONFIG:
-                self._repair_config(job)
-            elif need == ENCODE:
-                self._do(ENCODE, job, claim)
-            worked += need in (CONFIG, ENCODE)
-            self._finish(job, claim)
+        with contextlib.ExitStack() as stack:
+            for job, claim in self._taken(jobs):
+                need = self.ledger.next(job)
+                if need == CONFIG:
+                    self._repair_config(job)
+                elif need == ENCODE:
+                    if not worked:
+                        stack.enter_context(working(f"encoding {len(jobs)} prompt(s)"))
+                    self._do(ENCODE, job, claim)
+                worked += need in (CONFIG, ENCODE)
+                self._finish(job, claim)
         self._session.release_text_encoder()
         return worked
 
@@ -194,11 +200,13 @@ class Runner:
                 if need == DECODE and not self._stop.is_set():
                     decodes.append(pool.submit(self._decode, job, claim))
                     while len(decodes) > _DECODES_WAITING or decodes and decodes[0].done():
-                        decodes.popleft().result()
+                        _wait_for(decodes.popleft())
                 else:
                     self._finish(job, claim)
-            for decode in decodes:
-                decode.result()
+            if decodes:
+                with working(f"decoding {len(decodes)} more video(s)"):
+                    for decode in decodes:
+                        decode.result()
         except BaseException:
             self._abort.set()
             raise
@@ -375,3 +383,10 @@ class Runner:
         if not config_is_good(folder, records):
             version = {"format_version": files.FORMAT_VERSION}
             write_json(folder / files.CONFIG_FILE, version | recorded_sections(records))
+
+
+def _wait_for(decode: Future) -> None:
+    if not decode.done():
+        with working("waiting for the decoder"):
+            decode.result()
+    decode.result()

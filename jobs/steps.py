@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtime.errors import InputError
 from runtime.files import write_json
-from runtime.progress import progress
+from runtime.progress import printing_above_bar, progress
 from runtime.typed_json import from_json, read_object
 
 STEPS_FILE = "stage2_steps.json"
@@ -37,12 +37,13 @@ def show_steps[State](
     bar = progress(states, total=total, what=f"{folder.name}: {what}", initial=initial, leave=False)
     path, due = folder / STEPS_FILE, time.monotonic()
     try:
-        for done, state in enumerate(bar, initial + 1):
-            # Not into a folder that was removed meanwhile: writing would make it again.
-            if time.monotonic() >= due and folder.is_dir():
-                write_json(path, dataclasses.asdict(Steps(done, total)))
-                due = time.monotonic() + _EVERY_SECONDS
-            yield state
+        with printing_above_bar():
+            for done, state in enumerate(bar, initial + 1):
+                # Not into a folder that was removed meanwhile: writing would make it again.
+                if time.monotonic() >= due and folder.is_dir():
+                    write_json(path, dataclasses.asdict(Steps(done, total)))
+                    due = time.monotonic() + _EVERY_SECONDS
+                yield state
     finally:
         path.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ second, and an activity a dot a second.
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import threading
 import time
@@ -26,38 +27,103 @@ _BETWEEN_LINES = 1.0  # seconds; a loop of a second leaves one line in a log, no
 Clock = Callable[[], float]
 
 
+class _SharedOutput(io.TextIOBase):
+    """Stdout while its last line is unfinished: text of any thread ends or replaces that line.
+
+    Several threads of a batch print; one of them shows a sign of life.
+    """
+
+    def __init__(self, stream: TextIO, before_text: str = ""):
+        """Args: before_text: written before every line of other text."""
+        self._stream, self._before_text = stream, before_text
+        self._ending = ""  # of the unfinished line
+        self._lock, self._in_line = threading.RLock(), False
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            if text and not self._in_line:
+                self._stream.write(self._ending or self._before_text)
+                self._ending = ""
+            self._in_line = not text.endswith("\n") if text else self._in_line
+            self._stream.write(text)
+            return len(text)
+
+    def sign(self, text: str, ending: str, indent: str = "") -> None:
+        """Shows a part of an unfinished line, unless a thread is within a line of text."""
+        with self._lock:
+            if not self._in_line:
+                self._stream.write(text if self._ending else indent + text)
+                self._ending = ending
+                self._stream.flush()
+
+    def end_line(self) -> None:
+        with self._lock:
+            self._stream.write(self._ending)
+            self._ending = ""
+            self._stream.flush()
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Prints what is about to take long, then a sign of life each second until the block ends."""
+    """Prints what is about to take long, then a sign of life each second until the block ends.
+
+    Within another activity, below a bar and in other threads it only prints: the activity or the
+    bar of the main thread shows the signs.
+    """
     if not processes.is_first():
         yield
         return
-    stream = sys.stdout
-    print(f"{what} ...", file=stream, flush=True)
-    ended = threading.Event()
-    signs = threading.Thread(target=_show_signs, args=(stream, ended), daemon=True)
-    signs.start()
-    try:
+    print(f"{what} ...", flush=True)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if isinstance(sys.stdout, _SharedOutput) or not in_main_thread:
         yield
-    finally:
-        ended.set()
-        signs.join()
+        return
+    output, ended = _SharedOutput(sys.stdout), threading.Event()
+    signs = threading.Thread(target=_show_signs, args=(output, ended), daemon=True)
+    with contextlib.redirect_stdout(output):
+        signs.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            signs.join()
 
 
-def _show_signs(stream: TextIO, ended: threading.Event) -> None:
+def _show_signs(output: _SharedOutput, ended: threading.Event) -> None:
     """Shows the seconds on a terminal, a dot a second elsewhere."""
-    start, shown, terminal = time.monotonic(), False, stream.isatty()
+    start, wait, terminal = time.monotonic(), _FIRST_SIGN, output.isatty()
     # A closed pipe or terminal is the business of the thread that works.
     with contextlib.suppress(OSError, ValueError):
-        while not ended.wait(_SIGNS if shown else _FIRST_SIGN):
+        while not ended.wait(wait):
+            seconds = f" {time.monotonic() - start:.0f} s"
             # The cursor returns to the left, so that the next line replaces the seconds.
-            seconds = f"  {time.monotonic() - start:.0f} s\r"
-            stream.write(seconds if terminal else "." if shown else "  .")
-            stream.flush()
-            shown = True
-        if shown:
-            stream.write("\x1b[K" if terminal else f" {time.monotonic() - start:.0f} s\n")
-            stream.flush()
+            if terminal:
+                output.sign(f" {seconds}\r", ending="\x1b[K")
+            else:
+                output.sign(".", ending=f"{seconds}\n", indent="  ")
+            wait = _SIGNS
+        output.end_line()
+
+
+@contextlib.contextmanager
+def printing_above_bar() -> Iterator[None]:
+    """Lets threads print while a bar stands on the last line of the terminal."""
+    shared = isinstance(sys.stdout, _SharedOutput)
+    if shared or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield
+        return
+    # tqdm draws the bar again on the line below the text.
+    with contextlib.redirect_stdout(_SharedOutput(sys.stdout, before_text="\r\x1b[K")):
+        yield
 
 
 class LogBar[Item]:

@@ -101,6 +101,7 @@ class Session:
         self._runs: dict[Shape, denoise.DenoisingRun] = {}
         self._parameters: tuple[jax.sharding.Mesh, dict[str, jax.Array]] | None = None
         self._step: tuple[Shape, CompiledSteps] | None = None
+        self._decoded: set[tuple[tuple[int, ...], str]] = set()  # latents' shapes, frames' dtypes
         self._decoder: tuple[jax.sharding.Mesh, Decoder] | None = None
 
     def check(self, requests: Sequence[VideoRequest], stages: Sequence[str], folder: Path) -> None:
@@ -209,16 +210,19 @@ class Session:
         if self._decoder is None:
             import jax
 
-            print("loading the VAE decoder")
-            mesh = decode.make_mesh(options, jax.devices())
-            decoder = decode.make_decoder(options, self._model, mesh)
-            decoder.load(self._model.path / "vae")
+            with working("loading the VAE decoder"):
+                mesh = decode.make_mesh(options, jax.devices())
+                decoder = decode.make_decoder(options, self._model, mesh)
+                decoder.load(self._model.path / "vae")
             self._decoder = mesh, decoder
         _, decoder = self._decoder
         _, latents_file = decode.open_latents(options.input_dir)
         shape = latents_file.shapes["latents"]
         output = decode.pixel_dtype(decode.video_paths(options, shape[0]))
-        decoder.compile(shape, output=output, executables=options.executables)
+        if (shape, output) not in self._decoded:
+            with working(f"{request.shape}: loading the VAE decoder's programs"):
+                decoder.compile(shape, output=output, executables=options.executables)
+            self._decoded.add((shape, output))
 
     def _decode(self, request: VideoRequest) -> None:
         assert self._decoder is not None

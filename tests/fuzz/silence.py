@@ -19,6 +19,7 @@ import re
 import select
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ def _words(text: str) -> str:
 def record(command: Sequence[str], terminal: bool, cwd: Path | None = None) -> Recording:
     """Runs a command, its stdout and stderr together in one pseudo-terminal or pipe."""
     reader, writer = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(writer, (24, 100))  # tqdm draws nothing on a terminal of width 0
     start = time.monotonic()
     environment = os.environ | ({"TERM": "xterm", "COLUMNS": "100"} if terminal else {})
     process = subprocess.Popen(

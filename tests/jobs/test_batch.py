@@ -132,6 +132,9 @@ def test_loads_and_compiles_once(model, tmp_path, calls, capsys):
     )
     said = capsys.readouterr().out
     assert "[3 done, 0 failed, 0 left]" in said and "ETA" in said
+    assert said.startswith("checking 3 job(s): importing JAX, starting the devices ...\n")
+    for activity in ("encoding 3 prompt(s)", "loading the VAE decoder", "32x48x5: loading the VAE"):
+        assert said.count(f"\n{activity}") == 1, activity
     assert "3 done" in table(tmp_path, capsys)
 
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -94,6 +95,38 @@ def test_a_short_activity_is_one_line(monkeypatch):
     with progress.working("encoding"):
         pass
     assert stream.getvalue() == "encoding ...\n"
+
+
+def test_other_text_ends_the_line_of_signs(monkeypatch):
+    """In a log, and on a terminal, where it replaces the seconds."""
+    for stream, expected in (
+        (io.StringIO(), r"working \.\.\.\n(  \.+ 0 s\n)?a line\n(  \.+ 0 s\n)?inner \.\.\.\n.*"),
+        (Terminal(), r"working \.\.\.\n(  0 s\r)*(\x1b\[K)?a line\n.*inner \.\.\.\n.*"),
+    ):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(progress, "_FIRST_SIGN", 0.01)
+        monkeypatch.setattr(progress, "_SIGNS", 0.01)
+        with progress.working("working"):
+            threading.Event().wait(0.1)
+            print("a line")
+            with progress.working("inner"):
+                threading.Event().wait(0.1)
+        text = stream.getvalue()
+        assert re.fullmatch(expected, text, re.DOTALL), text
+        assert sys.stdout is stream
+
+
+def test_text_of_another_thread_erases_the_bar(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress.printing_above_bar():
+        stream.write("denoising:  40%|####")
+        thread = threading.Thread(target=print, args=("a line",))
+        thread.start()
+        thread.join()
+    assert stream.getvalue() == "denoising:  40%|####\r\x1b[Ka line\n"
+    assert sys.stdout is stream
 
 
 def test_the_table_explains_parts_that_ran_at_once():
