@@ -224,7 +224,7 @@ def add_attention(parser: ArgumentParser) -> None:
         "--attention",
         choices=("auto", "splash", "cudnn", "reference"),
         default="auto",
-        help="kernel; auto takes splash on TPU, cudnn on NVIDIA GPUs, reference on CPU",
+        help="kernel; auto takes splash on TPU and Hopper GPU, cudnn on other GPU, else reference",
     )
 
 

@@ -1,8 +1,10 @@
 """Cycles of the attention kernels on a TPU chip, by the compiler's own schedule; no TPU needed.
 
     python benchmarks/attention_kernel.py --chip v6e --json
+    python benchmarks/attention_kernel.py --chip local --json
 
-Every number is a compiler estimate: bundles of the final schedule, weighed by loop trips and grid.
+The first prints compiler estimates: bundles of the final schedule, weighed by loop trips and grid.
+`local` measures the kernels on the Hopper GPU of this machine, cuDNN's among them.
 """
 
 import argparse
@@ -10,8 +12,10 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import attention_on_gpu
 from kernel_schedule import Schedule, measure
 
 from runtime.chips import CHIPS
@@ -321,18 +325,53 @@ def report(line: dict[str, Any], json_follows: bool) -> None:
     )
 
 
+def measure_here(kernels: list[str], shapes: Sequence[tuple[int, ...]], as_json: bool) -> int:
+    """Print the timings on this machine's GPU."""
+    rows = []
+    for shape in shapes:
+        for line in attention_on_gpu.rows(kernels, *shape):
+            rows.append(line)
+            print(
+                f"{line['kernel']:16} {'x'.join(map(str, shape)):14} {line['milliseconds']:9.3f} ms"
+                f" {line['teraflops']:6.1f} TFLOP/s {line['of_cudnn'] or 0:6.3f} of cuDNN  error "
+                + " ".join(f"{error:.2e}" for error in line["relative_l2_error"].values()),
+                file=sys.stderr if as_json else sys.stdout,
+                flush=True,
+            )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    return 0
+
+
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--chip", choices=sorted(CHIPS), default="v6e")
-    parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all")
+    parser.add_argument("--chip", choices=(*sorted(CHIPS), "local"), default="v6e")
+    parser.add_argument(
+        "--kernel",
+        choices=sorted({*KERNELS, *attention_on_gpu.KERNELS}),
+        action="append",
+        help="default: all of the chip",
+    )
     parser.add_argument(
         "--shape", action="append", metavar="HEADSxTOKENSxSIZE", help="default: a list of five"
     )
     parser.add_argument("--json", action="store_true", help="a list of rows instead of lines")
     args = parser.parse_args()
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else SHAPES
-    kernels = args.kernel or list(KERNELS)
+    local = args.chip == "local"
+    listed, known = (
+        (attention_on_gpu.SHAPES, attention_on_gpu.KERNELS) if local else (SHAPES, KERNELS)
+    )
+    shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else listed
+    kernels = args.kernel or list(known)
+    if not set(kernels) <= set(known):
+        parser.error(f"--chip {args.chip} has the kernels {', '.join(known)}")
+    if local:
+        from splash_attention.hopper.attention import COMPUTE_CAPABILITY, runs_on_hopper
+
+        if not runs_on_hopper():
+            parser.error(f"--chip local needs a GPU of compute capability {COMPUTE_CAPABILITY}")
+        return measure_here(kernels, shapes, args.json)
     if "tokamax" in kernels and importlib.util.find_spec("tokamax") is None:
         if args.kernel:
             parser.error("--kernel tokamax: tokamax is not installed; pip install '.[compare]'")

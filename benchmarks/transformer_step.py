@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--baseline", action="store_true", help="time diffusers with compiled blocks instead"
     )
+    parser.add_argument("--attention", default="auto", help="as in stage2_transformer.py")
     parser.add_argument("--steps", type=int, default=3, help="timed steps on local devices")
     parser.add_argument("--save", type=Path, help="local: write the final latents to this .npy")
     parser.add_argument("--compare", type=Path, help="local: another mesh's --save file")
@@ -85,6 +86,8 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
     heads = config.num_attention_heads
     shape = choose_mesh(*sizes, batch=2, num_heads=heads, num_devices=devices.size)
     count = shape[0] * shape[1] * shape[2]
+    device = devices.flat[0]
+    capability = device.compute_capability if device.platform == "gpu" else None
     mesh = jax.sharding.Mesh(devices.reshape(-1)[:count].reshape(shape), AXES)
     return Denoiser(
         config=config,
@@ -94,7 +97,7 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
         guided=True,
         dtype="bfloat16",
         mesh=mesh,
-        backend=choose_backend("auto", devices.flat[0].platform, "bfloat16"),
+        backend=choose_backend(arguments.attention, device.platform, "bfloat16", capability),
     )
 
 

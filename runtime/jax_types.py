@@ -19,6 +19,7 @@ class Device(Protocol):
     platform: str
     device_kind: str
     client: _Client
+    compute_capability: str  # of a GPU; other devices lack it
 
     def memory_stats(self) -> dict[str, int] | None:
         """Bytes by kind; None where the backend does not report them."""

@@ -1,4 +1,4 @@
-"""Exact attention for TPU, fast at head size 64. Needs only JAX; see README.md."""
+"""Exact attention for TPU and Hopper GPU, fast at head size 64. Needs only JAX; see README.md."""
 
 from splash_attention.attention import (
     attention_part,
@@ -8,6 +8,7 @@ from splash_attention.attention import (
 )
 from splash_attention.block_lists import BlockLists
 from splash_attention.block_sizes import BlockSizes
+from splash_attention.hopper.attention import hopper_attention
 from splash_attention.reference import reference_attention
 from splash_attention.sharded import ring_attention, sharded_attention
 
@@ -15,6 +16,7 @@ __all__ = [
     "BlockLists",
     "BlockSizes",
     "attention_part",
+    "hopper_attention",
     "query_scale",
     "reference_attention",
     "ring_attention",

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from splash_attention.block_lists import BlockLists
 from splash_attention.block_sizes import BlockSizes, choose_block_sizes, current_chip
 from splash_attention.bounds import bounded_heads, largest_scores, largest_values, smooth
+from splash_attention.hopper.attention import hopper_attention, runs_on_hopper
 from splash_attention.kernel import attention_kernel, can_lie_side_by_side
 from splash_attention.quantize import quantize
 from splash_attention.reference import check_shapes
@@ -46,7 +47,10 @@ def splash_attention(
     smooth_k: bool = False,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """Compute exact, non-causal softmax attention on one TPU core.
+    """Compute exact, non-causal softmax attention on one TPU core or one Hopper GPU.
+
+    JAX's default device decides which kernel runs. That of a GPU of compute capability 9.0 takes
+    bfloat16 and float16, D up to 128, and no option except `scale`.
 
     Args:
         q: [..., S, D] bfloat16 or float32. Batch and heads are optional leading axes. D is at most
@@ -73,11 +77,20 @@ def splash_attention(
         [..., S, D] in the dtype of `q`.
 
     Raises:
-        TypeError: dtypes are mixed, or are neither bfloat16 nor float32.
-        ValueError: shapes do not fit together, an option is out of range, a query sees no key, or
-            the block sizes need more VMEM than the chip has.
+        TypeError: dtypes are mixed, or the kernel does not take them.
+        ValueError: shapes do not fit together, an option is out of range, a query sees no key, the
+            block sizes need more VMEM than the chip has, or there is no kernel for the device.
     """
     check_shapes(q.shape, k.shape, v.shape, window_size)
+    if not interpret and runs_on_hopper():
+        if precision != "bf16" or smooth_k or (window_size, block_sizes) != (None, None):
+            raise ValueError(
+                "window_size, block_sizes, precision and smooth_k need a TPU; on a Hopper GPU "
+                "splash_attention takes none of them"
+            )
+        heads = (x.reshape(-1, x.shape[-2], 1, x.shape[-1]) for x in (q, k, v))
+        out, _ = hopper_attention(*heads, factor=query_scale(q.shape[-1], scale))
+        return out.reshape(q.shape)
     out = sequence_minor_attention(
         *_sequence_minor(q, k, v, scale),
         window_size=window_size,

@@ -123,7 +123,8 @@ def current_chip(*, interpret: bool) -> KernelChip:
         info = pltpu.get_tpu_info()
     except ValueError as error:
         raise ValueError(
-            f"the kernel needs a TPU, or interpret=True to run anywhere: {error}"
+            f"the kernel needs a TPU or a GPU of compute capability 9.0, or interpret=True to run "
+            f"anywhere: {error}"
         ) from error
     return chip_named(str(info.chip_version))
 

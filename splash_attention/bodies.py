@@ -3,7 +3,7 @@
 Three bodies compute the same softmax and differ in what they subtract from the scores:
 
 - `_bounded_group` subtracts nothing. The caller proves per head that exp2 of every score stays in
-  the range of float32 (`attention.bounded_heads`). Softmax does not depend on the shift, and the
+  the range of float32 (`bounds.bounded_heads`). Softmax does not depend on the shift, and the
   relative rounding of a float does not depend on its magnitude.
 - `_online_group` subtracts from a group of chunks the running maximum of the groups before it (from
   the first group the maximum of its first chunk), and rescales once per group. A group whose scores

@@ -180,7 +180,9 @@ def make_denoiser(
     from runtime.mesh import choose_mesh, make_mesh
 
     config = model.transformer
-    backend = choose_backend(options.attention, devices[0].platform, options.dtype)
+    device = devices[0]
+    capability = device.compute_capability if device.platform == "gpu" else None
+    backend = choose_backend(options.attention, device.platform, options.dtype, capability)
     sizes = choose_mesh(
         *(options.dp, options.sp, options.tp),
         batch=latents.batch * (2 if guided else 1),

@@ -1,4 +1,4 @@
-"""Backend for GPU: cuDNN's attention, and XLA for everything else."""
+"""Backends for GPU: the Hopper kernel or cuDNN for attention, and XLA for everything else."""
 
 import dataclasses
 import functools
@@ -9,8 +9,40 @@ import jax.numpy as jnp
 
 from cogvideox.transformer.backends.base import Bounds
 from cogvideox.transformer.backends.xla import XlaBackend
+from splash_attention import query_scale
+from splash_attention.hopper.attention import choose_config, hopper_attention
+from splash_attention.hopper.tiles import ROW_MULTIPLE
 
 _TILE = 128  # keys per tile
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperBackend(XlaBackend):
+    """Runs splash attention on a GPU of compute capability 9.0 (`--attention splash`)."""
+
+    name = "splash"
+    token_multiple = ROW_MULTIPLE
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, bounds: Bounds
+    ) -> jax.Array:
+        rows = q.shape
+        q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
+        batch, _, heads, _ = q.shape
+        out, _ = hopper_attention(
+            *(q, k, v),
+            factor=1.0,
+            kv_len=keys,
+            largest_score=jnp.broadcast_to(bounds.scores, (batch, heads)),
+            largest_value=bounds.values.reshape(batch, heads, head_dim).max(-1),
+        )
+        return out.reshape(rows)
+
+    def query_scale(self, head_dim: int) -> float:
+        return query_scale(head_dim)
+
+    def block_sizes(self, head_dim: int, queries: int, keys: int, dtype: str) -> dict[str, int]:
+        return dataclasses.asdict(choose_config(head_dim))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Attention kernel for NVIDIA Hopper GPUs."""

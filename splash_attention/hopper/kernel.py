@@ -1,0 +1,246 @@
+"""The Hopper kernel in Pallas Mosaic GPU: one head and one tile of queries per thread block.
+
+One warpgroup copies tiles of keys and values into shared memory with the bulk tensor copy engine.
+The others compute, 64 queries each:
+
+    scores [64, block_kv] = q [64, D] @ k [block_kv, D]^T             log2 units: q is scaled
+    p                     = exp2(scores - shift)
+    out    [64, D]       += p @ v [block_kv, D]
+
+A warpgroup starts p @ v for the first keys of a tile while it computes p for the next, and does not
+wait for it before the next tile's scores. While it waits, the other warpgroups use the units for
+exponentials: at head size 64 these are as busy as the tensor cores.
+
+Axis letters: B batch, S queries, K keys, N heads, D head size.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from splash_attention.hopper.tiles import ROW_MULTIPLE, HopperConfig, Keys
+
+_BLOCK_Q = 64  # queries of a warpgroup: rows of a matrix instruction
+_CHUNK = 64  # keys of one p @ v: a row of a shared-memory tile, 128 bytes
+_GROUP = 8  # columns that a thread group holds side by side
+_COPY_REGISTERS = 24  # registers of a thread of the copying warpgroup
+_TRANSFORMS = (
+    plgpu.TilingTransform((ROW_MULTIPLE, _CHUNK)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+    """Shared memory and barriers of a thread block."""
+
+    q: jax.Ref  # [warpgroups, 64, D]; later the output
+    k: jax.Ref  # [stages, block_kv, D]
+    v: jax.Ref
+    log_total: jax.Ref  # [warpgroups, 64] float32
+    q_ready: jax.Ref
+    k_ready: jax.Ref
+    v_ready: jax.Ref
+    k_free: jax.Ref
+    v_free: jax.Ref
+
+
+def hopper_kernel(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bounded: jax.Array,
+    *,
+    kv_len: int,
+    config: HopperConfig,
+    factor: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Attend to the first `kv_len` keys.
+
+    Args:
+        q: [B, S, N, D] bfloat16 or float16; D is 64 or 128, S a multiple of 8.
+        k, v: [B, K, N, D]; K is a multiple of 8. The rows of v from `kv_len` to `last_row_read` are
+            finite; later ones, and those of k from `kv_len` on, may hold anything.
+        bounded: [B, N] int32; 0 for the heads that need a running maximum.
+        kv_len: number of valid keys.
+        config: layout of a thread block.
+        factor: positive factor on q.k that gives the base-2 logarithm of a softmax weight. 1 saves
+            a multiplication per score.
+
+    Returns:
+        The output [B, S, N, D] in the dtype of `q`, and log2 of the softmax denominators [B, N, S']
+        float32, where S' is S rounded up to whole thread blocks.
+    """
+    batch, queries, heads, head_dim = q.shape
+    keys = Keys(kv_len, config.block_kv)
+    block = config.warpgroups * _BLOCK_Q
+    blocks = -(-queries // block)
+    # The copy engine needs rows of a multiple of 16 bytes.
+    log_total_type = jax.ShapeDtypeStruct((batch, heads, blocks * block), jnp.float32)
+
+    def body(*refs: jax.Ref) -> None:
+        q_ref, k_ref, v_ref, bounded_ref, out_ref, log_total_ref = refs
+        head = lax.axis_index("batch"), lax.axis_index("head")
+
+        def run(*scratch: jax.Ref) -> None:
+            at = _Scratch(*scratch)
+            warpgroup = lax.axis_index("warpgroup")
+
+            @pl.when(warpgroup < config.warpgroups)
+            def _() -> None:
+                plgpu.set_max_registers(config.registers, action="increase")
+                first = lax.axis_index("block") * block + warpgroup * _BLOCK_Q
+                rows = head[0], pl.ds(first, _BLOCK_Q), head[1]
+                ready = at.q_ready.at[warpgroup]
+                plgpu.copy_gmem_to_smem(q_ref.at[rows], at.q.at[warpgroup], ready)
+                plgpu.barrier_wait(ready)
+                flag = bounded_ref[head]
+                pl.when(flag != 0)(lambda: _attend(at, warpgroup, keys, config, factor, False))
+                pl.when(flag == 0)(lambda: _attend(at, warpgroup, keys, config, factor, True))
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(at.q.at[warpgroup], out_ref.at[rows])
+                total_rows = log_total_ref.at[(*head, pl.ds(first, _BLOCK_Q))]
+                plgpu.copy_smem_to_gmem(at.log_total.at[warpgroup], total_rows)
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(warpgroup == config.warpgroups)
+            def _() -> None:
+                plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+                _copy_keys(at, k_ref, v_ref, head, keys, config)
+
+        pl.run_scoped(run, *_scratch_types(config, head_dim, q.dtype), collective_axes="warpgroup")
+
+    return plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), log_total_type),
+        grid=(batch, heads, blocks),
+        grid_names=("batch", "head", "block"),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="splash_attention_hopper",
+    )(q, k, v, bounded)
+
+
+def _scratch_types(config: HopperConfig, head_dim: int, dtype: jnp.dtype) -> list:
+    """Return the types of `_Scratch`, in order."""
+    tile = (config.stages, config.block_kv, head_dim)
+    ready = plgpu.Barrier(num_barriers=config.stages)
+    free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
+    return [
+        plgpu.SMEM((config.warpgroups, _BLOCK_Q, head_dim), dtype, transforms=_TRANSFORMS),
+        plgpu.SMEM(tile, dtype, transforms=_TRANSFORMS),
+        plgpu.SMEM(tile, dtype, transforms=_TRANSFORMS),
+        plgpu.SMEM((config.warpgroups, _BLOCK_Q), jnp.float32),
+        plgpu.Barrier(num_barriers=config.warpgroups),
+        *(ready, ready),
+        *(free, free),
+    ]
+
+
+def _copy_keys(
+    at: _Scratch,
+    k_ref: jax.Ref,
+    v_ref: jax.Ref,
+    head: tuple[jax.Array, jax.Array],
+    keys: Keys,
+    config: HopperConfig,
+) -> None:
+    """Copy all tiles of keys and values to shared memory, each as soon as its place is free."""
+    filled = min(config.stages, keys.tiles)
+
+    def copy(i: jax.Array, wait: bool) -> None:
+        stage = lax.rem(i, jnp.int32(config.stages))
+        rows = head[0], pl.ds(keys.start(i), config.block_kv), head[1]
+        for source, target, free, ready in (
+            (k_ref, at.k, at.k_free, at.k_ready),
+            (v_ref, at.v, at.v_free, at.v_ready),
+        ):
+            if wait:
+                plgpu.barrier_wait(free.at[stage])
+            plgpu.copy_gmem_to_smem(source.at[rows], target.at[stage], ready.at[stage])
+
+    pl.loop(0, filled)(functools.partial(copy, wait=False))
+    pl.loop(filled, keys.tiles)(functools.partial(copy, wait=True))
+
+
+def _mask(keys: Keys, scores: jax.Array, i: jax.Array) -> jax.Array:
+    """Set scores of the first tile to -infinity where a column is not valid."""
+    low, high = keys.first_valid
+    if (low, high) == (0, keys.block):
+        return scores
+
+    def cut(scores: jax.Array) -> jax.Array:
+        column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+        return jnp.where((column >= low) & (column < high), scores, -jnp.inf)
+
+    return lax.cond(i == 0, cut, lambda scores: scores, scores)
+
+
+def _attend(
+    at: _Scratch,
+    warpgroup: jax.Array,
+    keys: Keys,
+    config: HopperConfig,
+    factor: float,
+    online: bool,
+) -> None:
+    """Compute the queries of a warpgroup; write the output over them, and log2 of the totals."""
+    _, rows, head_dim = at.q.shape
+
+    def scores(stage: jax.Array) -> jax.Array:
+        def product(ref: jax.Ref) -> jax.Array:
+            k = at.k.at[stage].transpose((1, 0))
+            plgpu.wgmma(ref, at.q.at[warpgroup], k)  # pyright: ignore[reportArgumentType]
+            return ref[...]  # waits for all products, also for p @ v of the tile before
+
+        return pl.run_scoped(product, plgpu.ACC((rows, config.block_kv), jnp.float32))
+
+    def all_tiles(acc: jax.Ref) -> tuple[jax.Array, ...]:
+        def tile(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            total, highest = state
+            stage = lax.rem(i, jnp.int32(config.stages))
+            plgpu.barrier_wait(at.k_ready.at[stage])
+            s = scores(stage)
+            plgpu.barrier_arrive(at.k_free.at[stage])
+
+            @pl.when(i > 0)
+            def _() -> None:
+                plgpu.barrier_arrive(at.v_free.at[lax.rem(i - 1, jnp.int32(config.stages))])
+
+            s = _mask(keys, s, i)
+            if online:
+                before, highest = highest, jnp.maximum(highest, s.max(axis=1))
+                rescale = jnp.exp2((before - highest) * factor)
+                acc[...] = acc[...] * lax.broadcast_in_dim(rescale, acc.shape, [0])
+                total = total * lax.broadcast_in_dim(rescale, total.shape, [0])
+                shift = lax.broadcast_in_dim(highest * factor, total.shape, [0])
+            for start in range(0, config.block_kv, _CHUNK):
+                p = []
+                for column in range(start, start + _CHUNK, _GROUP):
+                    x = s[:, column : column + _GROUP]
+                    x = x if factor == 1 else x * factor
+                    p.append(jnp.exp2(x - shift if online else x))
+                    total = total + p[-1]
+                if start == 0:
+                    plgpu.barrier_wait(at.v_ready.at[stage])
+                rounded = lax.concatenate([x.astype(at.v.dtype) for x in p], 1)
+                v = at.v.at[stage, pl.ds(start, _CHUNK)]
+                plgpu.wgmma(acc, rounded, v)  # pyright: ignore[reportArgumentType]
+            return total, highest
+
+        highest = jnp.full((rows,), -jnp.inf if online else 0, jnp.float32)
+        highest = plgpu.layout_cast(highest, plgpu.Layout.WGMMA.reduce(1))
+        total = plgpu.layout_cast(jnp.zeros((rows, _GROUP), jnp.float32), plgpu.Layout.WGMMA)
+        total, highest = lax.fori_loop(0, keys.tiles, tile, (total, highest))
+        return acc[...], total.sum(axis=1), highest
+
+    out, total, highest = pl.run_scoped(all_tiles, plgpu.ACC((rows, head_dim), jnp.float32))
+    out = out * lax.broadcast_in_dim(1 / total, out.shape, [0])
+    at.q[warpgroup] = out.astype(at.q.dtype)
+    at.log_total[warpgroup] = highest * factor + jnp.log2(total)

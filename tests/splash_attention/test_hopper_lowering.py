@@ -1,0 +1,83 @@
+"""What of the Hopper kernel can be checked without a GPU: tiles, arguments, and its lowering."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from splash_attention import attention, hopper_attention, splash_attention
+from splash_attention.hopper.attention import choose_config
+from splash_attention.hopper.tiles import ROW_MULTIPLE, Keys, last_row_read
+
+
+@pytest.mark.parametrize("block", [64, 128, 256])
+@pytest.mark.parametrize("kv_len", [1, 5, 8, 63, 64, 65, 127, 128, 129, 131, 250, 256, 1000, 45106])
+def test_every_key_is_in_one_tile(kv_len, block):
+    keys = Keys(kv_len, block)
+    low, high = keys.first_valid
+    seen = np.zeros(kv_len, int)
+    for i in range(keys.tiles):
+        start = int(keys.start(jnp.int32(i)))
+        assert start % ROW_MULTIPLE == 0
+        valid = slice(start + low, start + high) if i == 0 else slice(start, start + block)
+        assert valid.stop <= kv_len
+        seen[valid] += 1
+    assert (seen == 1).all()
+    assert 0 <= low < high <= block
+    assert last_row_read(kv_len, block) == max(block, -(-kv_len // ROW_MULTIPLE) * ROW_MULTIPLE)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("head_dim", "factor"), [(64, 1.0), (64, 0.18), (128, 1.0), (40, 0.2)])
+def test_it_lowers_for_cuda(dtype, head_dim, factor):
+    q, k = (jax.ShapeDtypeStruct((2, s, 3, head_dim), dtype) for s in (1001, 45106))
+    attend = functools.partial(hopper_attention, factor=factor, kv_len=45101)
+    lowered = jax.jit(attend).trace(q, k, k).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+    out, log_total = lowered.out_info
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (log_total.shape, log_total.dtype) == ((2, 3, 1001), jnp.float32)
+
+
+def zeros(*shape, dtype=jnp.bfloat16):
+    return jnp.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "options", "error", "said"),
+    [
+        (zeros(1, 8, 2, 64), zeros(1, 8, 3, 64), zeros(1, 8, 3, 64), {}, ValueError, "needs q"),
+        (zeros(1, 8, 2, 64), zeros(1, 8, 2, 64), zeros(1, 9, 2, 64), {}, ValueError, "needs q"),
+        (zeros(8, 2, 64), zeros(8, 2, 64), zeros(8, 2, 64), {}, ValueError, "needs q"),
+        (zeros(1, 8, 2, 64), zeros(1, 0, 2, 64), zeros(1, 0, 2, 64), {}, ValueError, "empty"),
+        (*[zeros(1, 8, 2, 64)] * 3, {"kv_len": 9}, ValueError, "kv_len is 9"),
+        (*[zeros(1, 8, 2, 64)] * 3, {"kv_len": 0}, ValueError, "kv_len is 0"),
+        (*[zeros(1, 8, 2, 136)] * 3, {}, ValueError, "head size is 136"),
+        (*[zeros(1, 8, 2, 64, dtype=jnp.float32)] * 3, {}, TypeError, "got float32"),
+        (*[zeros(1, 8, 2, 64)] * 2, zeros(1, 8, 2, 64, dtype=jnp.float16), {}, TypeError, "got"),
+    ],
+)
+def test_bad_arguments_are_refused(q, k, v, options, error, said):
+    with pytest.raises(error, match=said):
+        hopper_attention(q, k, v, factor=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"window_size": 4}, {"precision": "int8_qk"}, {"smooth_k": True}]
+)
+def test_options_of_the_tpu_kernel_are_refused(options, monkeypatch):
+    monkeypatch.setattr(attention, "runs_on_hopper", lambda: True)
+    with pytest.raises(ValueError, match="need a TPU"):
+        splash_attention(*[zeros(2, 8, 64)] * 3, **options)
+
+
+def test_other_devices_are_named():
+    with pytest.raises(ValueError, match="needs a TPU or a GPU of compute capability 9.0"):
+        splash_attention(*[zeros(2, 8, 64)] * 3)
+
+
+def test_every_head_size_has_a_layout():
+    assert choose_config(1) == choose_config(64)
+    assert choose_config(65) == choose_config(128)
