@@ -4,8 +4,12 @@ One warpgroup copies tiles of keys and values into shared memory with the bulk t
 The others compute, 64 queries each:
 
     scores [64, block_kv] = q [64, D] @ k [block_kv, D]^T             log2 units: q is scaled
-    p                     = exp2(scores - shift)
+    p                     = exp2(scores - shift)                      rounded to the dtype of v
     out    [64, D]       += p @ v [block_kv, D]
+    total  [64, 8]       += p @ ones [block_kv, 8]
+
+The denominators are sums of the rounded weights: rounding then cancels where few keys have most of
+the weight, and the tensor cores add faster than the other units.
 
 A warpgroup starts p @ v for the first keys of a tile while it computes p for the next, and does not
 wait for it before the next tile's scores. While it waits, the other warpgroups use the units for
@@ -27,7 +31,7 @@ from splash_attention.hopper.tiles import ROW_MULTIPLE, HopperConfig, Keys
 
 _BLOCK_Q = 64  # queries of a warpgroup: rows of a matrix instruction
 _CHUNK = 64  # keys of one p @ v: a row of a shared-memory tile, 128 bytes
-_GROUP = 8  # columns that a thread group holds side by side
+_SUMS = 8  # equal columns of denominators: the fewest of a matrix instruction
 _COPY_REGISTERS = 24  # registers of a thread of the copying warpgroup
 _TRANSFORMS = (
     plgpu.TilingTransform((ROW_MULTIPLE, _CHUNK)),  # pyright: ignore[reportAbstractUsage]
@@ -42,6 +46,7 @@ class _Scratch:
     q: jax.Ref  # [warpgroups, 64, D]; later the output
     k: jax.Ref  # [stages, block_kv, D]
     v: jax.Ref
+    ones: jax.Ref  # [64, 64]: an array of this shape has a layout to write it from
     log_total: jax.Ref  # [warpgroups, 64] float32
     q_ready: jax.Ref
     k_ready: jax.Ref
@@ -136,6 +141,7 @@ def _scratch_types(config: HopperConfig, head_dim: int, dtype: jnp.dtype) -> lis
         plgpu.SMEM((config.warpgroups, _BLOCK_Q, head_dim), dtype, transforms=_TRANSFORMS),
         plgpu.SMEM(tile, dtype, transforms=_TRANSFORMS),
         plgpu.SMEM(tile, dtype, transforms=_TRANSFORMS),
+        plgpu.SMEM((_BLOCK_Q, _CHUNK), dtype, transforms=_TRANSFORMS),
         plgpu.SMEM((config.warpgroups, _BLOCK_Q), jnp.float32),
         plgpu.Barrier(num_barriers=config.warpgroups),
         *(ready, ready),
@@ -201,9 +207,8 @@ def _attend(
 
         return pl.run_scoped(product, plgpu.ACC((rows, config.block_kv), jnp.float32))
 
-    def all_tiles(acc: jax.Ref) -> tuple[jax.Array, ...]:
-        def tile(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            total, highest = state
+    def all_tiles(acc: jax.Ref, total: jax.Ref) -> tuple[jax.Array, ...]:
+        def tile(i: jax.Array, highest: jax.Array) -> jax.Array:
             stage = lax.rem(i, jnp.int32(config.stages))
             plgpu.barrier_wait(at.k_ready.at[stage])
             s = scores(stage)
@@ -217,30 +222,31 @@ def _attend(
             if online:
                 before, highest = highest, jnp.maximum(highest, s.max(axis=1))
                 rescale = jnp.exp2((before - highest) * factor)
-                acc[...] = acc[...] * lax.broadcast_in_dim(rescale, acc.shape, [0])
-                total = total * lax.broadcast_in_dim(rescale, total.shape, [0])
-                shift = lax.broadcast_in_dim(highest * factor, total.shape, [0])
+                for ref in (acc, total):
+                    ref[...] = ref[...] * lax.broadcast_in_dim(rescale, ref.shape, [0])
+            shift = lax.broadcast_in_dim(highest * factor, (rows, _CHUNK), [0])
             for start in range(0, config.block_kv, _CHUNK):
-                p = []
-                for column in range(start, start + _CHUNK, _GROUP):
-                    x = s[:, column : column + _GROUP]
-                    x = x if factor == 1 else x * factor
-                    p.append(jnp.exp2(x - shift if online else x))
-                    total = total + p[-1]
+                x = s[:, start : start + _CHUNK]
+                x = x if factor == 1 else x * factor
+                p = jnp.exp2(x - shift if online else x).astype(at.v.dtype)
                 if start == 0:
                     plgpu.barrier_wait(at.v_ready.at[stage])
-                rounded = lax.concatenate([x.astype(at.v.dtype) for x in p], 1)
                 v = at.v.at[stage, pl.ds(start, _CHUNK)]
-                plgpu.wgmma(acc, rounded, v)  # pyright: ignore[reportArgumentType]
-            return total, highest
+                plgpu.wgmma(acc, p, v)  # pyright: ignore[reportArgumentType]
+                ones = at.ones.at[pl.ds(0, _SUMS)].transpose((1, 0))
+                plgpu.wgmma(total, p, ones)  # pyright: ignore[reportArgumentType]
+            return highest
 
         highest = jnp.full((rows,), -jnp.inf if online else 0, jnp.float32)
         highest = plgpu.layout_cast(highest, plgpu.Layout.WGMMA.reduce(1))
-        total = plgpu.layout_cast(jnp.zeros((rows, _GROUP), jnp.float32), plgpu.Layout.WGMMA)
-        total, highest = lax.fori_loop(0, keys.tiles, tile, (total, highest))
-        return acc[...], total.sum(axis=1), highest
+        highest = lax.fori_loop(0, keys.tiles, tile, highest)
+        return acc[...], total[...].max(axis=1), highest
 
-    out, total, highest = pl.run_scoped(all_tiles, plgpu.ACC((rows, head_dim), jnp.float32))
+    # Every warpgroup writes the same ones, so that it need not wait for another.
+    at.ones[...] = plgpu.layout_cast(jnp.ones(at.ones.shape, at.ones.dtype), plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
+    accumulators = (plgpu.ACC((rows, n), jnp.float32) for n in (head_dim, _SUMS))
+    out, total, highest = pl.run_scoped(all_tiles, *accumulators)
     out = out * lax.broadcast_in_dim(1 / total, out.shape, [0])
     at.q[warpgroup] = out.astype(at.q.dtype)
     at.log_total[warpgroup] = highest * factor + jnp.log2(total)

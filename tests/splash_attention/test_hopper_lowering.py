@@ -81,3 +81,59 @@ def test_other_devices_are_named():
 def test_every_head_size_has_a_layout():
     assert choose_config(1) == choose_config(64)
     assert choose_config(65) == choose_config(128)
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype", "deviations", "expected"),
+    [
+        (16384, "bfloat16", (0.25, 30), [1, 0]),
+        (16383, "bfloat16", (0.25, 30), [0, 0]),
+        (16384, "float16", (0.1, 2), [1, 0]),
+    ],
+)
+def test_the_path_of_each_head(keys, dtype, deviations, expected, monkeypatch):
+    """Few keys are not worth a bound; float16 holds fewer magnitudes of weights."""
+    given = {}
+
+    def kernel(q, k, v, bounded, *, kv_len, config, factor):
+        given["bounded"] = bounded
+        return q, jnp.zeros((1, 2, q.shape[1]))
+
+    monkeypatch.setattr("splash_attention.hopper.kernel.hopper_kernel", kernel)
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(1, keys, 2, 64)), dtype) for _ in range(2))
+    q = k[:, :64] * jnp.asarray(deviations, dtype)[:, None]
+    hopper_attention(q, k, v, factor=0.125)
+    np.testing.assert_array_equal(given["bounded"], [expected])
+
+
+def test_padding_of_values_is_cleared(monkeypatch):
+    """Rows that the kernel reads past the last key hold zeros, whatever they held."""
+    given = {}
+
+    def kernel(q, k, v, bounded, *, kv_len, config, factor):
+        given["v"] = v
+        return q, jnp.zeros((1, 2, q.shape[1]))
+
+    monkeypatch.setattr("splash_attention.hopper.kernel.hopper_kernel", kernel)
+    q, k = zeros(1, 8, 2, 64), zeros(1, 301, 2, 64)
+    hopper_attention(q, k, (k + 1).at[:, 290:].set(jnp.nan), factor=1.0, kv_len=290)
+    v = np.asarray(given["v"].astype(jnp.float32))
+    assert v.shape[1] == 304
+    assert (v[:, :290] == 1).all()
+    assert (v[:, 290:296] == 0).all()
+
+
+def test_a_negative_factor_moves_to_the_queries(monkeypatch):
+    """The kernel takes the maximum of q.k before the factor, so it needs a positive one."""
+    given = []
+
+    def kernel(q, k, v, bounded, *, kv_len, config, factor):
+        given.append((float(q[0, 0, 0, 0]), factor))
+        return q, jnp.zeros((1, 2, q.shape[1]))
+
+    monkeypatch.setattr("splash_attention.hopper.kernel.hopper_kernel", kernel)
+    x = zeros(1, 8, 2, 64) + 3
+    for factor in (0.5, -0.5, 0.0):
+        hopper_attention(x, x, x, factor=factor)
+    assert given == [(3.0, 0.5), (-3.0, 0.5), (0.0, 1.0)]
