@@ -40,6 +40,7 @@ class Mutant(NamedTuple):
 
 BACKENDS = "tests/cogvideox/transformer/backends"
 BACKEND = f"{BACKENDS}/tpu/test_backend.py"
+HOPPER = "tests/splash_attention/test_hopper_lowering.py"
 CHOICE = f"{BACKENDS}/test_choice.py"
 MESHES = "tests/parity/test_meshes.py::test_mesh_equals_one_device"
 MASKS = "tests/parity/test_step_masks.py"
@@ -91,6 +92,15 @@ MUTANTS = (
            'elif on_gpu and dtype == "bfloat16":', "elif on_gpu:", (CHOICE,)),
     Mutant("splash chosen on other GPUs", "cogvideox/transformer/backends/__init__.py",
            'attention = "splash" if on_hopper else "cudnn"', 'attention = "splash"', (CHOICE,)),
+    Mutant("keys of the last tile seen twice", "splash_attention/hopper/tiles.py",
+           "return (self.tiles - 1) * self.block - self.first_start, ", "return 0, ",
+           (f"{HOPPER}::test_every_key_is_in_one_tile",)),
+    Mutant("float16 weights bounded as bfloat16", "splash_attention/hopper/attention.py",
+           "if q.dtype == jnp.float16:", "if q.dtype == jnp.float32:",
+           (f"{HOPPER}::test_the_path_of_each_head",)),
+    Mutant("padding of values not cleared", "splash_attention/hopper/attention.py",
+           "v = v.at[:, kv_len : last_row_read(kv_len, config.block_kv)].set(0)", "",
+           (f"{HOPPER}::test_padding_of_values_is_cleared",)),
     Mutant("keys added without the denominator so far",
            "cogvideox/transformer/backends/gpu.py",
            "total = so_far + weights.sum(-1, keepdims=True)",
