@@ -2,12 +2,12 @@
 
 from splash_attention.attention import (
     attention_part,
-    query_scale,
     sequence_minor_attention,
     splash_attention,
 )
 from splash_attention.block_lists import BlockLists
 from splash_attention.block_sizes import BlockSizes
+from splash_attention.bounds import query_scale
 from splash_attention.hopper.attention import hopper_attention
 from splash_attention.reference import reference_attention
 from splash_attention.sharded import ring_attention, sharded_attention

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from splash_attention import bounds
 from splash_attention.block_lists import BlockLists
 from splash_attention.block_sizes import BlockSizes, choose_block_sizes, current_chip
-from splash_attention.bounds import bounded_heads, largest_scores, largest_values, smooth
-from splash_attention.hopper.attention import hopper_attention, runs_on_hopper
+from splash_attention.hopper.attention import heads_first_attention, runs_on_hopper
 from splash_attention.kernel import attention_kernel, can_lie_side_by_side
 from splash_attention.quantize import quantize
 from splash_attention.reference import check_shapes
@@ -22,15 +22,6 @@ from splash_attention.reference import check_shapes
 _MAX_HEAD_DIM = 256
 _HEAD_DIM_STEP = 64
 _PRECISIONS = ("bf16", "int8_qk")
-
-
-def query_scale(head_dim: int, scale: float | None = None) -> float:
-    """Return the factor on q that turns q.k into the base-2 logarithm of a softmax weight.
-
-    Multiply q by it in float32 before q is rounded to bfloat16. Rounding q a second time would be
-    the larger half of the kernel's error.
-    """
-    return (1 / math.sqrt(head_dim) if scale is None else scale) * math.log2(math.e)
 
 
 def splash_attention(
@@ -83,14 +74,10 @@ def splash_attention(
     """
     check_shapes(q.shape, k.shape, v.shape, window_size)
     if not interpret and runs_on_hopper():
-        if precision != "bf16" or smooth_k or (window_size, block_sizes) != (None, None):
-            raise ValueError(
-                "window_size, block_sizes, precision and smooth_k need a TPU; on a Hopper GPU "
-                "splash_attention takes none of them"
-            )
-        heads = (x.reshape(-1, x.shape[-2], 1, x.shape[-1]) for x in (q, k, v))
-        out, _ = hopper_attention(*heads, factor=query_scale(q.shape[-1], scale))
-        return out.reshape(q.shape)
+        refused = (window_size, block_lists, rule, block_sizes, smooth_k or None)
+        if precision != "bf16" or any(option is not None for option in refused):
+            raise ValueError("on a Hopper GPU, splash_attention takes no option except scale")
+        return heads_first_attention(q, k, v, bounds.query_scale(q.shape[-1], scale))
     out = sequence_minor_attention(
         *_sequence_minor(q, k, v, scale),
         window_size=window_size,
@@ -117,7 +104,7 @@ def _sequence_minor(
         raise ValueError(f"v has head size {v.shape[-1]}, q and k have {head_dim}")
     _check_head_dim(head_dim)
     padding = (0, 0), (0, 0), (0, -head_dim % _HEAD_DIM_STEP)
-    q = (q.astype(jnp.float32) * query_scale(head_dim, scale)).astype(q.dtype)
+    q = (q.astype(jnp.float32) * bounds.query_scale(head_dim, scale)).astype(q.dtype)
     q, k, v = (
         jnp.pad(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), padding) for x in (q, k, v)
     )
@@ -150,7 +137,9 @@ def attention_part(
     keys, head_dim = minor[1].shape[1:]
     out, log_total = attention_kernel(
         *minor,
-        bounded_heads(largest_scores(*minor[:2], keys), largest_values(minor[2], keys), keys),
+        bounds.bounded_heads(
+            bounds.largest_scores(*minor[:2], keys), bounds.largest_values(minor[2], keys), keys
+        ),
         kv_len.reshape(1),
         always_valid=0,
         most_valid=keys,
@@ -218,7 +207,7 @@ def sequence_minor_attention(
     if precision == "int8_qk":
         k = k.astype(jnp.float32)  # smoothed keys are rounded once, to int8
     if smooth_k:
-        k = smooth(k, kv_len)
+        k = bounds.smooth(k, kv_len)
     bounded = _bounded(q, k, v, kv_len, largest_score, largest_value, smooth_k)
     out_dtype, q_scale, padded_head_dim = q.dtype, None, q.shape[1]
     if precision == "int8_qk":
@@ -298,13 +287,13 @@ def _bounded(
 ) -> jax.Array:
     """Return `bounded_heads` of the bounds given, for keys before smoothing, or of those found."""
     if largest_score is None:
-        largest_score = largest_scores(q, k, kv_len)
+        largest_score = bounds.largest_scores(q, k, kv_len)
     elif smoothed:
         # |q.mean| is at most the largest |q.k|.
         largest_score = 2 * largest_score
     if largest_value is None:
-        largest_value = largest_values(v, kv_len)
-    return bounded_heads(largest_score.reshape(-1), largest_value.reshape(-1), kv_len)
+        largest_value = bounds.largest_values(v, kv_len)
+    return bounds.bounded_heads(largest_score.reshape(-1), largest_value.reshape(-1), kv_len)
 
 
 def _clear_padding(

@@ -1,4 +1,4 @@
-"""Bounds on scores and values that prove, per head, that softmax needs no running maximum.
+"""The unit of scores, and bounds that prove, per head, that softmax needs no running maximum.
 
 Axis letters: B batch, N heads (with batch), S queries, K keys, D head size.
 """
@@ -7,6 +7,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+
+def query_scale(head_dim: int, scale: float | None = None) -> float:
+    """Return the factor on q that turns q.k into the base-2 logarithm of a softmax weight.
+
+    Multiply q by it in float32 before q is rounded to bfloat16. Rounding q a second time would be
+    the larger half of the kernel's error.
+    """
+    return (1 / math.sqrt(head_dim) if scale is None else scale) * math.log2(math.e)
 
 
 def smooth(k: jax.Array, kv_len: int) -> jax.Array:

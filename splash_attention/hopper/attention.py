@@ -105,6 +105,13 @@ def hopper_attention(
     return out[:, :queries, :, :head_dim], log_total[..., :queries]
 
 
+def heads_first_attention(q: jax.Array, k: jax.Array, v: jax.Array, factor: float) -> jax.Array:
+    """Compute `hopper_attention` of q [..., S, D], k and v [..., K, D]: [..., S, D]."""
+    heads = (x.reshape(-1, x.shape[-2], 1, x.shape[-1]) for x in (q, k, v))
+    out, _ = hopper_attention(*heads, factor=factor)
+    return out.reshape(q.shape)
+
+
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, kv_len: int | None) -> int:
     """Check the operands of `hopper_attention`; return the number of valid keys."""
     if {x.ndim for x in (q, k, v)} != {4} or q.shape[::2] != k.shape[::2] or k.shape != v.shape:

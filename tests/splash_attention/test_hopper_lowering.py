@@ -65,11 +65,18 @@ def test_bad_arguments_are_refused(q, k, v, options, error, said):
 
 
 @pytest.mark.parametrize(
-    "options", [{"window_size": 4}, {"precision": "int8_qk"}, {"smooth_k": True}]
+    "options",
+    [
+        {"window_size": 4},
+        {"block_lists": object()},
+        {"rule": jnp.zeros(2, jnp.int32)},
+        {"precision": "int8_qk"},
+        {"smooth_k": True},
+    ],
 )
 def test_options_of_the_tpu_kernel_are_refused(options, monkeypatch):
     monkeypatch.setattr(attention, "runs_on_hopper", lambda: True)
-    with pytest.raises(ValueError, match="need a TPU"):
+    with pytest.raises(ValueError, match="no option except scale"):
         splash_attention(*[zeros(2, 8, 64)] * 3, **options)
 
 
