@@ -15,8 +15,8 @@ from stages import calibrate
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.ArgumentParser(
         "Calibrates step masks for one model, size, number of steps and scheduler: runs the exact "
-        "model, and again from half of its steps on with a few steps skipped before. A killed "
-        "run resumes.",
+        "model, and again from each later step on with a few steps skipped before it. A killed "
+        "calibration resumes.",
         "  python calibrate.py\n"
         "  python calibrate.py --num_inference_steps 50 --compute 29,24,20 --plot masks.png\n"
         "  python stage2_transformer.py --step_mask stage_outputs/calibration.json",

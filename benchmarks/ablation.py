@@ -86,12 +86,12 @@ def mask_rows(calibration: Path | None, budgets: Sequence[int], steps: int) -> l
     for budget in budgets:
         kinds = {
             "calibrated": found.mask(budget).computed,
-            "MagCache's rule": magcache_of(found.ratios, budget),
+            "MagCache": magcache_of(found.ratios, budget),
             "default": default_mask(steps, budget),
             "uniform": uniform_mask(steps, budget, max(steps // 5, 1)),
         }
         rows += [
-            Row(f"{budget} steps, {kind}", "masks", {}, computed)
+            Row(f"{budget} steps {kind}", "masks", {}, computed)
             for kind, computed in kinds.items()
             if computed is not None
         ]
@@ -470,7 +470,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--masks", default="", help="budgets such as 15,12,10: compares kinds of masks"
     )
-    parser.add_argument("--only", help="measure only rows whose name has this text, and exact")
+    parser.add_argument(
+        "--only", default="", help="measure only exact and rows whose names have one of these texts"
+    )
     parser.add_argument("--topology", help="v6e-8 for example: estimate for it; runs nothing")
     parser.add_argument("--model", default="CogVideoX1.5-5B", help="with --topology: the model")
     parser.add_argument("--size", default="768x1360x81", help="with --topology: the size")
@@ -502,7 +504,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[list[Any]],
     steps = runner.exact.settings.num_inference_steps
     budgets = [int(budget) for budget in arguments.masks.split(",") if budget]
     rows = make_rows(arguments.calibration, budgets, steps)
-    rows = [row for row in rows if row.group == "exact" or (arguments.only or "") in row.name]
+    texts = ["exact", *arguments.only.split(",")]
+    rows = [row for row in rows if any(text in row.name for text in texts)]
     ratios = read_calibration(arguments.calibration).ratios if arguments.calibration else None
     reports, pictures = [], []
     for report, videos in measure(runner, rows, prompts, ratios):

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_FILE = "calibration.json"
 PROGRESS_FILE = "calibration_progress.json"
-# With plain prompts, one is enough: masks of 1 and of 350 videos differ by 0.16 dB in LeMiCa's
-# paper. The default is one that asks for motion and texture.
+# One prompt is enough in LeMiCa's paper: masks of 1 and of 350 prompts differ by 0.16 dB.
 DEFAULT_PROMPT = (
     "A panda sits on a wooden stool in a bamboo forest and plays a small guitar, while leaves "
     "fall and the camera moves slowly closer"

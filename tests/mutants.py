@@ -56,6 +56,9 @@ TENSOR_FILES = "tests/runtime/test_tensor_files.py"
 JSON = "tests/runtime/test_json_files.py"
 BAD_FILES = "tests/scripts/test_bad_input.py::TestStageFiles"
 CHECKPOINTS = "tests/stages/test_checkpoints.py"
+TEST_MASKS = "tests/cogvideox/denoising/test_step_mask.py"
+TEST_CALIBRATION = "tests/cogvideox/denoising/test_calibration.py"
+CALIBRATE = "tests/stages/test_calibrate.py"
 VAE = "tests/parity/test_vae_parity.py"
 VAE_DECODE = f"{VAE}::test_decode_equals_diffusers"
 VAE_SHARDS = "tests/cogvideox/vae/test_decode.py::test_every_width_over_devices_equals_one_device"
@@ -70,6 +73,9 @@ PARAMETERS = "cogvideox/transformer/parameters.py"
 PROGRAM = "cogvideox/denoising/program.py"
 LOOP = "cogvideox/denoising/loop.py"
 SCHEDULER = "cogvideox/denoising/scheduler.py"
+STEP_MASK = "cogvideox/denoising/step_mask.py"
+CALIBRATION = "cogvideox/denoising/calibration.py"
+SEGMENT_ERRORS = "cogvideox/denoising/segment_errors.py"
 VAE_FILE = "cogvideox/vae/program.py"
 VAE_NORM = "cogvideox/vae/norm.py"
 SHARDS = "cogvideox/vae/sharding.py"
@@ -168,6 +174,23 @@ MUTANTS = (
     Mutant("gated step reuses the negative residual", LOOP,
            "residual[-denoiser.samples :]", "residual[: denoiser.samples]",
            (f"{MASKS}::test_reuse_equals_a_plain_loop_over_diffusers",)),
+    Mutant("errors of MagCache's rule do not add up", STEP_MASK,
+           "errors = [e + abs(1 - p) for", "errors = [abs(1 - p) for", (TEST_MASKS,)),
+    Mutant("minimax compares the smallest weights first", STEP_MASK,
+           "tuple(sorted((*found[0], weight), reverse=True))",
+           "tuple(sorted((*found[0], weight)))", (TEST_MASKS,)),
+    Mutant("skipped step scaled by its own ratio alone", STEP_MASK,
+           "tuple(s * r for s, r in", "tuple(r for s, r in", (TEST_MASKS,)),
+    Mutant("edge to the end takes a gain", CALIBRATION,
+           "error if j == steps else", "error if j > steps else", (TEST_CALIBRATION,)),
+    Mutant("calibration of another model accepted", CALIBRATION,
+           "if mine.model != target.model:", "if False:", (TEST_CALIBRATION,)),
+    Mutant("segment scaled by the ratios of the step before", SEGMENT_ERRORS,
+           "np.prod(ratios[i + 1 : k + 1], axis=0)", "np.prod(ratios[i:k], axis=0)",
+           (f"{CALIBRATE}::test_errors_are_those_of_masks_that_skip_one_segment",)),
+    Mutant("padding frames count in a calibration", SEGMENT_ERRORS,
+           "self._host(tokens)[:, self._padding :]", "self._host(tokens)[:, 0:]",
+           (f"{CALIBRATE}::test_errors_are_those_of_masks_that_skip_one_segment",)),
     Mutant("checkpoint of another run accepted", "cogvideox/denoising/loop_checkpoint.py",
            'if file.metadata.get("fingerprint") != fingerprint:', "if False:", (CHECKPOINTS,)),
     Mutant("padding frames dropped at the end", "stages/denoise.py",

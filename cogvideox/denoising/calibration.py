@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cogvideox.denoising.step_mask import (
     EdgeWeights,
     StepMask,
@@ -176,15 +174,10 @@ def weigh_edges(
 
     Args:
         errors: by edge (i, j), the squared error at step j.
-        gains: by step j, which part of it is left in the final latents; steps between two that are
-            given take the geometric interpolation. An edge to the end has the gain 1.
+        gains: by step j, which part of it is left in the final latents. An edge to the end has the
+            gain 1.
     """
-    known = sorted(gains)
-    logs = [math.log(max(gains[j], 1e-30)) for j in known]
-    return {
-        (i, j): error if j == steps else error * math.exp(np.interp(j, known, logs))
-        for (i, j), error in errors.items()
-    }
+    return {(i, j): error if j == steps else error * gains[j] for (i, j), error in errors.items()}
 
 
 def make_mask(weights: EdgeWeights, steps: int, budget: int) -> CalibratedMask:

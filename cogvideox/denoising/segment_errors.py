@@ -2,8 +2,9 @@
 
 An exact run keeps the residuals of the last few steps. Beside it, each segment (i, j) that may be
 skipped runs from the exact state after step i with the residual of i; its state at j is compared
-with the exact one. That costs almost nothing, because such steps run no block. Then, from some of
-these states, exact runs go to the end and show how much of the error at j is left there.
+with the exact one. That costs almost nothing, because such steps run no block. Then, for each step
+j, an exact run goes to the end from one of these states and shows how much of the error at j is
+left there.
 
 All errors are mean squares, relative to the variance of the exact run's final latents. Padding
 frames do not count.
@@ -29,9 +30,6 @@ _State = tuple[jax.Array, jax.Array]
 # By step, latents and x0 at the end of the probe's segment, on the host.
 _Probes = dict[int, tuple[np.ndarray, np.ndarray]]
 
-# Every second step has an exact run to the end; the gains between are interpolated. Masks of the
-# small model lose nothing by it.
-_PROBE_STRIDE = 2
 _PROBE_LENGTH = 3  # a probe skips up to two steps
 
 
@@ -58,8 +56,7 @@ def probe_edge(j: int, steps: int) -> tuple[int, int]:
 
 def probed_steps(steps: int) -> list[int]:
     """The steps whose gain is measured."""
-    first, last = first_steps(steps) + 1, steps - 1
-    return sorted({*range(first, steps, _PROBE_STRIDE), last} & set(range(first, steps)))
+    return list(range(first_steps(steps) + 1, steps))
 
 
 def exact_steps(steps: int) -> int:
@@ -70,17 +67,21 @@ def exact_steps(steps: int) -> int:
 def mean_over_videos(
     videos: list[VideoErrors], steps: int
 ) -> tuple[list[list[float]], dict[tuple[int, int], float]]:
-    """Returns the mean ratios and the edge weights of all videos."""
+    """Returns the mean ratios, and the edge weights: squares of the mean root of all videos.
+
+    The mean of the squares would be that of the few videos whose content changes.
+    """
     ratios = np.mean([video.ratios for video in videos], axis=0).tolist()
-    errors = {
-        edge: float(np.mean([video.errors[edge] for video in videos])) for edge in videos[0].errors
-    }
-    gains = {}
-    for j in probed_steps(steps):
-        final = float(np.mean([video.final_errors[j] for video in videos]))
-        before = errors[probe_edge(j, steps)]
-        gains[j] = final / before if before else 1.0
-    return ratios, weigh_edges(errors, gains, steps)
+    roots = []
+    for video in videos:
+        gains = {}
+        for j, final in video.final_errors.items():
+            before = video.errors[probe_edge(j, steps)]
+            gains[j] = final / before if before else 1.0
+        weights = weigh_edges(video.errors, gains, steps)
+        roots.append({edge: weight**0.5 for edge, weight in weights.items()})
+    edges = roots[0]
+    return ratios, {edge: float(np.mean([root[edge] for root in roots])) ** 2 for edge in edges}
 
 
 class Measurement:

@@ -102,15 +102,19 @@ def test_every_edge_is_measured_and_two_videos_are_averaged(measured):
     _, _, video = measured
     assert video.errors.keys() == set(calibrations.edges(STEPS))
     assert list(video.final_errors) == segment_errors.probed_steps(STEPS)
-    twice = {edge: 3 * error for edge, error in video.errors.items()}
-    other = VideoErrors(video.ratios, twice, dict.fromkeys(video.final_errors, 0.0))
-    ratios, weights = segment_errors.mean_over_videos([video, other], STEPS)
+    larger = {edge: 9 * error for edge, error in video.errors.items()}
+    gone = dict.fromkeys(video.final_errors, 0.0)
+    ratios, weights = segment_errors.mean_over_videos(
+        [video, VideoErrors(video.ratios, larger, gone)], STEPS
+    )
     assert ratios == video.ratios
-    for j, final in video.final_errors.items():
-        assert weights[segment_errors.probe_edge(j, STEPS)] == pytest.approx(final / 2)
     for edge, error in video.errors.items():
-        if edge[1] == STEPS:
-            assert weights[edge] == pytest.approx(2 * error)
+        if edge[1] == STEPS:  # roots of 1 and 9 errors have the mean 2
+            assert weights[edge] == pytest.approx(4 * error)
+        else:  # nothing is left of the second video's error
+            final = video.final_errors[edge[1]]
+            gain = final / video.errors[segment_errors.probe_edge(edge[1], STEPS)]
+            assert weights[edge] == pytest.approx(error * gain / 4)
 
 
 def arguments(model: Path, folder: Path, *more: str) -> list[str]:
