@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -328,7 +329,7 @@ def estimate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if mode is not None:
             mask = default_mask(steps, budget_of(mode, steps))
             uses = ["keep" if computed else "reuse" for computed in mask]
-        guided = round(until * steps)
+        guided = math.ceil(until * steps - 1e-9)  # as stage 2 rounds
         if guided == steps:
             total = of_steps("guided", exact, uses)
         else:

@@ -87,6 +87,20 @@ def test_run_writes_a_report_and_a_page(
     assert (tmp_path / "out/ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_estimates_add_up_the_steps_of_each_program(ablation, monkeypatch):
+    known = {("off", 2): 1.0, ("keep", 2): 1.1, ("reuse", 2): 0.01, ("off", 1): 0.5}
+    known |= {("keep", 1): 0.6, ("reuse", 1): 0.005}
+    monkeypatch.setattr(
+        ablation, "step_seconds", lambda denoiser, use: known[use, denoiser.branches]
+    )
+    rows = ablation.estimate(ablation.parse_arguments(["--topology", "v6e-8"]))
+    seconds = {row["row"]: row["seconds_per_video"] for row in rows}
+    assert seconds["exact"] == 50
+    assert seconds["near mask"] == pytest.approx(29 * 1.1 + 21 * 0.01, abs=0.01)
+    assert seconds["guidance reused from half on"] == pytest.approx(25 * 1 + 25 * 0.5)
+    assert rows[-1]["computed_steps"] == 24 and rows[-1]["guided_steps"] == 25
+
+
 def test_masks_need_a_calibration(ablation):
     with pytest.raises(SystemExit, match="--masks needs --calibration"):
         ablation.make_rows(None, (4,), STEPS)
