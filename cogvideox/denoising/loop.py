@@ -4,6 +4,7 @@ The schedule says which steps reuse what earlier ones computed. A step that is c
 ones reuse its residual runs a program that keeps it; a schedule without a mask runs the exact step.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cogvideox.denoising.loop_checkpoint import LoopCheckpoint, TensorTypes
-from cogvideox.denoising.noise import NoiseSource
+from cogvideox.denoising.noise import NoiseSource, drawn_ahead
 from cogvideox.denoising.program import RESIDUAL, TOKENS, Denoiser, Reusable, Reuse
 from cogvideox.denoising.scheduler import Schedule
 from cogvideox.transformer.parameters import abstract_parameters
@@ -157,25 +158,32 @@ def run_loop(
     initial = LoopCheckpoint(0, next(noises), np.zeros(latents, np.float32))
     done = start or initial
     # Repeat the draws of earlier steps to restore the generator's state.
-    noises = itertools.islice(noises, done.steps, None)
+    remaining = enumerate(itertools.islice(noises, done.steps, None), done.steps)
+    layouts = [part.denoiser.layout for part in loaded]
+    rows = (layouts[is_gated(schedule, i)].from_latents(noise) for i, noise in remaining)
     stops = [total] if schedule.guided_steps is None else [schedule.guided_steps, total]
-    for part, stop in zip(loaded, stops, strict=True):
-        state = None
-        for state in _run_part(part, schedule, uses, noises, done, stop):
-            yield state
-        if state and stop < total:
-            done = to_host(state, schedule)  # the next part has another mesh
+    with contextlib.closing(drawn_ahead(rows)) as rows_of_noise:
+        for part, stop in zip(loaded, stops, strict=True):
+            state = None
+            for state in _run_part(part, schedule, uses, rows_of_noise, done, stop):
+                yield state
+            if state and stop < total:
+                done = to_host(state, schedule)  # the next part has another mesh
 
 
 def _run_part(
     loaded: LoadedDenoiser,
     schedule: Schedule,
     uses: Sequence[Reuse],
-    noises: Iterator[np.ndarray],
+    rows_of_noise: Iterator[np.ndarray],
     start: LoopCheckpoint,
     stop: int,
 ) -> Iterator[LoopState]:
-    """Runs the steps from `start` to before `stop` on one mesh."""
+    """Runs the steps from `start` to before `stop` on one mesh.
+
+    Args:
+        rows_of_noise: of each step, [B, S, C].
+    """
     if start.steps >= stop:
         return
     denoiser = loaded.denoiser
@@ -184,7 +192,7 @@ def _run_part(
     position_arrays = jax.tree.map(
         place, denoiser.positions, jax.tree.map(denoiser.sharding, denoiser.position_specs)
     )
-    noise = place(denoiser.layout.from_latents(next(noises)), rows)
+    noise = place(next(rows_of_noise), rows)
     for i in range(start.steps, stop):
         use = uses[i]
         scales = schedule.mask.scales[i] if schedule.mask and use == "reuse" else ()
@@ -203,8 +211,7 @@ def _run_part(
             *(old if new is None else new for new, old in zip(kept, reusable, strict=True))
         )
         if i + 1 < stop:
-            # The host draws while the device computes: 0.1 s of a step that takes seconds.
-            noise = place(denoiser.layout.from_latents(next(noises)), rows)
+            noise = place(next(rows_of_noise), rows)  # while the device computes
         jax.block_until_ready((tokens, previous_x0, reusable))
         yield LoopState(i + 1, denoiser, tokens, previous_x0, reusable)
 
