@@ -312,7 +312,8 @@ def estimate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from runtime.topology import machine_devices
 
     steps = arguments.num_inference_steps or 50
-    exact = make_denoiser(arguments, machine_devices(arguments.topology))
+    devices = machine_devices(arguments.topology)
+    exact = make_denoiser(devices, arguments.model, arguments.size, arguments.mesh)
     kept = dataclasses.replace(exact, difference="keep")
     seconds: dict[tuple[str, str], float] = {}
 

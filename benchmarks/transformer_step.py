@@ -64,8 +64,10 @@ def main() -> None:
             print(f"{name:<28}{value}")
 
 
-def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
-    """Makes the stages' Denoiser for the given model, size and mesh."""
+def make_denoiser(
+    devices: Any, model: str, size: str, mesh: str | None, attention: str = "auto"
+) -> Any:
+    """Makes the stages' Denoiser for the given model, size and mesh, as the options write them."""
     import jax
     from published_models import TRANSFORMERS
 
@@ -74,12 +76,12 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
     from cogvideox.transformer.backends import choose_backend
     from runtime.mesh import AXES, choose_mesh
 
-    config = TRANSFORMERS[arguments.model]
-    height, width, frames = map(int, arguments.size.split("x"))
+    config = TRANSFORMERS[model]
+    height, width, frames = map(int, size.split("x"))
     latent_frames = (frames - 1) // 4 + 1
     latent_frames += -latent_frames % (config.patch_size_t or 1)
-    parts = [part.partition("=") for part in (arguments.mesh or "").split(",") if part]
-    asked = {axis: int(size) for axis, _, size in parts}
+    parts = [part.partition("=") for part in (mesh or "").split(",") if part]
+    asked = {axis: int(count) for axis, _, count in parts}
     sizes = [asked.get(axis) for axis in AXES]
     if asked:
         sizes = [size or 1 for size in sizes]
@@ -88,7 +90,6 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
     count = shape[0] * shape[1] * shape[2]
     device = devices.flat[0]
     capability = device.compute_capability if device.platform == "gpu" else None
-    mesh = jax.sharding.Mesh(devices.reshape(-1)[:count].reshape(shape), AXES)
     return Denoiser(
         config=config,
         stored={},
@@ -96,8 +97,8 @@ def make_denoiser(arguments: argparse.Namespace, devices: Any) -> Any:
         text_tokens=config.max_text_seq_length,
         guided=True,
         dtype="bfloat16",
-        mesh=mesh,
-        backend=choose_backend(arguments.attention, device.platform, "bfloat16", capability),
+        mesh=jax.sharding.Mesh(devices.reshape(-1)[:count].reshape(shape), AXES),
+        backend=choose_backend(attention, device.platform, "bfloat16", capability),
     )
 
 
@@ -119,7 +120,13 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     from runtime.topology import machine_devices
 
-    denoiser = make_denoiser(arguments, machine_devices(arguments.topology))
+    denoiser = make_denoiser(
+        machine_devices(arguments.topology),
+        arguments.model,
+        arguments.size,
+        arguments.mesh,
+        arguments.attention,
+    )
     report = {
         "topology": arguments.topology,
         "model": arguments.model,
@@ -279,7 +286,13 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     from cogvideox.transformer.parameters import abstract_parameters
     from stages.steps import compile_steps, load_steps
 
-    denoiser = make_denoiser(arguments, np.asarray(jax.devices()))
+    denoiser = make_denoiser(
+        np.asarray(jax.devices()),
+        arguments.model,
+        arguments.size,
+        arguments.mesh,
+        arguments.attention,
+    )
     abstract = abstract_parameters(denoiser.config, denoiser.mesh, np.dtype("bfloat16"))
     parameters = random_parameters(abstract)
     rng = np.random.default_rng(0)
