@@ -286,13 +286,8 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     from cogvideox.transformer.parameters import abstract_parameters
     from stages.steps import compile_steps, load_steps
 
-    denoiser = make_denoiser(
-        np.asarray(jax.devices()),
-        arguments.model,
-        arguments.size,
-        arguments.mesh,
-        arguments.attention,
-    )
+    what = (arguments.model, arguments.size, arguments.mesh, arguments.attention)
+    denoiser = make_denoiser(np.asarray(jax.devices()), *what)
     abstract = abstract_parameters(denoiser.config, denoiser.mesh, np.dtype("bfloat16"))
     parameters = random_parameters(abstract)
     rng = np.random.default_rng(0)
