@@ -9,7 +9,7 @@ from pathlib import Path
 from jobs.claims import DEFAULT_EXPIRY
 from jobs.records import Job
 from stages.decode import DecodeOptions
-from stages.denoise import DenoiseOptions
+from stages.denoise_options import DenoiseOptions
 from stages.encode import EncodeOptions
 from stages.session import VideoRequest
 

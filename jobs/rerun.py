@@ -18,7 +18,7 @@ from runtime.text import printable
 from runtime.versions import versions
 from stages import files, generate, speed
 from stages.decode import DecodeOptions
-from stages.denoise import DenoiseOptions
+from stages.denoise_options import DenoiseOptions
 from stages.encode import EncodeOptions
 from stages.sections import DECODE, DENOISE, ENCODE, STAGES, check_section
 from stages.video_digest import digest, recorded_digest

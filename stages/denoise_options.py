@@ -1,0 +1,54 @@
+"""Options of stage 2."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from stages import speed
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiseOptions:
+    """Options of stage 2, by the names of the command line.
+
+    None takes the model's value, and for the mesh axes the sizes that fit.
+
+    Attributes:
+        model_id: None takes the model that made the embeddings.
+        allow_unsupported: also compute sizes that the model was not trained for.
+        attention: "auto", "splash", "cudnn" or "reference".
+        checkpoint_every: steps between two saves of the loop's state; None saves none.
+        speed, step_mask, mask_steps, guidance_until: see `speed.SpeedOptions`.
+        lossy: what these resolve to, if it is known.
+        dtype: "bfloat16" or "float32".
+        executables: a folder from compile_ahead.py; missing programs are compiled.
+        profile: a folder for a JAX profile of the loop.
+    """
+
+    input_dir: Path
+    output_dir: Path
+    dtype: str
+    seed: int
+    model_id: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    use_dynamic_cfg: bool = False
+    scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    allow_unsupported: bool = False
+    attention: str = "auto"
+    checkpoint_every: int | None = None
+    speed: str = speed.EXACT
+    step_mask: str | None = None
+    mask_steps: int | None = None
+    guidance_until: float | None = None
+    lossy: speed.Lossy | None = None
+    dp: int | None = None
+    sp: int | None = None
+    tp: int | None = None
+    executables: Path | None = None
+    profile: Path | None = None
