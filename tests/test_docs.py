@@ -19,7 +19,7 @@ DOCUMENTS = [
     ROOT / "splash_attention/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "utils.py")
 STAGES = {"stage2": "stage2_transformer.py", "stage3": "stage3_vae_decoder.py"}
 # Paths into these must exist; other folders that the documents name are the reader's own.
 FOLDERS = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from command_line.parser import ArgumentParser, RaisingParser, integer, number
 from runtime import processes
 from runtime.devices import PLATFORMS, insist_on
 from runtime.errors import InputError, checking_input
 from runtime.trusted_folders import parse_digest
 from runtime.versions import versions
-from utils.parser import ArgumentParser, RaisingParser, integer, number
 
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
 DEFAULT_FOLDER = Path("stage_outputs")

@@ -1,0 +1,1 @@
+"""The parser of the scripts' command lines. `utils` has the arguments."""
