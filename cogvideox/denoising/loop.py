@@ -251,6 +251,6 @@ def to_host(state: LoopState, schedule: Schedule | None = None) -> LoopCheckpoin
     layout = state.denoiser.layout
     return LoopCheckpoint(
         *(state.steps, layout.to_latents(tokens), layout.to_latents(previous_x0)),
-        None if residual is None else kept.residual[:, layout.text : layout.tokens],
+        None if residual is None else kept.residual[:, layout.video],
         None if difference is None else layout.to_latents(kept.difference),
     )

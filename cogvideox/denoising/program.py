@@ -319,8 +319,7 @@ class Denoiser:
             output = output + (guidance_scale[0] - 1) * reused.difference
         following, x0 = step(tokens, output, previous_x0, noise, coefficients)
         # Text and padding rows stay zero; the transformer's output there is undefined.
-        rows = row_indices(tokens.shape[1])[:, None]
-        is_video = (rows >= self.layout.text) & (rows < self.layout.tokens)
+        is_video = self.layout.is_video(row_indices(tokens.shape[1])[:, None])
         kept = Reusable(made, difference if self.difference == "keep" else None)
         following, x0, kept = jax.tree.map(
             lambda x: jnp.where(is_video, x, 0), (following, x0, kept)

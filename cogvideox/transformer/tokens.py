@@ -1,5 +1,7 @@
 """Conversion of latents to a token sequence (text, video patches, padding), and token positions.
 
+Sparse attention wants other rows for the video tokens than one after the other (see `tiling`).
+
 The denoising loop runs on tokens. The scheduler is elementwise, so the host cuts latents into
 patches once and reassembles them after the last step. Inside the compiled step, the
 eight-dimensional transposes would cost more to compile than all blocks together.
@@ -9,10 +11,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.settings import LatentShape
+from cogvideox.transformer.tiling import Tiling
 
 PositionTables = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]
 
@@ -25,6 +30,7 @@ class TokenLayout:
         patch, patch_t: latents per token along height and width, and along time.
         text: number of text rows; they come first.
         padded: total number of rows, divisible over the mesh.
+        tiling: where the video tokens lie; None puts them directly after the text.
     """
 
     latents: LatentShape
@@ -32,6 +38,7 @@ class TokenLayout:
     patch_t: int
     text: int
     padded: int
+    tiling: Tiling | None = None
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -43,6 +50,20 @@ class TokenLayout:
     def tokens(self) -> int:
         """Number of text and video tokens: S without padding."""
         return self.text + int(np.prod(self.grid))
+
+    @property
+    def video(self) -> slice | np.ndarray:
+        """The rows of the video tokens, in the order of time, height and width."""
+        return slice(self.text, self.tokens) if self.tiling is None else self.tiling.video_rows
+
+    def is_video(self, rows: jax.Array) -> jax.Array:
+        """Returns whether each of consecutive rows holds a video token, bool of the same shape."""
+        if self.tiling is None:
+            return (rows >= self.text) & (rows < self.tokens)
+        placed = np.zeros(self.padded, np.bool_)
+        placed[self.video] = True
+        own = jax.lax.dynamic_slice_in_dim(jnp.asarray(placed), rows.reshape(-1)[0], rows.size)
+        return own.reshape(rows.shape)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -63,7 +84,7 @@ class TokenLayout:
     def to_latents(self, tokens: np.ndarray) -> np.ndarray:
         """Inverts `from_latents`."""
         (t, h, w), p, p_t = self.grid, self.patch, self.patch_t
-        video = tokens[:, self.text : self.tokens]
+        video = tokens[:, self.video]
         patches = video.reshape(-1, t, h, w, self.latents.channels, p_t, p, p)
         return patches.transpose(0, 1, 5, 4, 2, 6, 3, 7).reshape(self.latents.sizes)
 
@@ -72,10 +93,10 @@ class TokenLayout:
         shape = list(video.shape)
         shape[axis] = self.padded
         placed = np.zeros(shape, video.dtype)
-        rows = [slice(None)] * video.ndim
+        rows: list[slice | np.ndarray] = [slice(None)] * video.ndim
         rows[axis] = slice(0, self.text)
         placed[tuple(rows)] = text_value
-        rows[axis] = slice(self.text, self.tokens)
+        rows[axis] = self.video
         placed[tuple(rows)] = video
         return placed
 
