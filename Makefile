@@ -1,4 +1,4 @@
-# make setup | demo | test | quick | check | mutants. Everything lives in .venv.
+# make setup | demo | serve | test | quick | check | mutants. Everything lives in .venv.
 #
 #   make setup                       for TPUs, and for planning on a Linux machine without one
 #   make setup ACCELERATOR=cuda      for NVIDIA GPUs
@@ -18,13 +18,15 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 PROMPT ?= a red circle moves left on a dark blue background
 DEMO_DIR ?= stage_outputs/demo
+SERVE_DIR ?= stage_outputs/served
+PORT ?= 8000
 export PROMPT
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: setup demo test quick check mutants
+.PHONY: setup demo serve test quick check mutants
 
 setup: $(VENV)/.installed-$(ACCELERATOR)
 
@@ -47,6 +49,11 @@ demo: setup
 		--prompt "$$PROMPT" --dtype float32 --output_dir $(DEMO_DIR)
 	@JAX_PLATFORMS=cpu $(RUN) stage2_transformer.py --input_dir $(DEMO_DIR) --dtype float32
 	@JAX_PLATFORMS=cpu $(RUN) stage3_vae_decoder.py --input_dir $(DEMO_DIR) --dtype float32
+
+# The small model on http://127.0.0.1:$(PORT).
+serve: setup
+	@JAX_PLATFORMS=cpu $(RUN) serve.py --model_id models/toyworld --dtype float32 --port $(PORT) \
+		--output_dir $(SERVE_DIR)
 
 test: setup
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal

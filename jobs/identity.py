@@ -33,7 +33,7 @@ def make_jobs(lines: Sequence[Line], model: ModelFolder) -> tuple[list[Job], lis
     lines_by_id: dict[str, int] = {}
     for line in lines:
         try:
-            job = _make_job(line, model, digest)
+            job = make_job(line, model, digest)
         except ValueError as error:
             problems.append((line.number, str(error)))
             continue
@@ -59,7 +59,15 @@ def model_digest(model: ModelFolder) -> str:
     return fingerprint({part: model.digest(part) for part in MODEL_PARTS})
 
 
-def _make_job(line: Line, model: ModelFolder, digest: str) -> Job:
+def make_job(line: Line, model: ModelFolder, digest: str) -> Job:
+    """Makes the job of one line.
+
+    Args:
+        digest: `model_digest` of the model.
+
+    Raises:
+        ValueError: the model cannot compute the settings.
+    """
     own = line.settings
     names = (field.name for field in dataclasses.fields(DenoisingSettings))
     wishes = {name: getattr(own, name) for name in names}

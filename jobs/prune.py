@@ -63,7 +63,7 @@ def run(options: PruneOptions) -> None:
                 continue
             if mirror:
                 _delete_copies(mirror, state.job)
-            kept = _delete(state.folder)
+            kept = delete_folder(state.folder)
             if kept:
                 print(printable(f"kept {state.folder.name}: not of this project: {kept[0]}"))
             else:
@@ -84,7 +84,7 @@ def _delete_copies(mirror: Mirror, job: Job) -> None:
     print(printable(f"deleted {deleted} file(s) of {job.folder} in the mirror"))
 
 
-def _delete(path: Path) -> list[str]:
+def delete_folder(path: Path) -> list[str]:
     """Deletes a job's files, its claims last; returns the names of what stays."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

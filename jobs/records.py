@@ -1,9 +1,10 @@
 """A batch's folder on disk: its jobs, and a record of each of their stages.
 
     DIR/NAME-ID/job.json                          the job, written before any work
+                cancel.json                       asks the process that works on it to delete it
                 stage1_record.json, stage2_..., stage3_...   status and checksums of the stage
                 the stage files, as the stage scripts write them
-                stage2_steps.json                 while it is denoised, see steps.py
+                progress.json                     while a process works on it, see steps.py
                 claims/                           see claims.py
 
 Every file is written atomically. A record is written when its stage ends, by the process that holds
@@ -34,6 +35,7 @@ from stages.session import Shape
 from stages.speed import EXACT, Lossy, read_lossy
 
 JOB_FILE = "job.json"
+CANCEL_FILE = "cancel.json"
 CONTACT_SHEET_FILE = files.contact_sheet(Path(files.VIDEO_FILE)).name
 
 # What each stage leaves in a job's folder, besides its section in generation_config.json.
@@ -71,6 +73,7 @@ class Job:
     no_metadata: bool
     # "exact", or the lossy options in force; see speed.Lossy.
     speed: str | dict[str, Any] = dataclasses.field(default=EXACT, hash=False)
+    accepted: float | None = None  # by a server, seconds since 1970; None for a line of a file
 
     def __post_init__(self) -> None:
         read_lossy(self.speed)  # raises ValueError
@@ -169,17 +172,27 @@ def read_batch(output_dir: Path, report: Callable[[str], None] = warn) -> list[J
         raise InputError(f"{output_dir} is not a folder")
     states, now = [], time.time()
     for path in sorted(output_dir.glob(f"*/{JOB_FILE}")):
-        folder = path.parent
+        if path.parent.name.startswith("."):  # being deleted
+            continue
         try:
-            job = read_job(folder)
+            job = read_job(path.parent)
         except InputError as error:
             report(f"skipping a job: {error}")
             continue
-        claim = claim_state(folder, now)
-        records = read_records(folder, report)
-        steps = read_steps(folder, report) if claim == "alive" else None
-        states.append(JobState(job, folder, records, claim == "alive", claim == "abandoned", steps))
-    return sorted(states, key=lambda state: (state.job.line, state.folder.name))
+        states.append(read_state(job, path.parent, now, report))
+    return sorted(
+        states, key=lambda state: (state.job.line, state.job.accepted or 0, state.folder.name)
+    )
+
+
+def read_state(
+    job: Job, folder: Path, now: float, report: Callable[[str], None] = warn
+) -> JobState:
+    """Reads how far a job is from its folder; arguments as of `read_batch`, `now` in seconds."""
+    claim = claim_state(folder, now)
+    records = read_records(folder, report)
+    steps = read_steps(folder, report) if claim == "alive" else None
+    return JobState(job, folder, records, claim == "alive", claim == "abandoned", steps)
 
 
 def write_job(folder: Path, job: Job) -> None:
@@ -259,7 +272,7 @@ def record_path(folder: Path, stage: str) -> Path:
 _FILES = frozenset((
     *(name for names in OUTPUTS.values() for name in names),
     *(record_path(Path(), stage).name for stage in STAGES),
-    *(files.CONFIG_FILE, JOB_FILE, STEPS_FILE),
+    *(files.CONFIG_FILE, JOB_FILE, CANCEL_FILE, STEPS_FILE),
 ))  # fmt: skip
 
 

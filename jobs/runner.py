@@ -33,7 +33,7 @@ from jobs.records import (
     write_job,
     write_record,
 )
-from jobs.steps import show_steps
+from jobs.steps import STEPS_FILE, show_activity, show_steps
 from runtime.errors import InputError, RunError
 from runtime.files import write_json
 from runtime.open_folder import OpenFolder
@@ -72,7 +72,7 @@ class Runner:
         self._stop = stop
         self._abort = threading.Event()
         self._rank = rank
-        self._session = Session(model, stop, self._abort, show_steps)
+        self._session = Session(model, stop, self._abort, show_steps, show_activity)
         self._stages = options.stages
         self._gallery = Gallery(self._output_dir)
         self.ledger = Ledger(self._output_dir, self._stages, options.retry_failed)
@@ -225,6 +225,7 @@ class Runner:
                 self._mirror.push(job)
         except Exception as error:  # of any file system; the next copy retries
             print(f"warning: {job.folder} was not copied to the mirror: {error}")
+        (self._output_dir / job.folder / STEPS_FILE).unlink(missing_ok=True)
         self._claims.release(claim)
 
     def _finish(self, job: Job, claim: Claim) -> None:

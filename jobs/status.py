@@ -36,7 +36,7 @@ def table(states: Sequence[JobState], superseded: Collection[str] = ()) -> str:
 def _row(state: JobState, status: str) -> tuple[str, ...]:
     settings, failure = state.job.settings, state.failure
     what = f"{failure.stage}: {failure.error}" if failure else " ".join(state.job.prompt.split())
-    what = printable(what)
+    what = printable(f"{state.steps.what}: {what}" if state.steps else what)
     cells = (
         state.folder.name,
         status,
@@ -44,7 +44,7 @@ def _row(state: JobState, status: str) -> tuple[str, ...]:
         f"{settings.height}x{settings.width}",
         f"{settings.num_frames}",
         f"{state.steps.done}/{state.steps.total}"
-        if state.steps
+        if state.steps and state.steps.total
         else f"{settings.num_inference_steps}",
         f"{settings.seed}",
         f"{state.seconds:.1f}" if state.seconds else "",

@@ -1,10 +1,10 @@
-"""How many steps of a running job are done: a bar for this terminal, a file for `status`."""
+"""What a running job does and how far it is: a bar for this terminal, a file for others."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 from runtime.errors import InputError
@@ -12,40 +12,67 @@ from runtime.files import write_json
 from runtime.progress import printing_above_bar, progress
 from runtime.typed_json import from_json, read_object
 
-STEPS_FILE = "stage2_steps.json"
-_EVERY_SECONDS = 1.0
+STEPS_FILE = "progress.json"
+_EVERY_SECONDS = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Denoising steps of a job that runs."""
+    """What a running job does, and how many of its denoising steps are done.
+
+    Attributes:
+        what: the activity, such as "denoising" or "loading the transformer".
+        initial: steps that were done before this process began.
+        since: when it began to denoise, seconds since 1970; 0 before.
+    """
 
     done: int
     total: int
+    what: str = "denoising"
+    initial: int = 0
+    since: float = 0.0
+
+    def seconds_left(self, now: float) -> float | None:
+        """Seconds that the other steps will take, at the pace so far; None if it is unknown."""
+        made = self.done - self.initial
+        if made <= 0 or not self.since:
+            return None
+        return max(now - self.since, 0.0) / made * (self.total - self.done)
 
 
 def show_steps[State](
     folder: Path, states: Iterable[State], *, total: int, what: str, initial: int
-) -> Iterator[State]:
+) -> Generator[State]:
     """Yields the states of a job's loop, one a step, and shows how many there were.
 
     Args:
-        folder: of the job; STEPS_FILE in it is written once a second, and removed at the end.
+        folder: of the job; STEPS_FILE in it is written four times a second, and removed at the end.
         what: the work, such as "denoising".
         initial: steps that were done before.
     """
     bar = progress(states, total=total, what=f"{folder.name}: {what}", initial=initial, leave=False)
-    path, due = folder / STEPS_FILE, time.monotonic()
+    path, due, since = folder / STEPS_FILE, time.monotonic() + _EVERY_SECONDS, time.time()
+    _write(folder, Steps(initial, total, what, initial, since))
     try:
         with printing_above_bar():
             for done, state in enumerate(bar, initial + 1):
-                # Not into a folder that was removed meanwhile: writing would make it again.
-                if time.monotonic() >= due and folder.is_dir():
-                    write_json(path, dataclasses.asdict(Steps(done, total)))
+                if time.monotonic() >= due:
+                    _write(folder, Steps(done, total, what, initial, since))
                     due = time.monotonic() + _EVERY_SECONDS
                 yield state
     finally:
         path.unlink(missing_ok=True)
+
+
+def show_activity(folder: Path, what: str) -> None:
+    """Writes what is about to be done for a job, before it is denoised or after."""
+    _write(folder, Steps(0, 0, what))
+
+
+def _write(folder: Path, steps: Steps) -> None:
+    # Not into a folder that was removed meanwhile: writing would make it again.
+    if folder.is_dir():
+        write_json(folder / STEPS_FILE, dataclasses.asdict(steps), durable=False)
 
 
 def read_steps(folder: Path, report: Callable[[str], None]) -> Steps | None:

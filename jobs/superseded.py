@@ -61,7 +61,9 @@ def find_superseded(output_dir: Path, states: Sequence[JobState]) -> set[str]:
     return {
         state.job.id
         for state in states
-        if state.job.id not in current and not taken.isdisjoint((state.job.line, state.job.name))
+        if state.job.id not in current
+        and state.job.accepted is None  # a server's requests have no line
+        and not taken.isdisjoint((state.job.line, state.job.name))
     }
 
 

@@ -198,6 +198,20 @@ def describe_arguments(compiled: jax.stages.Compiled) -> dict[str, str]:
     }
 
 
+def compile_seconds(folder: Path) -> dict[str, float]:
+    """The longest time that each program of a folder took to compile, by the program's name."""
+    longest: dict[str, float] = {}
+    for path in folder.glob("*.json"):
+        try:
+            text = read_manifest_bytes(path.name, lambda name: open_regular(folder / name))
+            manifest = parse_manifest(path.name, text)
+        except (OSError, InputError, Refused):
+            continue  # damaged ones are named when they are loaded
+        name, seconds = manifest["program"], float(manifest["compile_seconds"])
+        longest[name] = max(longest.get(name, 0.0), seconds)
+    return longest
+
+
 def why_none_matches(program: Program, folder: Path) -> str:
     """The fields in which the nearest artifact of a folder differs, as a sentence."""
     nearest: list[str] | None = None

@@ -63,6 +63,23 @@ def find_or_compile(
     return [found[program.name] for program in programs]
 
 
+def foresee(programs: Sequence[Program], folder: Path | None, devices: Sequence[Device]) -> str:
+    """What `find_or_compile` is about to do: "loading", or "compiling ..." and how long.
+
+    The seconds are those that programs of the same names took for other shapes.
+    """
+    folder = folder or kept_folder(devices)
+    if folder is None or not folder.is_dir():
+        return "compiling"
+    missing = [p for p in programs if not (folder / p.manifest_name).exists()]
+    if not missing:
+        return "loading"
+    seconds = artifacts.compile_seconds(folder)
+    known = [seconds[program.name] for program in missing if program.name in seconds]
+    about = f"; about {sum(known):.0f} s" if known and sum(known) >= 1 else ""
+    return f"compiling, first run of this shape{about}:"
+
+
 def kept_folder(devices: Sequence[Device]) -> Path | None:
     """The folder where runs keep executables for later ones, which then need not even trace.
 

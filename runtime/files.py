@@ -88,11 +88,14 @@ def _kind(path: Path, follow_symlinks: bool) -> str | None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary name beside `path`; on success it is flushed and renamed to `path`.
 
     On an exception the temporary file is removed and `path` is left as it was. A process that is
     killed outright leaves only the temporary name, which the next write of `path` removes.
+
+    Args:
+        durable: False does not flush: for what nobody needs after a power cut.
 
     Raises:
         WriteError: the disk is full or read-only, or the folder does not let `path` be written;
@@ -104,9 +107,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = path.with_name(f"{_temporary_start(path)}{os.getpid()}.tmp")
         try:
             yield temporary
-            flush(temporary)
+            if durable:
+                flush(temporary)
             os.replace(temporary, path)
-            flush(path.parent)
+            if durable:
+                flush(path.parent)
         finally:
             # A disk that has become read-only refuses this, too; the first error says more.
             with contextlib.suppress(OSError):
@@ -140,9 +145,9 @@ def _is_beside(filename: object, path: Path) -> bool:
     return name.parent == path.parent or name in path.parents
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    with atomic_path(path) as temporary:
+def write_json(path: Path, value: object, *, durable: bool = True) -> None:
+    """Writes `value` as indented JSON, atomically; `durable` as of `atomic_path`."""
+    with atomic_path(path, durable=durable) as temporary:
         temporary.write_text(to_text(value), "utf-8")
 
 

@@ -13,13 +13,14 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.progress import working
 from stages import decode, denoise, encode, files
 from stages.sections import DECODE, DENOISE, ENCODE
-from stages.steps import CompiledSteps, compile_steps, load_steps
+from stages.steps import CompiledSteps, compile_steps, foresee_steps, load_steps
 
 if TYPE_CHECKING:
     import jax
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from cogvideox.model.settings import DenoisingSettings
     from cogvideox.text.encoder import TextEncoder
     from cogvideox.vae.decode import Decoder
+
+
+# Denoising shows its steps.
+_DOING = {ENCODE: "encoding the prompt", DECODE: "decoding"}
 
 
 class Shape(NamedTuple):
@@ -85,6 +90,7 @@ class Session:
         stop: threading.Event,
         abort: threading.Event,
         show_steps: Callable[..., Iterable[Any]],
+        show_activity: Callable[[Path, str], None] = lambda folder, what: None,
     ):
         """
         Args:
@@ -92,11 +98,13 @@ class Session:
             abort: also ends decoding.
             show_steps: shows the progress of denoising; called with the folder of a request, then
                 as `runtime.progress.progress` is.
+            show_activity: called with the folder of a request before anything that takes long.
         """
         self._model = model
         self._stop = stop
         self._abort = abort
         self._show_steps = show_steps
+        self._show_activity = show_activity
         self._text_encoder: TextEncoder | None = None
         self._runs: dict[Shape, denoise.DenoisingRun] = {}
         self._parameters: tuple[jax.sharding.Mesh, dict[str, jax.Array]] | None = None
@@ -142,6 +150,8 @@ class Session:
         Raises:
             denoise.StoppedBetweenSteps: `stop` or `abort` was set.
         """
+        if stage in _DOING:
+            self._show_activity(request.denoise.output_dir, _DOING[stage])
         {ENCODE: self._encode, DENOISE: self._denoise, DECODE: self._decode}[stage](request)
 
     def release_text_encoder(self) -> None:
@@ -150,7 +160,7 @@ class Session:
 
     def _prepare_encoder(self, request: VideoRequest) -> None:
         if self._text_encoder is None:
-            with working("loading the text encoder"):
+            with self._working(request, "loading the text encoder"):
                 import torch
 
                 from cogvideox.text.encoder import load_text_encoder
@@ -170,14 +180,14 @@ class Session:
         denoiser = run.denoiser
         if self._parameters is None or self._parameters[0] != denoiser.mesh:
             self._parameters = None  # first, so that the devices never hold two
-            with working(f"loading the transformer, mesh {self.mesh(shape)}"):
+            with self._working(request, f"loading the transformer, mesh {self.mesh(shape)}"):
                 self._parameters = denoiser.mesh, denoiser.load()
         if self._step is None or self._step[0] != shape:
             from runtime.compilation import CompilationLog
 
             log, self._step = CompilationLog(), None
-            with working(f"{shape}: loading the transformer's program"):
-                programs = (denoiser, run.gated, run.schedule, request.denoise.executables)
+            programs = (denoiser, run.gated, run.schedule, request.denoise.executables)
+            with self._working(request, f"{shape}: {foresee_steps(*programs)}"):
                 self._step = shape, compile_steps(*programs)
             print(f"{shape}: {log.sentence()}")
 
@@ -210,17 +220,22 @@ class Session:
         if self._decoder is None:
             import jax
 
-            with working("loading the VAE decoder"):
+            with self._working(request, "loading the VAE decoder"):
                 mesh = decode.make_mesh(options, jax.devices())
                 decoder = decode.make_decoder(options, self._model, mesh)
                 decoder.load(self._model.path / "vae")
             self._decoder = mesh, decoder
-        _, decoder = self._decoder
+        mesh, decoder = self._decoder
         _, latents_file = decode.open_latents(options.input_dir)
         shape = latents_file.shapes["latents"]
         output = decode.pixel_dtype(decode.video_paths(options, shape[0]))
         if (shape, output) not in self._decoded:
-            with working(f"{request.shape}: loading the VAE decoder's programs"):
+            from runtime.executables import foresee
+
+            programs, devices = decoder.programs(shape, output=output), list(mesh.devices.flat)
+            todo = foresee(programs, options.executables, devices)
+            what = f"{request.shape}: {todo} the VAE decoder's programs"
+            with self._working(request, what):
                 decoder.compile(shape, output=output, executables=options.executables)
             self._decoded.add((shape, output))
 
@@ -235,6 +250,11 @@ class Session:
         batches = decoder.decode(latents, output=decode.pixel_dtype(videos))
         config = {**config, DECODE: section}
         decode.write_videos(self._until_aborted(batches), num_frames, videos, options, config)
+
+    def _working(self, request: VideoRequest, what: str) -> AbstractContextManager[None]:
+        """Says what is about to take long, here and to those who follow the request."""
+        self._show_activity(request.denoise.output_dir, what)
+        return working(what)
 
     def _until_aborted(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for batch in batches:

@@ -71,6 +71,20 @@ def compile_steps(
     )
 
 
+def foresee_steps(
+    denoiser: Denoiser, gated: Denoiser | None, schedule: Schedule, executables: Path | None
+) -> str:
+    """Says what `compile_steps` is about to do, such as "loading the transformer's program"."""
+    from cogvideox.denoising.loop import programs_of_steps
+    from runtime.executables import foresee
+
+    of_guided, of_gated = programs_of_steps(schedule)
+    programs = [denoiser.step_program(residual) for residual in of_guided]
+    programs += [gated.step_program(residual) for residual in of_gated] if gated else []
+    todo = foresee(programs, executables, list(denoiser.mesh.devices.flat))
+    return f"{todo} the transformer's program"
+
+
 def load_steps(
     denoiser: Denoiser,
     gated: Denoiser | None,

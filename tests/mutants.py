@@ -233,7 +233,8 @@ MUTANTS = (
            "autoescape=True,", "autoescape=False,",
            ("tests/jobs/test_gallery.py::test_text_stays_text",)),
     Mutant("file written in place", "runtime/files.py",
-           "yield temporary\n            flush(temporary)\n            os.replace(temporary, path)",
+           "yield temporary\n            if durable:\n                flush(temporary)\n"
+           "            os.replace(temporary, path)",
            "yield path\n            flush(path)",
            (f"{FILES}::test_a_failed_write_keeps_the_old_file",)),
     Mutant("temporary files of the dead kept", "runtime/files.py",

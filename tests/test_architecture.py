@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Rooms by floor, the highest first. Rooms of one floor do not import each other.
 FLOORS = (
     ("scripts", "benchmarks", "tests"),
+    ("web",),
     ("jobs",),
     ("toyworld", "stages"),
     ("cogvideox.denoising",),

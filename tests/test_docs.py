@@ -53,6 +53,8 @@ def commands_of(document: Path) -> Iterator[tuple[tuple[str, ...], str]]:
                 continue
             if program == "batch.py" and words[:1] in (["status"], ["rerun"], ["prune"]):
                 yield (program, words[0]), arguments
+            elif program == "serve.py" and words[:1] == ["worker"]:
+                yield (program, words[0]), arguments
             else:
                 yield tuple(program.split()), arguments
 
@@ -125,6 +127,7 @@ def every_flag() -> set[str]:
     """The flags of every script and of every program that the documents run."""
     programs = {(script,) for script in SCRIPTS}
     programs |= {("batch.py", command) for command in ("status", "rerun", "prune")}
+    programs.add(("serve.py", "worker"))
     programs |= {program for document in DOCUMENTS for program, _ in commands_of(document)}
     with ThreadPoolExecutor(2) as pool:
         return set().union(*pool.map(flags_of, sorted(programs)))

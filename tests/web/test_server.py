@@ -1,0 +1,201 @@
+"""A real server makes videos for OpenAI's client, survives SIGKILL, and deletes what it should."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+import stage1_text_encoder as stage1
+import stage2_transformer as stage2
+import stage3_vae_decoder as stage3
+from jobs.records import CONTACT_SHEET_FILE, read_batch
+from stages.files import VIDEO_FILE
+from tests.tiny_models import save_tiny_model
+from tests.web.serving import ONE_DEVICE, Server
+
+PROMPT = "a red circle moves left on a dark blue background"
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model whose size is that of other tests, so that its programs are compiled once a run."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return save_tiny_model(folder, sample_height=4, sample_width=6, sample_frames=5)
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    """A server with a worker, for tests that need videos."""
+    with Server(model, tmp_path_factory.mktemp("served") / "videos") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def idle(model, tmp_path_factory):
+    """A server without a worker, for tests of requests."""
+    with Server(model, tmp_path_factory.mktemp("idle") / "videos", "--no_worker") as server:
+        yield server
+
+
+def openai_client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def client(idle):
+    return openai_client(idle)
+
+
+@pytest.fixture(scope="module")
+def video(server):
+    """A finished video of OpenAI's client."""
+    client = openai_client(server)
+    made = client.videos.create(prompt=PROMPT, size="48x32", extra_body={"seed": 7})
+    assert made.object == "video" and made.status == "queued" and made.progress == 0
+    while made.status in ("queued", "in_progress"):
+        time.sleep(0.1)
+        made = client.videos.retrieve(made.id)
+    assert (made.status, made.progress, made.error) == ("completed", 100, None)
+    assert made.completed_at >= made.created_at
+    return made
+
+
+def test_openai_client_makes_and_downloads(server, video):
+    assert (video.prompt, video.size, video.seconds) == (PROMPT, "48x32", "0.31")
+    client = openai_client(server)
+    (state,) = [s for s in read_batch(server.folder) if s.job.prompt == PROMPT]
+    content = client.videos.download_content(video.id)
+    assert content.read() == (state.folder / VIDEO_FILE).read_bytes()
+    sheet = client.videos.download_content(video.id, variant="spritesheet")
+    assert sheet.read() == (state.folder / CONTACT_SHEET_FILE).read_bytes()
+
+
+def test_a_video_equals_the_stage_scripts(model, server, video, tmp_path):
+    """Byte for byte, in a folder of the same name, because the mp4 holds its path."""
+    (state,) = [s for s in read_batch(server.folder) if s.job.prompt == PROMPT]
+    served = Path(shutil.move(state.folder, tmp_path / "served"))
+    try:
+        folder, one = str(state.folder), ["--dp=1", "--tp=1"]
+        stage1.run(stage1.parse_arguments(
+            [f"--prompt={PROMPT}", f"--model_id={model}", f"--output_dir={folder}",
+             "--dtype=float32"]
+        ))  # fmt: skip
+        stage2.run(stage2.parse_arguments(
+            [f"--input_dir={folder}", f"--output_dir={folder}", "--num_inference_steps=2",
+             "--seed=7", "--dtype=float32", *ONE_DEVICE]
+        ))  # fmt: skip
+        stage3.run(stage3.parse_arguments(
+            [f"--input_dir={folder}", "--dtype=float32", *one]
+        ), "torchax")  # fmt: skip
+        for name in (VIDEO_FILE, CONTACT_SHEET_FILE):
+            assert (state.folder / name).read_bytes() == (served / name).read_bytes()
+    finally:
+        shutil.rmtree(state.folder, ignore_errors=True)
+        shutil.move(served, state.folder)
+
+
+def test_openai_client_lists_pages(client):
+    ids = [client.videos.create(prompt=f"a blue square {i}", seconds="1").id for i in range(3)]
+    first = client.videos.list(limit=2)
+    assert [one.id for one in first.data] == ids[:0:-1] and first.has_more
+    assert [one.id for one in client.videos.list(limit=1, order="asc")] == ids
+    assert {one.seconds for one in first} == {"1.06"}
+    assert [one.queue_position for one in client.videos.list(order="asc")] == [1, 2, 3]
+    for id_ in ids:
+        assert client.videos.delete(id_).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.delete(ids[0])
+    assert not client.videos.list().data
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"quality": 3}, "quality"),
+        ({"step_mask": "/etc/passwd"}, "step_mask"),
+        ({"output_dir": "/tmp"}, "output_dir"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_frames": 18}, "num_frames"),
+        ({"guidance_scale": "high"}, "guidance_scale"),
+        ({"speed": "light"}, "speed"),
+        ({"scheduler": "euler"}, "scheduler"),
+        ({"lora": "kite"}, "lora"),
+    ],
+)
+def test_openai_client_gets_the_field_that_is_wrong(client, fields, named):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.videos.create(prompt=PROMPT, extra_body=fields)
+    assert error.value.param == named or error.value.param == repr(named)
+    assert "--" not in error.value.message
+
+
+def test_openai_client_gets_other_errors(client):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.videos.create(prompt=PROMPT, size="100x100")
+    assert error.value.param == "size"
+    with pytest.raises(openai.NotFoundError) as error:
+        client.videos.create(prompt=PROMPT, model="sora-2")
+    assert error.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as error:
+        client.videos.create(prompt=PROMPT, input_reference=b"not an image")
+    assert error.value.param == "input_reference"
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve("video_0123456789abcdef")
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_the_same_request_is_the_same_video(server, video):
+    again = openai_client(server).videos.create(prompt=PROMPT, size="48x32", extra_body={"seed": 7})
+    assert (again.id, again.status) == (video.id, "completed")
+
+
+def test_parts_of_a_video(server, video):
+    path = f"/v1/videos/{video.id}/content"
+    whole = server.ask("GET", path)
+    part = server.ask("GET", path, range="bytes=10-19")
+    assert (part.status, part.body) == (206, whole.body[10:20])
+    assert part.headers["content-range"] == f"bytes 10-19/{len(whole.body)}"
+    assert server.ask("GET", path, range="bytes=99999999-").status == 416
+    assert whole.headers["x-content-type-options"] == "nosniff"
+
+
+def test_events_tell_each_step_until_the_end(server):
+    made = server.create(num_inference_steps=200, seed=3)
+    events = server.ask("GET", f"/v1/videos/{made['id']}/events").body.decode()
+    told = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: ")]
+    assert told[0]["status"] in ("queued", "in_progress") and told[-1]["status"] == "completed"
+    assert "denoising" in {one["activity"] for one in told}
+    done = [one["steps_done"] for one in told]
+    assert done == sorted(done) and done[-1] == 200
+
+
+def test_a_running_video_is_canceled(server):
+    made = server.create(num_inference_steps=1000, seed=4)
+    server.wait(made["id"], "in_progress")
+    server.wait(made["id"], "in_progress")
+    answer = server.ask("DELETE", f"/v1/videos/{made['id']}")
+    assert answer.json == {"id": made["id"], "object": "video.deleted", "deleted": True}
+    assert server.ask("GET", f"/v1/videos/{made['id']}").status == 404
+    while any(state.job.settings.seed == 4 for state in read_batch(server.folder)):
+        time.sleep(0.05)
+    assert not list(server.folder.glob(".deleted-*"))
+
+
+def test_killed_and_started_again_it_goes_on(model, tmp_path):
+    folder = tmp_path / "videos"
+    with Server(model, folder, "--checkpoint_every=1") as server:
+        long = server.create(num_inference_steps=100, seed=5)
+        short = server.create(seed=6)
+        while server.wait(long["id"], "in_progress")["steps_done"] < 2:
+            time.sleep(0.02)
+        server.kill()
+    with Server(model, folder, "--checkpoint_every=1") as server:
+        done = [server.wait(one["id"]) for one in (long, short)]
+        assert "resuming from" in server.log.read_text()
+    assert [one["created_at"] for one in done] == [long["created_at"], short["created_at"]]
