@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -84,33 +85,53 @@ def main() -> None:
 
 def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """Compile both programs cold; return their memory and the estimated cost of a decode."""
-    import jax
     import numpy as np
     from jax.sharding import Mesh
 
     from cogvideox.vae.program import frame_batches
-    from runtime.hlo_costs import memory, read_costs
 
     devices = machine_devices(topology)
-    jax.config.update("jax_enable_compilation_cache", False)
     mesh = Mesh(np.array(devices).reshape(1, -1), ("dp", "tp"))
     decoder = published_decoder(decoder_name, mesh)
+    return programs_on_tpu(
+        lambda: decoder.programs(shape, output="uint8"),
+        len(frame_batches(shape[2])),
+        list(mesh.devices.flat),
+        weight_bytes(decoder.abstract_weights),
+    )
 
+
+def programs_on_tpu(
+    make_programs: Callable[[], list[Any]], batches: int, devices: list[Any], weights: int
+) -> dict[str, Any]:
+    """Compile cold the programs of the first batch and, if there is one, of the later batches.
+
+    Args:
+        make_programs: returns the programs, not yet lowered.
+        batches: of frames in the video.
+        weights: bytes of the weights on every chip.
+    """
+    import jax
+
+    from runtime.executables import find_or_compile
+    from runtime.hlo_costs import memory, read_costs
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    programs = make_programs()
     start, cpu_start = time.perf_counter(), time.process_time()
-    programs = decoder.compile(shape, output="uint8")
+    compiled = find_or_compile(programs, None, devices=devices, threads=2)
     compile_seconds = time.perf_counter() - start
     compile_cpu_seconds = time.process_time() - cpu_start
 
-    calls = kernel_calls(decoder, shape)
+    calls = [_calls_while_lowering(program) for program in make_programs()]
     schedules = {call: schedule(call) for call in sorted({c for cs in calls for c in cs}, key=str)}
-    batches = frame_batches(shape[2])
-    times = (1, len(batches) - 1)
+    times = (1, batches - 1)[: len(programs)]
     by_kind: collections.Counter[str] = collections.Counter()
     received, parts = 0, []
-    for program, program_calls, count in zip(programs, calls, times, strict=True):
-        if program is None:
-            continue
-        costs = read_costs(program.as_text())
+    for program, program_calls, count in zip(compiled, calls, times, strict=True):
+        hlo = program.as_text()
+        assert hlo is not None
+        costs = read_costs(hlo)
         if costs.kernel_calls != sum(program_calls.values()):
             raise RuntimeError(f"{costs.kernel_calls} kernels, traced {program_calls.total()}")
         kernels = sum(schedules[call].cycles * n for call, n in program_calls.items())
@@ -135,7 +156,7 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
         "estimated_seconds": round(total / V6E.clock_hz, 3),
         "cycles_by_kind": dict(by_kind),
         "collective_bytes_per_chip": received,
-        "hbm_bytes_per_chip": {"weights": decoder_bytes(decoder), **larger},
+        "hbm_bytes_per_chip": {"weights": weights, **larger},
         "code_bytes": sum(part["memory"]["code"] for part in parts),
         "compile_seconds": compile_seconds,
         "compile_cpu_seconds": compile_cpu_seconds,
@@ -154,10 +175,9 @@ def compile_for_tpu(decoder_name: str, topology: str, shape: tuple[int, ...]) ->
     }
 
 
-def decoder_bytes(decoder: Any) -> int:
+def weight_bytes(weights: dict[str, Any]) -> int:
     """Return the bytes of the weights; every chip holds all of them."""
-    arrays = decoder.abstract_weights.values()
-    return sum(array.size * array.dtype.itemsize for array in arrays)
+    return sum(array.size * array.dtype.itemsize for array in weights.values())
 
 
 def published_decoder(name: str, mesh: Any) -> Any:
@@ -185,16 +205,8 @@ class KernelCall:
     options: tuple[tuple[str, Any], ...]
 
 
-def kernel_calls(decoder: Any, shape: tuple[int, ...]) -> list[collections.Counter[KernelCall]]:
-    """Return the kernels that the programs of the first and of the later batches call."""
-    from cogvideox.vae.program import frame_batches
-
-    _, first_frames = frame_batches(shape[2])[0]
-    first = _calls_while_lowering(decoder, (*shape[:2], first_frames, *shape[3:]))
-    return [first, _calls_while_lowering(decoder, shape) - first]
-
-
-def _calls_while_lowering(decoder: Any, shape: tuple[int, ...]) -> collections.Counter[KernelCall]:
+def _calls_while_lowering(program: Any) -> collections.Counter[KernelCall]:
+    """Return the kernels that a program calls; a lowered program calls none again."""
     import inspect
 
     from cogvideox.vae.tpu import layers
@@ -219,8 +231,7 @@ def _calls_while_lowering(decoder: Any, shape: tuple[int, ...]) -> collections.C
         return mock.patch.object(layers, name, call)
 
     with recording("causal_conv"), recording("upsample"):
-        for program in decoder.programs(shape, output="uint8"):
-            program.lower()
+        program.lower()
     return calls
 
 

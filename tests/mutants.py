@@ -62,6 +62,7 @@ CALIBRATE = "tests/stages/test_calibrate.py"
 VAE = "tests/parity/test_vae_parity.py"
 VAE_DECODE = f"{VAE}::test_decode_equals_diffusers"
 VAE_SHARDS = "tests/cogvideox/vae/test_decode.py::test_every_width_over_devices_equals_one_device"
+VAE_ENCODE = "tests/parity/test_vae_encoder.py::test_encode_equals_diffusers"
 VAE_PROGRAM = "tests/cogvideox/vae/test_decode_program.py"
 VAE_TPU = "tests/cogvideox/vae/test_tpu_layers.py"
 UPSAMPLE = "tests/cogvideox/vae/test_tpu_upsample.py"
@@ -331,6 +332,19 @@ MUTANTS = (
            "            lax.ppermute(edges[:, :, 1:], self.axis, to_right),", (VAE_SHARDS,)),
     Mutant("padded border columns sent", SHARDS,
            "edges = jnp.where(own, edges, 0)", "edges = edges + 0 * own", (VAE_SHARDS,)),
+    Mutant("remaining frames encoded last", "cogvideox/vae/encode_program.py",
+           "first = frames % FRAMES_PER_BATCH + FRAMES_PER_BATCH if frames > FRAMES_PER_BATCH "
+           "else frames",
+           "first = min(frames, FRAMES_PER_BATCH)", (f"{VAE_ENCODE}[flax-moments_conv-17-26-8]",)),
+    Mutant("first frame averaged with the second", "cogvideox/vae/xla/resample.py",
+           "odd = frames % 2", "odd = 0", (f"{VAE_ENCODE}[flax-moments_conv-17-26-8]",)),
+    Mutant("encoder with the decoder's epsilon", "cogvideox/vae/norm.py",
+           "variance + norm.eps", "variance + 1e-6",
+           (f"{VAE_ENCODE}[torchax-moments_conv-1-14-1]",)),
+    Mutant("column right of the frames not fetched", "cogvideox/vae/xla/resample.py",
+           "beside = None if right is None else read(right)",
+           "beside = None if right is None else 0 * read(right)",
+           (f"{VAE_ENCODE}[flax-moments_conv-17-26-8]",)),
 )  # fmt: skip
 
 

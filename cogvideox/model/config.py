@@ -160,10 +160,11 @@ class TransformerConfig(_JsonConfig):
 
 @dataclasses.dataclass(frozen=True)
 class VaeConfig(_JsonConfig):
-    """diffusers' AutoencoderKLCogVideoX: `vae/config.json`, the fields that decoding needs."""
+    """diffusers' AutoencoderKLCogVideoX: `vae/config.json`."""
 
     classes = ("AutoencoderKLCogVideoX",)
 
+    in_channels: int = 3
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
     up_block_types: tuple[str, ...] = ("CogVideoXUpBlock3D",) * 4
@@ -171,12 +172,17 @@ class VaeConfig(_JsonConfig):
     layers_per_block: int = 3
     act_fn: str = "silu"
     norm_num_groups: int = 32
+    norm_eps: float = 1e-6
     temporal_compression_ratio: int = 4
     scaling_factor: float = 1.15258426
+    use_quant_conv: bool = False
     use_post_quant_conv: bool = False
+    invert_scale_latents: bool = False
 
     def __post_init__(self) -> None:
-        _check_range(self, 1, 1 << 16, "out_channels", "latent_channels", "norm_num_groups")
+        _check_range(self, 1, 1 << 16, "in_channels", "out_channels", "latent_channels")
+        _check_range(self, 1, 1 << 16, "norm_num_groups")
+        _check_range(self, 1e-12, 1, "norm_eps")
         _check_range(self, 1, 64, "layers_per_block")
         levels = len(self.block_out_channels)
         if not levels or min(self.block_out_channels) < 1 or max(self.block_out_channels) > 1 << 16:
@@ -204,6 +210,12 @@ class VaeConfig(_JsonConfig):
             )
         if not self.scaling_factor:
             raise ValueError("scaling_factor must not be 0")
+        if self.use_quant_conv and self.out_channels != self.latent_channels:
+            # As for the convolution below, diffusers takes out_channels for the moments of latents.
+            raise ValueError(
+                f"use_quant_conv needs out_channels={self.out_channels} equal to "
+                f"latent_channels={self.latent_channels}"
+            )
         if self.use_post_quant_conv and self.out_channels != self.latent_channels:
             # diffusers builds that convolution for out_channels and applies it to the latents.
             raise ValueError(
@@ -213,7 +225,7 @@ class VaeConfig(_JsonConfig):
 
     @property
     def time_levels(self) -> int:
-        """Up blocks, from the deepest, that double the frames too."""
+        """Up blocks, from the deepest, that double the frames too; down blocks that halve them."""
         return int(math.log2(self.temporal_compression_ratio))
 
     @property

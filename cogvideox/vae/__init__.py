@@ -1,1 +1,1 @@
-"""The VAE decoders."""
+"""The VAE's encoders and decoders."""

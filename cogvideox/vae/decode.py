@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.vae.decoders import DECODERS
+from cogvideox.vae.kinds import DECODERS
 from cogvideox.vae.program import AXIS, COLUMNS, DecodeProgram, Output, frame_batches
-from cogvideox.vae.weights import arrange, stored_weights
+from cogvideox.vae.weights import load_weights
 from runtime.executables import find_or_compile
 from runtime.mesh import place
 from runtime.programs import Program
@@ -79,11 +78,9 @@ class Decoder:
         Raises:
             ValueError: the weights do not fit the config; see `stored_weights`.
         """
-        stored, everywhere = stored_weights(vae_folder, self.config), NamedSharding(self.mesh, P())
-        self.weights = {
-            name: place(np.asarray(arrange(tensor.read()), self.program.dtype), everywhere)
-            for name, tensor in stored.items()
-        }
+        self.weights = load_weights(
+            vae_folder, self.config, "decoder", self.mesh, self.program.dtype
+        )
 
     def programs(self, latents_shape: tuple[int, ...], *, output: Output) -> list[Program]:
         """See `DecodeProgram.programs`."""
@@ -167,7 +164,7 @@ def make_decoder(name: str, config: VaeConfig, mesh: Mesh, dtype: jnp.dtype) -> 
     """Returns a decoder that can compile but has no weights.
 
     Args:
-        name: key of `cogvideox.vae.decoders.DECODERS`.
+        name: key of `cogvideox.vae.kinds.DECODERS`.
         config: config of the VAE.
         mesh: all its axes together split the width; its devices may be abstract.
         dtype: bfloat16 or float32.

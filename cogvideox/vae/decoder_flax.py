@@ -7,81 +7,24 @@ arithmetic. See `cogvideox.vae.sharding` for the axis letters.
 from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from cogvideox.model.config import VaeConfig
+from cogvideox.vae.blocks_flax import Conv, MakeNorm, Resnet, SpatialNorm, named_parameters
 from cogvideox.vae.layers import (
     ConvCache,
-    ConvWeights,
     DecoderCaches,
     Features,
     Forward,
     Layers,
-    NormWeights,
-    ResnetWeights,
     UpsampleWeights,
 )
 from cogvideox.vae.norm import pointwise
-from cogvideox.vae.weights import MID_RESNETS, arranged_shape
+from cogvideox.vae.weights import MID_RESNETS
 
 
-def _parameter(*shape: int) -> nnx.Param:
-    return nnx.Param(jnp.zeros(shape))
-
-
-class Conv(nnx.Module):
-    """Holds the weights of a convolution, in the order of `cogvideox.vae.weights.arrange`."""
-
-    def __init__(self, channels: int, out_channels: int, *size: int) -> None:
-        self.weight = _parameter(*arranged_shape((out_channels, channels, *size)))
-        self.bias = _parameter(out_channels)
-
-    def weights(self) -> ConvWeights:
-        return ConvWeights(self.weight[...], self.bias[...])
-
-
-class SpatialNorm(nnx.Module):
-    """Holds the weights of a group norm that the latents scale and shift."""
-
-    def __init__(self, channels: int, latent_channels: int) -> None:
-        self.scale = _parameter(channels)
-        self.bias = _parameter(channels)
-        self.multiplier = Conv(latent_channels, channels, 1, 1, 1)
-        self.summand = Conv(latent_channels, channels, 1, 1, 1)
-
-    def weights(self) -> NormWeights:
-        convs = self.multiplier.weights(), self.summand.weights()
-        return NormWeights(self.scale[...], self.bias[...], *convs)
-
-
-class Resnet(nnx.Module):
-    """Applies norm, activation and convolution twice, around a shortcut."""
-
-    def __init__(self, channels: int, out_channels: int, config: VaeConfig) -> None:
-        self.norm1 = SpatialNorm(channels, config.latent_channels)
-        self.conv1 = Conv(channels, out_channels, 3, 3, 3)
-        self.norm2 = SpatialNorm(out_channels, config.latent_channels)
-        self.conv2 = Conv(out_channels, out_channels, 3, 3, 3)
-        change = channels != out_channels
-        self.shortcut = Conv(channels, out_channels, 1, 1, 1) if change else None
-
-    def __call__(
-        self,
-        features: Features,
-        z: jax.Array,
-        caches: ConvCache,
-        layers: Layers,
-        upsample: UpsampleWeights | None = None,
-    ) -> tuple[Features, ConvCache]:
-        weights = ResnetWeights(
-            self.norm1.weights(),
-            self.conv1.weights(),
-            self.norm2.weights(),
-            self.conv2.weights(),
-            None if self.shortcut is None else self.shortcut.weights(),
-        )
-        return layers.resnet(features, z, weights, caches, upsample)
+def _make_norm(config: VaeConfig) -> MakeNorm:
+    return lambda channels: SpatialNorm(channels, config.latent_channels)
 
 
 class Upsample(nnx.Module):
@@ -104,7 +47,7 @@ class UpBlock(nnx.Module):
         # In diffusers' names it belongs to the block before.
         self.upsample = Upsample(channels, level <= config.time_levels) if level else None
         self.resnets = nnx.List(
-            Resnet(channels if i == 0 else out_channels, out_channels, config)
+            Resnet(channels if i == 0 else out_channels, out_channels, _make_norm(config))
             for i in range(config.layers_per_block + 1)
         )
 
@@ -134,7 +77,9 @@ class VaeDecoder(nnx.Module):
         latent = config.latent_channels
         self.latent_conv = Conv(latent, latent, 1, 1, 1) if config.use_post_quant_conv else None
         self.conv_in = Conv(latent, channels[0], 3, 3, 3)
-        self.mid = nnx.List(Resnet(channels[0], channels[0], config) for _ in range(MID_RESNETS))
+        self.mid = nnx.List(
+            Resnet(channels[0], channels[0], _make_norm(config)) for _ in range(MID_RESNETS)
+        )
         self.up = nnx.List(UpBlock(level, config) for level in range(len(channels)))
         self.norm_out = SpatialNorm(channels[-1], latent)
         self.conv_out = Conv(channels[-1], config.out_channels, 3, 3, 3)
@@ -192,30 +137,7 @@ def _modules_by_diffusers_name(decoder: VaeDecoder) -> Iterator[tuple[str, nnx.M
 
 def parameters_by_diffusers_name(decoder: VaeDecoder) -> dict[str, nnx.Param]:
     """Returns each parameter by the name of its weight in a VAE folder."""
-    named: dict[str, nnx.Param] = {}
-
-    def add(name: str, module: nnx.Module) -> None:
-        if isinstance(module, Resnet):
-            add(f"{name}.norm1", module.norm1)
-            add(f"{name}.conv1.conv", module.conv1)
-            add(f"{name}.norm2", module.norm2)
-            add(f"{name}.conv2.conv", module.conv2)
-            if module.shortcut is not None:
-                add(f"{name}.conv_shortcut", module.shortcut)
-        elif isinstance(module, SpatialNorm):
-            named[f"{name}.norm_layer.weight"] = module.scale
-            named[f"{name}.norm_layer.bias"] = module.bias
-            add(f"{name}.conv_y.conv", module.multiplier)
-            add(f"{name}.conv_b.conv", module.summand)
-        elif isinstance(module, Conv):
-            named[f"{name}.weight"] = module.weight
-            named[f"{name}.bias"] = module.bias
-        else:
-            raise TypeError(f"{name}: {type(module).__name__} holds no weights")
-
-    for name, module in _modules_by_diffusers_name(decoder):
-        add(name, module)
-    return named
+    return named_parameters(_modules_by_diffusers_name(decoder))
 
 
 def abstract_model(config: VaeConfig) -> VaeDecoder:

@@ -1,14 +1,13 @@
 """The VAE decoder in torch, computed by JAX layers through TorchAx.
 
-The modules follow diffusers' CogVideoXDecoder3D and have its parameter names; diffusers' leaf
-modules (convolutions, norms) hold the parameters. Each `forward` passes them to the JAX layers of
-`cogvideox.vae.layers.Layers` with `interop.call_jax`. Modules are built on torch's meta device and
-called functionally with JAX arrays. Importing this module takes seconds; only tracing needs it.
-See `cogvideox.vae.sharding` for the axis letters.
+The modules follow diffusers' CogVideoXDecoder3D and have its parameter names. Modules are built on
+torch's meta device and called functionally with JAX arrays. Importing this module takes seconds;
+only tracing needs it. See `cogvideox.vae.blocks_torchax`, and `cogvideox.vae.sharding` for the axis
+letters.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import cast
 
 import jax
 import torch
@@ -22,105 +21,23 @@ from diffusers.models.upsampling import CogVideoXUpsample3D
 from torchax import interop
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.vae.layers import (
-    ConvCache,
-    ConvWeights,
-    DecoderCaches,
-    Forward,
-    Layers,
-    NormWeights,
-    ResnetWeights,
-    UpsampleWeights,
+from cogvideox.vae.blocks_torchax import (
+    MakeNorm,
+    MidBlock3D,
+    ResnetBlock3D,
+    TorchFeatures,
+    call_jax,
+    conv_weights,
+    norm_weights,
 )
+from cogvideox.vae.layers import ConvCache, DecoderCaches, Forward, Layers
 from cogvideox.vae.norm import pointwise
-from cogvideox.vae.weights import MID_RESNETS
 
 
-class TorchFeatures(NamedTuple):
-    """`cogvideox.vae.layers.Features` as torch tensors."""
-
-    x: torch.Tensor
-    sums: torch.Tensor
-
-
-def _call_jax(function: Callable[..., object], *args: object) -> Any:
-    """Calls a JAX function with torch tensors, alone or in trees; returns torch tensors."""
-    return interop.call_jax(function, *args)  # pyright: ignore[reportArgumentType]
-
-
-def _conv(module: torch.nn.Conv2d | torch.nn.Conv3d) -> ConvWeights:
-    return ConvWeights(*interop.jax_view((module.weight, module.bias)))
-
-
-def _norm(module: CogVideoXSpatialNorm3D) -> NormWeights:
-    scale, bias = interop.jax_view((module.norm_layer.weight, module.norm_layer.bias))
-    return NormWeights(scale, bias, _conv(module.conv_y.conv), _conv(module.conv_b.conv))
-
-
-def _upsample(module: CogVideoXUpsample3D) -> UpsampleWeights:
-    return UpsampleWeights(_conv(module.conv), module.compress_time)
-
-
-def _spatial_norm(channels: int, config: VaeConfig) -> CogVideoXSpatialNorm3D:
-    return CogVideoXSpatialNorm3D(channels, config.latent_channels, config.norm_num_groups)
-
-
-class ResnetBlock3D(torch.nn.Module):
-    """Applies norm, activation and convolution twice, around a shortcut.
-
-    Source: CogVideoXResnetBlock3D.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, config: VaeConfig, layers: Layers
-    ) -> None:
-        super().__init__()
-        self.layers = layers
-        self.norm1 = _spatial_norm(in_channels, config)
-        self.conv1 = CogVideoXCausalConv3d(in_channels, out_channels, kernel_size=3)
-        self.norm2 = _spatial_norm(out_channels, config)
-        self.conv2 = CogVideoXCausalConv3d(out_channels, out_channels, kernel_size=3)
-        self.conv_shortcut = None
-        if in_channels != out_channels:
-            self.conv_shortcut = CogVideoXSafeConv3d(in_channels, out_channels, kernel_size=1)
-
-    def forward(
-        self,
-        features: TorchFeatures,
-        z: torch.Tensor,
-        caches: ConvCache,
-        upsampler: CogVideoXUpsample3D | None = None,
-    ) -> tuple[TorchFeatures, ConvCache]:
-        """Applies the block to `features`, which `upsampler` doubles first if there is one."""
-        weights = ResnetWeights(
-            _norm(self.norm1),
-            _conv(self.conv1.conv),
-            _norm(self.norm2),
-            _conv(self.conv2.conv),
-            None if self.conv_shortcut is None else _conv(self.conv_shortcut),
-        )
-        upsample = None if upsampler is None else _upsample(upsampler)
-        return _call_jax(self.layers.resnet, features, z, weights, caches, upsample)
-
-
-class MidBlock3D(torch.nn.Module):
-    """Applies the resnets at the resolution of the latents. Source: CogVideoXMidBlock3D."""
-
-    def __init__(self, channels: int, config: VaeConfig, layers: Layers) -> None:
-        super().__init__()
-        self.resnets = torch.nn.ModuleList(
-            ResnetBlock3D(channels, channels, config, layers) for _ in range(MID_RESNETS)
-        )
-
-    def forward(
-        self, features: TorchFeatures, z: torch.Tensor, caches: list[ConvCache]
-    ) -> tuple[TorchFeatures, list[ConvCache]]:
-        new = []
-        for i, (resnet, cache) in enumerate(zip(self.resnets, caches, strict=True)):
-            with jax.named_scope(f"resnets.{i}"):
-                features, cache = resnet(features, z, cache)
-            new.append(cache)
-        return features, new
+def _make_norm(config: VaeConfig) -> MakeNorm:
+    return lambda channels: CogVideoXSpatialNorm3D(
+        channels, config.latent_channels, config.norm_num_groups
+    )
 
 
 class UpBlock3D(torch.nn.Module):
@@ -135,7 +52,9 @@ class UpBlock3D(torch.nn.Module):
         widths = config.block_out_channels[::-1]
         in_channels, out_channels = widths[max(level - 1, 0)], widths[level]
         self.resnets = torch.nn.ModuleList(
-            ResnetBlock3D(out_channels if i else in_channels, out_channels, config, layers)
+            ResnetBlock3D(
+                out_channels if i else in_channels, out_channels, _make_norm(config), layers
+            )
             for i in range(config.layers_per_block + 1)
         )
         self.upsamplers = None
@@ -175,11 +94,11 @@ class Decoder3D(torch.nn.Module):
         self.layers = layers
         widths = config.block_out_channels[::-1]
         self.conv_in = CogVideoXCausalConv3d(config.latent_channels, widths[0], kernel_size=3)
-        self.mid_block = MidBlock3D(widths[0], config, layers)
+        self.mid_block = MidBlock3D(widths[0], _make_norm(config), layers)
         self.up_blocks = torch.nn.ModuleList(
             UpBlock3D(level, config, layers) for level in range(len(widths))
         )
-        self.norm_out = _spatial_norm(widths[-1], config)
+        self.norm_out = _make_norm(config)(widths[-1])
         self.conv_out = CogVideoXCausalConv3d(widths[-1], config.out_channels, kernel_size=3)
 
     def forward(
@@ -196,8 +115,8 @@ class Decoder3D(torch.nn.Module):
         """
         old = caches or DecoderCaches.empty(self.config)
         with jax.named_scope("conv_in"):
-            features, conv_in = _call_jax(
-                self.layers.first_conv, z, _conv(self.conv_in.conv), old.conv_in
+            features, conv_in = call_jax(
+                self.layers.first_conv, z, conv_weights(self.conv_in.conv), old.conv_in
             )
         with jax.named_scope("mid_block"):
             features, mid = self.mid_block(features, z, old.mid)
@@ -208,11 +127,9 @@ class Decoder3D(torch.nn.Module):
                 features, cache = block(features, z, cache, upsampler)
             up.append(cache)
             upsampler = block.upsampler
-        norm, conv = _norm(self.norm_out), _conv(self.conv_out.conv)
+        norm, conv = norm_weights(self.norm_out), conv_weights(self.conv_out.conv)
         with jax.named_scope("conv_out"):
-            video, conv_out = _call_jax(
-                self.layers.last_conv, features, z, norm, conv, old.conv_out
-            )
+            video, conv_out = call_jax(self.layers.last_conv, features, z, norm, conv, old.conv_out)
         return video, DecoderCaches(conv_in, conv_out, mid, up)
 
 
@@ -233,7 +150,7 @@ class AutoencoderDecoder(torch.nn.Module):
         """Decodes a batch of frames; see `Decoder3D.forward`."""
         if self.post_quant_conv is not None:
             with jax.named_scope("post_quant_conv"):
-                z = _call_jax(pointwise, z, _conv(self.post_quant_conv))
+                z = call_jax(pointwise, z, conv_weights(self.post_quant_conv))
         return self.decoder(z, caches)
 
 

@@ -1,4 +1,4 @@
-"""The decoder's layers: weights, caches, and the interface of the implementations.
+"""The VAE's layers: weights, caches, and the interface of the implementations.
 
 Two implementations exist: `cogvideox.vae.tpu.layers` with Pallas kernels, and
 `cogvideox.vae.xla.layers` for GPU and CPU. See `cogvideox.vae.sharding` for the axis letters.
@@ -24,13 +24,25 @@ class ConvWeights(NamedTuple):
     bias: jax.Array
 
 
+# Fixed by diffusers' CogVideoXSpatialNorm3D and the encoder's norm_out; the decoder ignores the
+# config's norm_eps.
+NORM_EPS = 1e-6
+
+
 class NormWeights(NamedTuple):
-    """A spatial norm: scale and bias [C] of its group norm, and two 1x1x1 convolutions [Z, C]."""
+    """A group norm, and in the decoder what makes it a spatial norm.
+
+    Attributes:
+        scale, bias: of the group norm, [C].
+        multiplier, summand: 1x1x1 convolutions of the latents, [Z, C]; None in the encoder.
+        eps: added to the variance.
+    """
 
     scale: jax.Array
     bias: jax.Array
-    multiplier: ConvWeights
-    summand: ConvWeights
+    multiplier: ConvWeights | None = None
+    summand: ConvWeights | None = None
+    eps: float = NORM_EPS
 
 
 class ResnetWeights(NamedTuple):
@@ -52,6 +64,17 @@ class UpsampleWeights(NamedTuple):
     def frames(self, stored: int) -> int:
         """Returns the number of upsampled frames; if `stored` is odd, the first is not doubled."""
         return 2 * stored - stored % 2 if self.compress_time and stored > 1 else stored
+
+
+class DownsampleWeights(NamedTuple):
+    """A 3x3 convolution of stride 2, after averaging pairs of frames if `compress_time`."""
+
+    conv: ConvWeights
+    compress_time: bool
+
+    def frames(self, stored: int) -> int:
+        """Returns the number of frames after averaging; if `stored` is odd, the first is kept."""
+        return (stored + 1) // 2 if self.compress_time else stored
 
 
 class Features(NamedTuple):
@@ -88,19 +111,44 @@ class DecoderCaches(NamedTuple):
         return cls(None, None, [None] * MID_RESNETS, up)
 
 
+class EncoderCaches(NamedTuple):
+    """Caches of all convolutions of the encoder, between two batches of frames.
+
+    Attributes:
+        conv_in, conv_out: caches of the first and last convolution.
+        down: for each resnet of each down block, the caches of its two convolutions.
+        mid: the same for the mid block.
+    """
+
+    conv_in: ConvCache
+    conv_out: ConvCache
+    down: list[list[ConvCache]]
+    mid: list[ConvCache]
+
+    @classmethod
+    def empty(cls, config: VaeConfig) -> "EncoderCaches":
+        """Returns the caches at the start of a video."""
+        down = [[None] * config.layers_per_block for _ in config.block_out_channels]
+        return cls(None, None, down, [None] * MID_RESNETS)
+
+
 class Layers(Protocol):
-    """The decoder's layers on one device's columns, inside `jax.shard_map`."""
+    """The VAE's layers on one device's columns, inside `jax.shard_map`.
+
+    `z` are the latents that the decoder's spatial norms read; None in the encoder, whose norms are
+    group norms.
+    """
 
     def first_conv(
         self, z: jax.Array, conv: ConvWeights, cache: ConvCache
     ) -> tuple[Features, ConvCache]:
-        """Applies the causal convolution to the latents [B, T, W, H, Z]."""
+        """Applies the causal convolution to latents [B, T, W, H, Z] or frames [B, F, W, H, 3]."""
         ...
 
     def resnet(
         self,
         features: Features,
-        z: jax.Array,
+        z: jax.Array | None,
         weights: ResnetWeights,
         caches: ConvCache,
         upsample: UpsampleWeights | None = None,
@@ -111,17 +159,36 @@ class Layers(Protocol):
         """
         ...
 
+    def downsample(self, x: jax.Array, weights: DownsampleWeights) -> Features:
+        """Halves [B, F, W, H, C] in space and, if the weights say so, in time.
+
+        Source: CogVideoXDownsample3D.
+        """
+        ...
+
     def last_conv(
         self,
         features: Features,
-        z: jax.Array,
+        z: jax.Array | None,
         norm: NormWeights,
         conv: ConvWeights,
         cache: ConvCache,
+        planar: bool = True,
     ) -> tuple[jax.Array, ConvCache]:
-        """Applies norm, SiLU and the causal convolution to RGB planes [B, F, W, 3, H]."""
+        """Applies norm, SiLU and the causal convolution.
+
+        Returns:
+            Planes [B, F, W, C', H], as videos are written, or [B, F, W, H, C'] if not `planar`; and
+            the cache for the next batch.
+        """
         ...
 
+
+# The encoder on one device's columns: (weights by diffusers' names, frames [B, F, W s, H s, 3] in
+# -1..1, caches or None) -> (mean and logarithm of the variance [B, T, W, H, 2 Z], caches).
+EncoderForward = Callable[
+    [Mapping[str, jax.Array], jax.Array, EncoderCaches | None], tuple[jax.Array, EncoderCaches]
+]
 
 # The decoder on one device's columns: (weights by diffusers' names, scaled latents [B, T, W, H, Z],
 # caches or None) -> (video [B, F, W s, 3, H s] in about -1..1, caches for the next batch).

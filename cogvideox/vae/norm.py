@@ -1,4 +1,4 @@
-"""The decoder's spatial norm, and small functions shared by both implementations of the layers.
+"""The VAE's norms, and small functions shared by both implementations of the layers.
 
 Source: diffusers.models.autoencoders.autoencoder_kl_cogvideox, reordered; results differ only by
 rounding. See `cogvideox.vae.sharding` for the axis letters.
@@ -10,8 +10,6 @@ from jax import lax
 
 from cogvideox.vae.layers import ConvWeights, NormWeights
 from cogvideox.vae.sharding import WidthShards
-
-NORM_EPS = 1e-6  # fixed by CogVideoXSpatialNorm3D; the decoder ignores the config's norm_eps
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision:
@@ -29,6 +27,8 @@ def frame_repeat(latent_frames: int, frames: int) -> tuple[int, int]:
 
     Source: CogVideoXSpatialNorm3D.forward, which does not repeat the first of an odd number.
     """
+    if latent_frames == 1:
+        return frames, 0
     if frames > 1 and frames % 2 == 1:
         repeat = (frames - 1) // (latent_frames - 1)
         return repeat, repeat - 1
@@ -44,12 +44,12 @@ def channel_sums(x: jax.Array, shards: WidthShards) -> jax.Array:
 def modulation(
     sums: jax.Array,
     shape: tuple[int, ...],
-    z: jax.Array,
+    z: jax.Array | None,
     norm: NormWeights,
     groups: int,
     shards: WidthShards,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the multiplier and the summand of a spatial norm at the latents' resolution.
+    """Computes the multiplier and the summand of a norm, of a spatial one at the latents' size.
 
     Source: CogVideoXSpatialNorm3D, which interpolates the latents to the size of the input and then
     convolves them. A 1x1x1 convolution and nearest interpolation commute. So here only one
@@ -59,13 +59,13 @@ def modulation(
     Args:
         sums: sums of the input; see `Features`.
         shape: shape of the input on this device, [B, F, W s, H s, C].
-        z: latents [B, T, W, H', Z].
-        norm: the spatial norm's weights.
+        z: latents [B, T, W, H', Z]; None for a group norm.
+        norm: the norm's weights.
         groups: number of channel groups.
         shards: split of the width.
 
     Returns:
-        Multiplier and summand, float32 [B, T, W, H', C].
+        Multiplier and summand, float32 [B, T, W, H', C]; of a group norm [B, 1, 1, 1, C].
     """
     b, frames, columns, rows, channels = shape
     size = channels // groups
@@ -74,9 +74,11 @@ def modulation(
     moments = sums / (frames * real_width * rows * size)
     mean, mean_square = moments[:, 0], moments[:, 1]
     variance = jnp.maximum(mean_square - jnp.square(mean), 0)  # rounding can make it negative
-    gain = jnp.repeat(lax.rsqrt(variance + NORM_EPS), size, axis=1) * norm.scale
+    gain = jnp.repeat(lax.rsqrt(variance + norm.eps), size, axis=1) * norm.scale
     shift = norm.bias - jnp.repeat(mean, size, axis=1) * gain  # both float32 [B, C]
 
+    if z is None or norm.multiplier is None or norm.summand is None:
+        return gain[:, None, None, None], shift[:, None, None, None]
     multiplier = pointwise(z, norm.multiplier).astype(jnp.float32)
     summand = pointwise(z, norm.summand).astype(jnp.float32)
     gain, shift = (v[:, None, None, None] for v in (gain, shift))

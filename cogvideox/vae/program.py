@@ -20,12 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.vae.decoders import DecoderKind
-from cogvideox.vae.layers import DecoderCaches, Layers
+from cogvideox.vae.kinds import VaeKind
+from cogvideox.vae.layers import DecoderCaches, Forward, Layers
 from cogvideox.vae.sharding import WidthShards
 from cogvideox.vae.tpu.common import LANES, Interpret
 from cogvideox.vae.tpu.layers import TpuLayers
-from cogvideox.vae.weights import arranged_shape, weight_shapes
+from cogvideox.vae.weights import abstract_weights
 from cogvideox.vae.xla.layers import XlaLayers
 from runtime.compiler_options import vae_options
 from runtime.programs import Program, machine_fields
@@ -59,6 +59,7 @@ def choose_layers(
     mesh: Mesh,
     dtype: jnp.dtype,
     interpret: Interpret = False,
+    still: bool = False,
 ) -> Layers:
     """Chooses the fastest implementation of the layers for a mesh.
 
@@ -71,12 +72,13 @@ def choose_layers(
         mesh: only the platform of its devices is used.
         dtype: dtype of the run.
         interpret: choose as on a TPU; the kernels run interpreted (slowly) on any backend.
+        still: see `XlaLayers.still`.
     """
     tpu = bool(interpret) or mesh.devices.flat[0].platform == "tpu"
     whole_lanes = all(c % LANES == 0 for c in config.block_out_channels)
     if tpu and whole_lanes and dtype == jnp.bfloat16:
         return TpuLayers(shards, config.norm_num_groups, interpret)
-    return XlaLayers(shards, config.norm_num_groups)
+    return XlaLayers(shards, config.norm_num_groups, still)
 
 
 def to_pixels(video: jax.Array, output: Output) -> jax.Array:
@@ -99,19 +101,15 @@ class DecodeProgram:
         dtype: bfloat16 or float32.
     """
 
-    kind: DecoderKind
+    kind: VaeKind[Forward]
     config: VaeConfig
     mesh: Mesh
     dtype: jnp.dtype
 
     @cached_property
     def abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shapes of the arranged weights by diffusers' names; weights are replicated."""
-        everywhere = NamedSharding(self.mesh, P())
-        return {
-            name: jax.ShapeDtypeStruct(arranged_shape(shape), self.dtype, sharding=everywhere)
-            for name, shape in weight_shapes(self.config).items()
-        }
+        """See `cogvideox.vae.weights.abstract_weights`."""
+        return abstract_weights(self.config, "decoder", self.mesh, self.dtype)
 
     def shards(self, latents_shape: tuple[int, ...]) -> WidthShards:
         """Returns the split of latents [B, C, T, H, W]."""

@@ -1,21 +1,37 @@
-"""Weights of the VAE's decoder: names, shapes, headers, and their arrangement for the layers."""
+"""Weights of the VAE: names, shapes, headers, and their arrangement for the layers."""
 
 from pathlib import Path
+from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from cogvideox.model.config import VaeConfig
 from cogvideox.model.folder import check_headers, stored_tensors
+from runtime.mesh import place
 from runtime.tensor_files import StoredTensor
 
-# Present in every full VAE, unused by the decoder.
-_NOT_FOR_DECODING = ("encoder.", "quant_conv.")
+Half = Literal["encoder", "decoder"]
 
-MID_RESNETS = 2  # CogVideoXDecoder3D fixes it
+# Beginnings of the names of each half's weights. Every full VAE holds both halves.
+_NAMES: dict[Half, tuple[str, ...]] = {
+    "encoder": ("encoder.", "quant_conv."),
+    "decoder": ("decoder.", "post_quant_conv."),
+}
+
+MID_RESNETS = 2  # CogVideoXEncoder3D and CogVideoXDecoder3D fix it
 
 
-def arrange(weight: np.ndarray) -> np.ndarray:
-    """Rearranges a decoder's weight from diffusers' layout to the layout of the layers.
+def is_downsampler(name: str) -> bool:
+    """Whether a weight belongs to a downsampler, by diffusers' name."""
+    return ".downsamplers." in name
+
+
+def arrange(weight: np.ndarray, downsampler: bool = False) -> np.ndarray:
+    """Rearranges a weight from diffusers' layout to the layout of the layers.
 
     Convolutions become matrices, because a TPU pads the small axes of a kernel to full tiles. The
     phases of the upsamplers are summed in float32.
@@ -23,6 +39,7 @@ def arrange(weight: np.ndarray) -> np.ndarray:
     Args:
         weight: a vector; [C', C, 1, 1, 1]; [C', C, frames, rows, columns], 3 of each; or an
             upsampler's [C', C, rows, columns], 3 of each.
+        downsampler: the weight is a downsampler's, which become [columns, rows, C, C'].
 
     Returns:
         The vector; [C, C']; [3 (frames) 3 (columns) C, 3 (rows) C']; or, respectively,
@@ -32,6 +49,8 @@ def arrange(weight: np.ndarray) -> np.ndarray:
     """
     if weight.ndim == 1:
         return weight
+    if downsampler:
+        return weight.transpose(3, 2, 1, 0)
     out_channels, channels = weight.shape[:2]
     if weight.shape[2:] == (1, 1, 1):
         return weight.reshape(out_channels, channels).T
@@ -47,24 +66,28 @@ def arrange(weight: np.ndarray) -> np.ndarray:
     return both  # float32; the caller rounds once to the run's dtype
 
 
-def arranged_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def arranged_shape(shape: tuple[int, ...], downsampler: bool = False) -> tuple[int, ...]:
     """Returns the shape of `arrange`'s result for a weight of this shape."""
-    return arrange(np.broadcast_to(np.float32(0), shape)).shape
+    return arrange(np.broadcast_to(np.float32(0), shape), downsampler).shape
 
 
-def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every weight that decoding needs, by diffusers' name.
+def weight_shapes(config: VaeConfig, half: Half = "decoder") -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every weight of one half of the VAE, by diffusers' name.
 
-    Source: diffusers' CogVideoXDecoder3D; a test compares its state_dict.
+    Source: diffusers' CogVideoXEncoder3D and CogVideoXDecoder3D; a test compares their state_dict.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    widths, latent = config.block_out_channels[::-1], config.latent_channels
+    latent, encoder = config.latent_channels, half == "encoder"
+    widths = config.block_out_channels if encoder else config.block_out_channels[::-1]
 
     def conv(name: str, out: int, inputs: int, *size: int) -> None:
         shapes[f"{name}.weight"] = (out, inputs, *size)
         shapes[f"{name}.bias"] = (out,)
 
     def norm(name: str, channels: int) -> None:
+        if encoder:
+            shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (channels,)
+            return
         shapes[f"{name}.norm_layer.weight"] = shapes[f"{name}.norm_layer.bias"] = (channels,)
         for part in ("conv_y", "conv_b"):
             conv(f"{name}.{part}.conv", channels, latent, 1, 1, 1)
@@ -76,24 +99,31 @@ def weight_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
         if inputs != out:
             conv(f"{name}.conv_shortcut", out, inputs, 1, 1, 1)
 
-    if config.use_post_quant_conv:
+    inputs, outputs = (config.in_channels, 2 * latent) if encoder else (latent, config.out_channels)
+    direction, extra = ("down", 0) if encoder else ("up", 1)
+    if encoder and config.use_quant_conv:
+        conv("quant_conv", outputs, outputs, 1, 1, 1)
+    if not encoder and config.use_post_quant_conv:
         conv("post_quant_conv", latent, latent, 1, 1, 1)
-    conv("decoder.conv_in.conv", widths[0], latent, 3, 3, 3)
+    conv(f"{half}.conv_in.conv", widths[0], inputs, 3, 3, 3)
+    middle = widths[-1] if encoder else widths[0]
     for i in range(MID_RESNETS):
-        resnet(f"decoder.mid_block.resnets.{i}", widths[0], widths[0])
+        resnet(f"{half}.mid_block.resnets.{i}", middle, middle)
     for level, out in enumerate(widths):
-        block, before = f"decoder.up_blocks.{level}", widths[max(level - 1, 0)]
-        for i in range(config.layers_per_block + 1):
+        block, before = f"{half}.{direction}_blocks.{level}", widths[max(level - 1, 0)]
+        for i in range(config.layers_per_block + extra):
             resnet(f"{block}.resnets.{i}", out if i else before, out)
         if level < len(widths) - 1:
-            conv(f"{block}.upsamplers.0.conv", out, out, 3, 3)
-    norm("decoder.norm_out", widths[-1])
-    conv("decoder.conv_out.conv", config.out_channels, widths[-1], 3, 3, 3)
+            conv(f"{block}.{direction}samplers.0.conv", out, out, 3, 3)
+    norm(f"{half}.norm_out", widths[-1])
+    conv(f"{half}.conv_out.conv", outputs, widths[-1], 3, 3, 3)
     return shapes
 
 
-def stored_weights(vae_folder: Path, config: VaeConfig) -> dict[str, StoredTensor]:
-    """Returns the headers of the weights that decoding needs.
+def stored_weights(
+    vae_folder: Path, config: VaeConfig, half: Half = "decoder"
+) -> dict[str, StoredTensor]:
+    """Returns the headers of the weights of one half of the VAE.
 
     Args:
         vae_folder: contains one safetensors file, or several and their index.
@@ -102,8 +132,40 @@ def stored_weights(vae_folder: Path, config: VaeConfig) -> dict[str, StoredTenso
         ValueError: files are missing or damaged, or tensors are missing, extra or of the wrong
             shape; the message lists all of them.
     """
-    shapes = weight_shapes(config)
+    shapes = weight_shapes(config, half)
+    other: Half = "encoder" if half == "decoder" else "decoder"
     stored = stored_tensors(Path(vae_folder))
-    stored = {name: t for name, t in stored.items() if not name.startswith(_NOT_FOR_DECODING)}
-    check_headers(stored, shapes, what="the VAE")
+    stored = {name: t for name, t in stored.items() if not name.startswith(_NAMES[other])}
+    check_headers(stored, shapes, what=f"the VAE's {half}")
     return {name: stored[name] for name in shapes}
+
+
+def abstract_weights(
+    config: VaeConfig, half: Half, mesh: Mesh, dtype: jnp.dtype
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes of the arranged weights by diffusers' names; weights are replicated."""
+    everywhere = NamedSharding(mesh, P())
+    return {
+        name: jax.ShapeDtypeStruct(
+            arranged_shape(shape, is_downsampler(name)), dtype, sharding=everywhere
+        )
+        for name, shape in weight_shapes(config, half).items()
+    }
+
+
+def load_weights(
+    vae_folder: Path, config: VaeConfig, half: Half, mesh: Mesh, dtype: jnp.dtype
+) -> dict[str, jax.Array]:
+    """Reads the weights of one half of the VAE and places them on every device of a mesh.
+
+    Returns:
+        The weights by diffusers' names, in the layout of `arrange`.
+
+    Raises:
+        ValueError: the weights do not fit the config; see `stored_weights`.
+    """
+    everywhere = NamedSharding(mesh, P())
+    return {
+        name: place(np.asarray(arrange(tensor.read(), is_downsampler(name)), dtype), everywhere)
+        for name, tensor in stored_weights(vae_folder, config, half).items()
+    }

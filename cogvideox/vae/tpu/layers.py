@@ -1,4 +1,4 @@
-"""The decoder's layers with Pallas kernels, for TPU in bfloat16.
+"""The VAE's layers with Pallas kernels, for TPU in bfloat16.
 
 The kernels process all frames of a batch, column by column. They read the border columns of the
 neighbouring devices as separate small arrays, so no activation is copied to attach them.
@@ -11,16 +11,18 @@ import jax.numpy as jnp
 
 from cogvideox.vae.layers import (
     ConvWeights,
+    DownsampleWeights,
     Features,
     NormWeights,
     ResnetWeights,
     UpsampleWeights,
 )
-from cogvideox.vae.norm import frame_repeat, modulation
+from cogvideox.vae.norm import channel_sums, frame_repeat, modulation
 from cogvideox.vae.sharding import WidthShards, edges
 from cogvideox.vae.tpu.causal_conv import causal_conv
 from cogvideox.vae.tpu.common import LANES, Interpret
 from cogvideox.vae.tpu.upsample import upsample
+from cogvideox.vae.xla.resample import downsample_frames
 
 Caches = tuple[jax.Array, jax.Array]
 
@@ -71,7 +73,7 @@ class TpuLayers:
     def resnet(
         self,
         features: Features,
-        z: jax.Array,
+        z: jax.Array | None,
         weights: ResnetWeights,
         caches: Caches | None,
         upsample: UpsampleWeights | None = None,
@@ -89,18 +91,27 @@ class TpuLayers:
         )
         return h, (cache1, cache2)
 
+    def downsample(self, x: jax.Array, weights: DownsampleWeights) -> Features:
+        # XLA's convolution: a quarter of the outputs of the others and half of the frames.
+        right = None
+        if self.shards.count > 1:
+            _, right = self.shards.neighbours(edges(x), x.shape[2])
+        out = downsample_frames(x, right, weights, self.shards)
+        return Features(out, channel_sums(out, self.shards))
+
     def last_conv(
         self,
         features: Features,
-        z: jax.Array,
+        z: jax.Array | None,
         norm: NormWeights,
         conv: ConvWeights,
         cache: jax.Array | None,
+        planar: bool = True,
     ) -> tuple[jax.Array, jax.Array]:
-        colours = conv.bias.shape[0]
+        out_channels = conv.bias.shape[0]
         conv = _pad_channels(conv)
-        out, cache = self._norm_conv(features, z, norm, conv, cache, planar=True)
-        return out.x[:, :, :, :colours], cache
+        out, cache = self._norm_conv(features, z, norm, conv, cache, planar=planar)
+        return out.x[:, :, :, :out_channels] if planar else out.x[..., :out_channels], cache
 
     def _upsample(self, x: jax.Array, weights: UpsampleWeights) -> Features:
         real = self.shards.real_columns(x.shape[2])
@@ -117,7 +128,7 @@ class TpuLayers:
     def _norm_conv(
         self,
         features: Features,
-        z: jax.Array,
+        z: jax.Array | None,
         norm: NormWeights,
         conv: ConvWeights,
         cache: jax.Array | None,
@@ -129,10 +140,14 @@ class TpuLayers:
         """Computes conv(silu(norm(features, z)))."""
         x, sums = features
         # The kernel needs one row of modulation per row; it repeats columns and frames itself.
-        z = jnp.repeat(z, x.shape[3] // z.shape[3], axis=3)
+        if z is not None:
+            z = jnp.repeat(z, x.shape[3] // z.shape[3], axis=3)
         with jax.named_scope("norm"):
             modulated = modulation(sums, x.shape, z, norm, self.groups, self.shards)
-        repeat, offset = frame_repeat(z.shape[1], x.shape[1])
+        if z is None:
+            gain, shift = (jnp.repeat(v, x.shape[3], axis=3) for v in modulated)
+            modulated = gain, shift
+        repeat, offset = frame_repeat(modulated[0].shape[1], x.shape[1])
         # Activate this device's border columns for the neighbours, as in the kernel.
         gain, shift = (_show_frames(edges(v), repeat, offset) for v in modulated)
         borders = jax.nn.silu(edges(x).astype(jnp.float32) * gain + shift).astype(x.dtype)

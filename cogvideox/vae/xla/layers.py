@@ -17,6 +17,7 @@ from jax import lax
 
 from cogvideox.vae.layers import (
     ConvWeights,
+    DownsampleWeights,
     Features,
     NormWeights,
     ResnetWeights,
@@ -28,9 +29,9 @@ from cogvideox.vae.norm import (
     frame_repeat,
     modulation,
     pointwise,
-    precision,
 )
 from cogvideox.vae.sharding import WidthShards, edges
+from cogvideox.vae.xla.resample import conv_2d, downsample, upsample_frame
 
 # The last two activated frames that a convolution read, [B, 1, W, H, C] each, with the columns that
 # `with_neighbours` adds.
@@ -53,23 +54,6 @@ def with_neighbours(x: jax.Array, shards: WidthShards) -> jax.Array:
     return jnp.concatenate([left, shards.keep_real(x, axis=2), right], axis=2)
 
 
-def _conv_2d(x: jax.Array, kernel: jax.Array, shards: WidthShards) -> jax.Array:
-    """Convolves [B, W (+ 2 if the width is split), H, C] with [KW, KH, C, C'].
-
-    Returns:
-        [B, W, H, C'] for 3x3 kernels, [B, W + 1, H + 1, C'] for 2x2.
-    """
-    pad_width = 1 if shards.count == 1 else 0
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(1, 1),
-        padding=((pad_width, pad_width), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision(x.dtype),
-    )
-
-
 def _ring_kernels(conv: ConvWeights) -> jax.Array:
     """Rearranges [3 (frames) 3 (columns) C, 3 (rows) C'] to [3, 3, 2 3 (frames) C, C'].
 
@@ -79,35 +63,6 @@ def _ring_kernels(conv: ConvWeights) -> jax.Array:
     kernel = conv.weight.reshape(_RING, 3, channels, 3, out_channels).transpose(1, 3, 0, 2, 4)
     kernel = kernel.reshape(3, 3, _RING * channels, out_channels)
     return jnp.concatenate([kernel, kernel], axis=2)
-
-
-def _phase_kernel(conv: ConvWeights) -> jax.Array:
-    """Rearranges [2 (side), 2 (columns) C, 2 (parity) 2 (rows) C'] to [2, 2, C, 2 2 C'].
-
-    The 2x2 convolution computes the four phases around the corner of four pixels: the right half of
-    the left pixels and the left half of the right ones. So sides and parities are reversed.
-    """
-    channels, out_channels = conv.weight.shape[1] // 2, conv.bias.shape[0]
-    kernel = conv.weight.reshape(2, 2, channels, 2, 2, out_channels)[::-1, :, :, ::-1]
-    return kernel.transpose(1, 4, 2, 0, 3, 5).reshape(2, 2, channels, 4 * out_channels)
-
-
-def upsample_frame(x: jax.Array, conv: ConvWeights, shards: WidthShards) -> jax.Array:
-    """Doubles [B, W (+ 2 if the width is split), H, C] by nearest, then convolves with 3x3.
-
-    Source: CogVideoXUpsample3D. One 2x2 convolution for each of the four phases of the doubled
-    frame needs only 16/36 of the products.
-
-    Returns:
-        [B, 2 W + 2, 2 H, C'], with a column from each side.
-    """
-    b = x.shape[0]
-    out = lax.optimization_barrier(_conv_2d(x, _phase_kernel(conv), shards))
-    columns, rows, channels = *out.shape[1:3], conv.bias.shape[0]
-    # Outputs are at the corners of pixels: one more column and one more row than pixels.
-    out = out.reshape(b, columns, rows, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    out = out.reshape(b, 2 * columns, 2 * rows, channels)
-    return out[:, :, 1:-1] + conv.bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,20 +162,26 @@ class XlaLayers:
     Attributes:
         shards: split of the width.
         groups: channel groups of the norms.
+        still: the video is one frame, an image. The three frames that a causal convolution reads
+            are then equal, so one product with the sum of their taps replaces three.
     """
 
     shards: WidthShards
     groups: int
+    still: bool = False
 
     def first_conv(
         self, z: jax.Array, conv: ConvWeights, cache: Cache | None
     ) -> tuple[Features, Cache]:
-        return _causal_conv(Video.of(z, None, self.shards), Video.pieces, conv, cache)
+        video = Video.of(z, None, self.shards)
+        if self.still:
+            return _still_conv(video, Video.pieces, conv)
+        return _causal_conv(video, Video.pieces, conv, cache)
 
     def resnet(
         self,
         features: Features,
-        z: jax.Array,
+        z: jax.Array | None,
         weights: ResnetWeights,
         caches: tuple[Cache, Cache] | None,
         upsample: UpsampleWeights | None = None,
@@ -239,23 +200,27 @@ class XlaLayers:
         )
         return out, (cache1, cache2)
 
+    def downsample(self, x: jax.Array, weights: DownsampleWeights) -> Features:
+        return downsample(x, weights, self.shards)
+
     def last_conv(
         self,
         features: Features,
-        z: jax.Array,
+        z: jax.Array | None,
         norm: NormWeights,
         conv: ConvWeights,
         cache: Cache | None,
+        planar: bool = True,
     ) -> tuple[jax.Array, Cache]:
         video = Video.of(features.x, None, self.shards)
         out, cache = self._norm_conv(video, features.sums, z, norm, conv, cache)
-        return jnp.swapaxes(out.x, 3, 4), cache
+        return jnp.swapaxes(out.x, 3, 4) if planar else out.x, cache
 
     def _norm_conv(
         self,
         video: Video,
         sums: jax.Array,
-        z: jax.Array,
+        z: jax.Array | None,
         norm: NormWeights,
         conv: ConvWeights,
         cache: Cache | None,
@@ -263,21 +228,25 @@ class XlaLayers:
     ) -> tuple[Features, Cache]:
         shape, shards = video.shape, self.shards
         with jax.named_scope("norm"):
-            beside = with_neighbours(z, shards)
+            beside = None if z is None else with_neighbours(z, shards)
             modulated = modulation(sums, shape, beside, norm, self.groups, shards)
-        repeat, offset = frame_repeat(z.shape[1], shape[1])
+        repeat, offset = frame_repeat(modulated[0].shape[1], shape[1])
 
         def activated(video: Video, t: jax.Array) -> Pieces:
             latent = (t + offset) // repeat
             at = [lax.dynamic_index_in_dim(v, latent, 1, False) for v in modulated]
-            columns = [slice(1, -1), slice(1), slice(-1, None)] if video.beside else [slice(None)]
             pieces = video.pieces(t)
+            columns = [slice(None)] * len(pieces)  # a group norm's values are those of all columns
+            if video.beside and z is not None:
+                columns = [slice(1, -1), slice(1), slice(-1, None)]
             with jax.named_scope("norm"):
                 return [
                     activate(piece, *(v[:, own] for v in at))
                     for piece, own in zip(pieces, columns, strict=True)
                 ]
 
+        if self.still:
+            return _still_conv(video, activated, conv, residual)
         # The input of a resnet's second convolution has no other reader.
         overwrite = residual is not None
         return _causal_conv(video, activated, conv, cache, residual, overwrite)
@@ -301,6 +270,28 @@ def _put(ring: jax.Array, pieces: Pieces, place: jax.Array, shards: WidthShards)
     for piece, start in zip(pieces, starts, strict=True):
         ring = lax.dynamic_update_slice(ring, piece, (0, start, 0, place * channels))
     return ring
+
+
+def _still_conv(
+    video: Video,
+    prepared: Callable[[Video, jax.Array], Pieces],
+    conv: ConvWeights,
+    residual: Residual | None = None,
+) -> tuple[Features, Cache]:
+    """Applies a 3x3x3 convolution to an image; see `XlaLayers.still` and `_causal_conv`."""
+    shards, first = video.shards, jnp.int32(0)
+    channels, out_channels = conv.weight.shape[0] // 9, conv.bias.shape[0]
+    kernel = conv.weight.astype(jnp.float32).reshape(_RING, 3, channels, 3, out_channels)
+    kernel = kernel.sum(axis=0).transpose(0, 2, 1, 3).astype(conv.weight.dtype)
+    border = 2 if video.beside else 0
+    b, _, columns, rows, _ = video.shape
+    frame = jnp.zeros((b, columns + border, rows, channels), video.stored.dtype)
+    frame = _put(frame, prepared(video, first), first, shards)
+    y = conv_2d(frame, kernel, shards).astype(jnp.float32) + conv.bias
+    if residual is not None:
+        y += residual.frame(first)
+    out = y.astype(video.stored.dtype)[:, None]
+    return Features(out, channel_sums(out, shards)), (frame[:, None], frame[:, None])
 
 
 def _causal_conv(
@@ -341,7 +332,7 @@ def _causal_conv(
         # The barrier prevents cuDNN from fusing the next operations: a fused convolution cannot
         # write into `out`, so its result would be copied.
         with jax.named_scope("conv"):
-            y = lax.optimization_barrier(_conv_2d(ring, kernel, shards))
+            y = lax.optimization_barrier(conv_2d(ring, kernel, shards))
         y = y.astype(jnp.float32) + conv.bias
         if residual is not None:
             y += residual.frame(t)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 
 from cogvideox.vae.decode import load_decoder
-from cogvideox.vae.decoders import DECODERS
+from cogvideox.vae.kinds import DECODERS
 from tests.cogvideox.vae.vae_models import thin_vae
 
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from cogvideox.model.config import VaeConfig
 from cogvideox.vae.decode import Decoder
-from cogvideox.vae.decoders import DecoderKind
+from cogvideox.vae.kinds import VaeKind
 from cogvideox.vae.layers import DecoderCaches
 from cogvideox.vae.program import AXIS, DecodeProgram, choose_layers, frame_batches
 from cogvideox.vae.sharding import WidthShards
@@ -72,7 +72,7 @@ def _pass_latents_on(config, layers):
 def test_a_value_that_is_not_finite_on_one_device_only_is_an_error(bad):
     """Group norms spread it to all devices, but the last convolution can overflow on one."""
     devices, columns = 8, 2
-    kind = DecoderKind("pass_latents_on", (), _pass_latents_on)
+    kind = VaeKind("pass_latents_on", (), _pass_latents_on)
     mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,))
     decoder = Decoder(DecodeProgram(kind, CONFIG, mesh, jnp.dtype(jnp.float32)), weights={})
     decoder.program.abstract_weights.clear()

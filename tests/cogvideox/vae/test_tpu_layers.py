@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from cogvideox.vae.layers import (
     ConvWeights,
+    DownsampleWeights,
     Features,
     NormWeights,
     ResnetWeights,
@@ -157,3 +158,38 @@ def test_first_and_last_convolution(cached):
         return (features, planes), (first_cache, last_cache)
 
     compare(compute, caches, (z,), devices, width)
+
+
+def test_layers_of_the_encoder():
+    """Group norms, halving in time and space, and a last convolution that is not planar."""
+    random = Random()
+    devices, width, frames = 2, 3, 3
+    shards = WidthShards("width", devices, width)
+    columns = 2 * shards.padded_width
+    x = random.array(1, frames, columns, HEIGHT, 128)
+    norms = [NormWeights(random.array(128), random.array(128), eps=0.1) for _ in range(3)]
+    convs = random.causal(128, 128), random.causal(128, 128)
+    weights = ResnetWeights(norms[0], convs[0], norms[1], convs[1], None)
+    down = DownsampleWeights(
+        ConvWeights(random.array(3, 3, 128, 128) / 34, random.array(128)), True
+    )
+    last = random.causal(128, 32)
+    caches = [
+        jnp.where(
+            (jnp.arange(n * shards.padded_width) < n * width)[:, None, None],
+            random.array(1, 2, n * shards.padded_width, n * HEIGHT // 2, 128),
+            0,
+        )
+        for n in (2, 2, 1)
+    ]
+
+    def compute(layers, caches, x):
+        *resnet, out_cache = caches
+        kept = layers.shards.keep_real(x, axis=2)
+        sums = jnp.stack([kept.sum((1, 2, 3)), jnp.square(kept).sum((1, 2, 3))], axis=1)
+        features, resnet = layers.resnet(Features(x, sums), None, weights, tuple(resnet))
+        halved = layers.downsample(features.x, down)
+        moments, out_cache = layers.last_conv(halved, None, norms[2], last, out_cache, planar=False)
+        return (features, halved, moments), (*resnet, out_cache)
+
+    compare(compute, caches, (x,), devices, width)

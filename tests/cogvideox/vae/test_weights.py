@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 from safetensors.torch import load_file, save_file
 
 from cogvideox.model.config import VaeConfig
+from cogvideox.vae import decoder_flax, decoder_torchax, encoder_flax, encoder_torchax
 from cogvideox.vae.decode import load_decoder
-from cogvideox.vae.decoder_flax import abstract_model, parameters_by_diffusers_name
-from cogvideox.vae.decoder_torchax import build_model
 from cogvideox.vae.sharding import WidthShards
-from cogvideox.vae.weights import arrange, arranged_shape, weight_shapes
+from cogvideox.vae.weights import arrange, arranged_shape, is_downsampler, weight_shapes
 from cogvideox.vae.xla.layers import XlaLayers
 from tests.cogvideox.vae.vae_models import thin_vae
 
@@ -54,26 +53,28 @@ def test_every_weight_that_does_not_fit_is_named(folder):
     assert message.count(";") == 3
 
 
-@pytest.mark.parametrize("latent_conv", [False, True])
-def test_the_weights_that_are_wanted_are_those_of_all_decoders(tmp_path, latent_conv):
-    thin_vae(tmp_path, use_post_quant_conv=latent_conv)
-    wanted = weight_shapes(VaeConfig.from_file(tmp_path / "config.json"))
-    stored = load_file(tmp_path / WEIGHTS_FILE)
-    decoding = {
-        name: tuple(tensor.shape)
-        for name, tensor in stored.items()
-        if name.startswith(("decoder.", "post_quant_conv."))
-    }
-    assert wanted == decoding
-    flax = parameters_by_diffusers_name(
-        abstract_model(VaeConfig.from_file(tmp_path / "config.json"))
-    )
-    arranged = {name: arranged_shape(shape) for name, shape in wanted.items()}
-    assert {name: parameter.shape for name, parameter in flax.items()} == arranged
+@pytest.mark.parametrize("pointwise", [False, True])
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_the_weights_that_are_wanted_are_those_of_all_implementations(tmp_path, half, pointwise):
+    thin_vae(tmp_path, use_post_quant_conv=pointwise, use_quant_conv=pointwise)
     config = VaeConfig.from_file(tmp_path / "config.json")
+    wanted = weight_shapes(config, half)
+    names = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
+    stored = load_file(tmp_path / WEIGHTS_FILE)
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in stored.items() if name.startswith(names[half])
+    }
+    assert wanted == expected
+    flax, torchax = {
+        "encoder": (encoder_flax, encoder_torchax),
+        "decoder": (decoder_flax, decoder_torchax),
+    }[half]
+    arranged = {n: arranged_shape(shape, is_downsampler(n)) for n, shape in wanted.items()}
+    parameters = flax.parameters_by_diffusers_name(flax.abstract_model(config))
+    assert {name: parameter.shape for name, parameter in parameters.items()} == arranged
     layers = XlaLayers(WidthShards("width", 1, 1), config.norm_num_groups)
-    torchax = build_model(config, layers).state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in torchax.items()} == wanted
+    state = torchax.build_model(config, layers).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == wanted
 
 
 def test_a_decoder_is_made_and_loaded_without_what_only_tracing_needs(folder):
@@ -129,6 +130,7 @@ def test_absent_weights(folder):
         ({"act_fn": "gelu"}, "act_fn must be silu, not 'gelu'"),
         ({"norm_num_groups": 3}, r"block_out_channels \[4, 8, 8\] do not divide"),
         ({"use_post_quant_conv": True, "out_channels": 4}, "use_post_quant_conv needs"),
+        ({"use_quant_conv": True, "out_channels": 4}, "use_quant_conv needs"),
     ],
 )
 def test_configs_that_cannot_be_decoded(folder, change, message):
@@ -141,3 +143,7 @@ def test_configs_that_cannot_be_decoded(folder, change, message):
 @pytest.mark.parametrize("shape", [(4,), (6, 5, 1, 1, 1), (6, 5, 3, 3, 3), (6, 5, 3, 3)])
 def test_arranged_shape(shape):
     assert arrange(np.zeros(shape, np.float32)).shape == arranged_shape(shape)
+
+
+def test_arranged_shape_of_a_downsampler():
+    assert arrange(np.zeros((6, 5, 3, 3), np.float32), downsampler=True).shape == (3, 3, 5, 6)
