@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Measures which denoising steps a model can skip, for the lossy step masks of stage 2.
+"""Measures what a model needs for the options of stage 2, and writes it as JSON.
 
-Writes calibration.json.
+Which denoising steps it can skip (calibration.json), or with --preview how its latents become the
+colours of previews (preview_factors.json).
 """
 
 import argparse
@@ -19,13 +20,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "calibration resumes.",
         "  python calibrate.py\n"
         "  python calibrate.py --num_inference_steps 50 --compute 29,24,20 --plot masks.png\n"
-        "  python stage2_transformer.py --step_mask stage_outputs/calibration.json",
+        "  python stage2_transformer.py --step_mask stage_outputs/calibration.json\n"
+        "  python calibrate.py --preview night/*/ --output_dir night\n"
+        "  python stage2_transformer.py --preview_every 5 --preview_factors "
+        "night/preview_factors.json",
     )
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     parser.add_argument(
         "--prompts",
         type=Path,
         help="file with a prompt a line; one is enough (default: a prompt of its own)",
+    )
+    parser.add_argument(
+        "--preview",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="instead of that, fit the colours of previews to the latents and videos in these "
+        "folders; a dozen different videos are enough",
     )
     utils.add_text(parser)
     parser.add_argument(
@@ -51,6 +63,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.preview:
+        from stages import calibrate_preview
+
+        options = utils.options(calibrate_preview.CalibratePreviewOptions, arguments, model_id=None)
+        calibrate_preview.run(options)
+        return
     utils.choose_platform(arguments)
     utils.copy_trusted_executables(arguments)
     calibrate.run(utils.options(calibrate.CalibrateOptions, arguments))

@@ -17,7 +17,7 @@ from jobs.jobfile import LineSettings
 from runtime.exit_codes import run_script
 from stages.sections import STAGES
 
-_CHECKPOINT_EVERY = 10
+_CHECKPOINT_EVERY, _PREVIEW_EVERY = 10, 5
 
 
 def _add_common(parser: ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def _add_common(parser: ArgumentParser) -> None:
     utils.add_dtype(parser)
     utils.add_platform(parser)
     utils.add_executables(parser)
-    parser.set_defaults(checkpoint_every=_CHECKPOINT_EVERY)
+    parser.set_defaults(checkpoint_every=_CHECKPOINT_EVERY, preview_every=_PREVIEW_EVERY)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

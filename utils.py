@@ -103,6 +103,7 @@ def add_denoising(parser: ArgumentParser) -> None:
     add_allow_unsupported(parser)
     add_attention(parser)
     add_speed(parser)
+    add_previews(parser)
     parser.add_argument(
         "--checkpoint_every",
         type=integer(1),
@@ -137,6 +138,21 @@ def add_speed(parser: ArgumentParser) -> None:
         type=number(0, 1),
         help="lossy: from this share of the steps on, skip the negative prompt and reuse the "
         "difference that it made (default: that of --speed)",
+    )
+
+
+def add_previews(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--preview_every",
+        type=integer(1),
+        help="draw the video so far after every so many steps: stage2_preview.webp, small and "
+        "rough (default: never)",
+    )
+    parser.add_argument(
+        "--preview_factors",
+        type=Path,
+        help="how latents become colours, from calibrate.py --preview (default: the model's own, "
+        "or those of the published models)",
     )
 
 

@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
@@ -32,10 +32,12 @@ from jobs.records import (
     read_batch,
     warn,
 )
+from jobs.steps import Steps
 from jobs.superseded import find_superseded
 from runtime.errors import InputError
 from runtime.files import atomic_path
 from stages import files as stage_files
+from stages.preview import PREVIEW_FILE
 
 GALLERY_FILE = "index.html"
 CardStatus = JobStatus | Literal["superseded"]
@@ -59,6 +61,15 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    what: str  # one line
+    done: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Card:
     """What the gallery shows of a job; the template escapes every field."""
 
@@ -72,6 +83,13 @@ class Card:
     facts: tuple[tuple[str, str], ...]  # name and value
     links: tuple[tuple[str, str], ...]  # label and URL
     picture: Picture | None
+    progress: Progress | None = None
+    preview: str | None = None  # URL of a small animated picture of a running job
+    video_id: str | None = None  # of the server's API; the page's buttons need it
+    state: str | None = None  # the status by the server's API
+
+
+UrlOf = Callable[[Path], str]  # of a file in a job's folder
 
 
 def write_gallery(output_dir: Path, states: Sequence[JobState]) -> Path:
@@ -165,7 +183,13 @@ def template_values(
     title: str, states: Sequence[JobState], superseded: Collection[str] = ()
 ) -> dict[str, object]:
     """Returns what `gallery.html` and templates that extend it need; arguments as of `page`."""
-    cards = [make_card(state, state.job.id in superseded) for state in states]
+    return values_of_cards(title, [make_card(s, s.job.id in superseded) for s in states], states)
+
+
+def values_of_cards(
+    title: str, cards: Sequence[Card], states: Sequence[JobState]
+) -> dict[str, object]:
+    """Does what `template_values` does, with cards that are made already."""
     counts: Counter[CardStatus] = Counter(card.status for card in cards)
     choices = [("", "all", len(cards))]
     choices += [(status, status, counts[status]) for status in _STATUSES if counts[status]]
@@ -199,14 +223,16 @@ def make_environment(*folders: Path) -> Environment:
     return environment
 
 
-def make_card(state: JobState, superseded: bool) -> Card:
+def make_card(state: JobState, superseded: bool, url_of: UrlOf | None = None) -> Card:
     """Collects what the gallery shows of a job.
 
     Args:
         state: the job.
         superseded: whether the job file no longer asks for it.
+        url_of: None makes URLs relative to the batch's folder.
     """
-    job, failure = state.job, state.failure
+    job, failure, url_of = state.job, state.failure, url_of or _url
+    preview, steps = state.folder / PREVIEW_FILE, state.steps
     files = {
         "video": stage_files.VIDEO_FILE,
         "contact sheet": CONTACT_SHEET_FILE,
@@ -225,9 +251,18 @@ def make_card(state: JobState, superseded: bool) -> Card:
         traceback=failure.traceback if failure else None,
         settings=_describe(job.settings),
         facts=tuple(_facts(state)),
-        links=tuple((label, _url(path)) for label, path in paths.items() if path.is_file()),
-        picture=_picture(state),
+        links=tuple((label, url_of(path)) for label, path in paths.items() if path.is_file()),
+        picture=_picture(state, url_of),
+        progress=Progress(describe_steps(steps), steps.done, max(steps.total, 1))
+        if steps
+        else None,
+        preview=url_of(preview) if state.status == "running" and preview.is_file() else None,
     )
+
+
+def describe_steps(steps: Steps) -> str:
+    """What a running job does, for people."""
+    return f"{steps.what}: step {steps.done} of {steps.total}" if steps.total else steps.what
 
 
 def _csp_hash(text: str) -> str:
@@ -244,12 +279,13 @@ def _summary(states: Sequence[JobState], counts: Counter[CardStatus]) -> list[st
     return parts
 
 
-def _picture(state: JobState) -> Picture | None:
+def _picture(state: JobState, url_of: UrlOf) -> Picture | None:
     settings = state.job.settings
     sheet, video = state.folder / CONTACT_SHEET_FILE, state.folder / stage_files.VIDEO_FILE
     if not (sheet.is_file() and video.is_file()):
         return None
-    return Picture(_url(video), _url(sheet), _png_size(sheet), settings.width, settings.height)
+    size = _png_size(sheet)
+    return Picture(url_of(video), url_of(sheet), size, settings.width, settings.height)
 
 
 def _describe(settings: DenoisingSettings) -> str:

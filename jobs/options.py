@@ -44,6 +44,8 @@ class BatchOptions:
     sp: int | None
     tp: int | None
     executables: Path | None
+    preview_every: int | None = None
+    preview_factors: Path | None = None
     only: Sequence[str] | None = None
     dry_run: bool = False
     retry_failed: bool = False
@@ -79,6 +81,8 @@ class BatchOptions:
                 allow_unsupported=True,  # the job was checked when it was made
                 attention=self.attention,
                 checkpoint_every=self.checkpoint_every,
+                preview_every=self.preview_every,
+                preview_factors=self.preview_factors,
                 lossy=job.lossy,
                 dp=self.dp,
                 sp=self.sp,

@@ -30,6 +30,7 @@ from runtime.files import open_regular, write_json
 from runtime.text import printable
 from runtime.typed_json import from_json, read_object
 from stages import files
+from stages.preview import PREVIEW_FILE
 from stages.sections import DECODE, DENOISE, ENCODE, STAGES
 from stages.session import Shape
 from stages.speed import EXACT, Lossy, read_lossy
@@ -272,7 +273,7 @@ def record_path(folder: Path, stage: str) -> Path:
 _FILES = frozenset((
     *(name for names in OUTPUTS.values() for name in names),
     *(record_path(Path(), stage).name for stage in STAGES),
-    *(files.CONFIG_FILE, JOB_FILE, CANCEL_FILE, STEPS_FILE),
+    *(files.CONFIG_FILE, JOB_FILE, CANCEL_FILE, STEPS_FILE, PREVIEW_FILE),
 ))  # fmt: skip
 
 

@@ -8,6 +8,7 @@ worker that holds it, after the running step.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -31,6 +32,7 @@ from runtime.progress import working
 from runtime.text import printable
 from stages import files
 from stages.denoise import StoppedBetweenSteps
+from stages.preview import find_factors
 from stages.session import Session, Shape
 
 ENCODE, DENOISE, DECODE = STAGES
@@ -239,6 +241,7 @@ def run(options: BatchOptions, parent: TextIO | None) -> None:
     with checking_input():
         files.check_output_folder(options.output_dir)
         model = find_model(options.model_id, MODEL_PARTS)
+        options = _with_previews_if_it_can(options, model)
     stop, wake = threading.Event(), threading.Event()
 
     def on_signal(number: int, _: object) -> None:
@@ -250,6 +253,18 @@ def run(options: BatchOptions, parent: TextIO | None) -> None:
     if parent:
         threading.Thread(target=_listen, args=(parent, wake), daemon=True).start()
     Service(model, options, stop, wake).run()
+
+
+def _with_previews_if_it_can(options: BatchOptions, model: ModelFolder) -> BatchOptions:
+    """Turns previews off for a model without factors, unless the user named some."""
+    try:
+        find_factors(options, model)
+    except ValueError as error:
+        if options.preview_factors:
+            raise
+        print(f"without previews: {error}")
+        return dataclasses.replace(options, preview_every=None)
+    return options
 
 
 def _listen(parent: TextIO, wake: threading.Event) -> None:

@@ -18,6 +18,7 @@ from runtime.progress import Timings, progress, working
 from stages import files, sections, speed
 from stages.checkpoints import Checkpoints
 from stages.denoise_options import DenoiseOptions
+from stages.preview import Previews, find_factors
 from stages.steps import compile_steps, load_steps
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from cogvideox.denoising.scheduler import Schedule
     from cogvideox.model.folder import ModelFolder
     from cogvideox.model.settings import DenoisingSettings, LatentShape
+    from cogvideox.video.preview import PreviewFactors
     from runtime.jax_types import Device
     from runtime.tensor_files import StoredTensor
 
@@ -43,6 +45,7 @@ class DenoisingRun:
         padding_frames: leading latent frames that `drop_padding` removes.
         lossy: the lossy options in force, which the schedule has.
         gated: runs the steps that reuse the difference of guidance, if there are any.
+        preview: how previews are drawn; None draws none.
     """
 
     settings: DenoisingSettings
@@ -51,6 +54,7 @@ class DenoisingRun:
     schedule: Schedule
     lossy: speed.Lossy
     gated: Denoiser | None
+    preview: PreviewFactors | None = None
 
     @property
     def latents_shape(self) -> tuple[int, ...]:
@@ -86,6 +90,7 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
     settings = complete_settings(wishes, model, any_size=options.allow_unsupported)
     latents, padding = latent_shape(settings, model, batch)
     lossy = options.lossy or speed.resolve(options, settings, model)
+    preview = find_factors(options, model)
     with ThreadPoolExecutor(1) as background:
         # Starting the devices takes seconds; imports and checks that do not need them run at
         # the same time.
@@ -107,7 +112,7 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
     if lossy.guided_steps:
         denoiser = dataclasses.replace(denoiser, difference="keep")
         gated = denoiser.gated()
-    return DenoisingRun(settings, padding, denoiser, schedule, lossy, gated)
+    return DenoisingRun(settings, padding, denoiser, schedule, lossy, gated, preview)
 
 
 def make_denoiser(
@@ -212,7 +217,8 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
         with timings.phase("run"), _profile(options.profile):
             folder = processes.folder_of_first(output_dir, [files.checkpoint_file(section)])
             checkpoints = Checkpoints(folder, section, options.checkpoint_every)
-            latents = denoise(checked, loaded, checkpoints, noise_source)
+            with previews_of(checked, options, output_dir, model) as previews:
+                latents = denoise(checked, loaded, checkpoints, noise_source, previews=previews)
         if not processes.is_first():
             return
         with timings.phase("save"):
@@ -279,6 +285,16 @@ def denoising_section(
     )
 
 
+def previews_of(
+    run: DenoisingRun, options: DenoiseOptions, folder: Path, model: ModelFolder
+) -> AbstractContextManager[Previews | None]:
+    """The previews of a run, drawn into `folder`; None if it makes none."""
+    if run.preview is None or not options.preview_every:
+        return nullcontext()
+    fps = run.settings.fps / model.vae.temporal_compression_ratio
+    return Previews(folder, run.preview, options.preview_every, run.padding_frames, fps)
+
+
 class StoppedBetweenSteps(Exception):
     """`Checkpoints.stop` returned True."""
 
@@ -292,12 +308,14 @@ def denoise(
     checkpoints: Checkpoints,
     noise_source: NoiseSource,
     bar: Bar = progress,
+    previews: Previews | None = None,
 ) -> np.ndarray:
     """Runs the loop, from a checkpoint if there is one.
 
     Args:
         loaded: result of `steps.load_steps`.
         bar: shows progress; called as `runtime.progress.progress` is.
+        previews: are shown the state after every step.
 
     Returns:
         Latents [B, C, T, H, W] without the padding frames, on the host.
@@ -319,6 +337,8 @@ def denoise(
     saved = start.steps if start else 0
     try:
         for state in bar(states, total=total, initial=saved, what="denoising"):
+            if previews:
+                previews.show(state, total)
             stop = checkpoints.stop() and state.steps < total
             if checkpoints.every and state.steps < total:
                 if stop or state.steps % checkpoints.every == 0:

@@ -24,6 +24,9 @@ class DenoiseOptions:
         dtype: "bfloat16" or "float32".
         executables: a folder from compile_ahead.py; missing programs are compiled.
         profile: a folder for a JAX profile of the loop.
+        preview_every: steps between two previews; None makes none.
+        preview_factors: a file from calibrate.py --preview; None takes the model's own, or else
+            those of the published models.
     """
 
     input_dir: Path
@@ -52,3 +55,5 @@ class DenoiseOptions:
     tp: int | None = None
     executables: Path | None = None
     profile: Path | None = None
+    preview_every: int | None = None
+    preview_factors: Path | None = None

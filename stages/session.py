@@ -212,7 +212,8 @@ class Session:
         (_, steps), (_, parameters) = self._step, self._parameters
         loaded = load_steps(run.denoiser, run.gated, steps, parameters, tensors)
         bar = functools.partial(self._show_steps, options.output_dir)
-        latents = denoise.denoise(run, loaded, checkpoints, NoiseSource(), bar)
+        with denoise.previews_of(run, options, options.output_dir, self._model) as previews:
+            latents = denoise.denoise(run, loaded, checkpoints, NoiseSource(), bar, previews)
         denoise.save(latents, section, options.input_dir, options.output_dir)
 
     def _prepare_decoder(self, request: VideoRequest) -> None:

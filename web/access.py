@@ -40,18 +40,38 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class Keys:
+    """The key that clients must send, or none."""
+
+    def __init__(self, key: str | None):
+        self._key = key.encode() if key else None
+
+    def match(self, text: str) -> bool:
+        """Whether a text is the key; takes the same time for every wrong one of its length."""
+        return self._key is not None and hmac.compare_digest(text.encode(), self._key)
+
+    def session(self) -> str:
+        """The value of the cookie that stands for the key, which cannot be read from it."""
+        assert self._key
+        return hmac.new(self._key, b"cogvideox session", hashlib.sha256).hexdigest()
+
+    def admit(self, headers: Headers) -> bool:
+        """Whether a request carries the key, or the cookie that stands for it, or needs none."""
+        if self._key is None:
+            return True
+        kind, _, value = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and self.match(value.strip()):
+            return True
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+        return hmac.compare_digest(cookie.encode(), self.session().encode())
+
+
 class Access:
     """Refuses requests that may not be made, before any route sees them."""
 
-    def __init__(self, app: ASGIApp, key: str | None, loopback: bool):
-        """
-        Args:
-            key: that every request must carry; None lets everybody in.
-            loopback: the server listens on this machine only.
-        """
-        self._app = app
-        self._key = key.encode() if key else None
-        self._loopback = loopback
+    def __init__(self, app: ASGIApp, keys: Keys, loopback: bool):
+        """Args: loopback: the server listens on this machine only."""
+        self._app, self._keys, self._loopback = app, keys, loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,15 +92,6 @@ class Access:
             return
         await self._app(scope, receive, send_with_headers)
 
-    def session(self) -> str:
-        """The value of the cookie that stands for the key; the key cannot be read from it."""
-        assert self._key
-        return hmac.new(self._key, b"cogvideox session", hashlib.sha256).hexdigest()
-
-    def is_key(self, text: str) -> bool:
-        """Whether a text is the key; takes the same time for every wrong one of its length."""
-        return self._key is not None and hmac.compare_digest(text.encode(), self._key)
-
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
@@ -89,21 +100,11 @@ class Access:
             raise ApiError(403, "wrong_host", "this server is reached by localhost only")
         if scope["method"] not in _SAFE:
             _check_origin(headers, host)
-        if self._key is not None and scope["path"] not in _OPEN and not self.has_key(headers):
+        if scope["path"] not in _OPEN and not self._keys.admit(headers):
             raise ApiError(
                 401, "invalid_api_key", "send the key: Authorization: Bearer KEY",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-
-    def has_key(self, headers: Headers) -> bool:
-        """Whether a request carries the key, or the cookie that stands for it, or needs none."""
-        if self._key is None:
-            return True
-        kind, _, value = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and self.is_key(value.strip()):
-            return True
-        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
-        return hmac.compare_digest(cookie.encode(), self.session().encode())
 
 
 def _check_origin(headers: Headers, host: str) -> None:

@@ -14,21 +14,34 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.records import CONTACT_SHEET_FILE
 from stages import files
-from web.access import Access
-from web.bodies import read_video_body
+from stages.preview import PREVIEW_FILE
+from web.access import COOKIE, Access, Keys
+from web.bodies import read_key_form, read_video_body
 from web.describe import describe
 from web.errors import ApiError, bad_field
 from web.events import Events
 from web.metrics import CONTENT_TYPE, Metrics
+from web.page import card, login, page
 from web.store import Store, Video
 from web.worker import Worker
 
+# The page has a policy of its own in its head.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+}
 _MAX_LIST = 100
 _DEFAULT_LIST = 20
 # What `content` sends, by OpenAI's names.
@@ -48,16 +61,21 @@ def make_app(store: Store, worker: Worker | None, key: str | None, loopback: boo
         loopback: the server listens on this machine only.
     """
     api = _Api(store, worker)
+    entrance = _Entrance(store, key)
     routes = [
         Route("/v1/videos", api.create, methods=["POST"]),
         Route("/v1/videos", api.list, methods=["GET"]),
         Route("/v1/videos/{id}", api.get, methods=["GET"]),
         Route("/v1/videos/{id}", api.delete, methods=["DELETE"]),
         Route("/v1/videos/{id}/content", api.content, methods=["GET"]),
+        Route("/v1/videos/{id}/preview", api.preview, methods=["GET"]),
         Route("/v1/videos/{id}/events", api.events_of_one, methods=["GET"]),
         Route("/v1/events", api.events_of_all, methods=["GET"]),
         Route("/v1/models", api.models, methods=["GET"]),
         Route("/v1/models/{id:path}", api.model, methods=["GET"]),
+        Route("/", entrance.page, methods=["GET"]),
+        Route("/login", entrance.login, methods=["POST"]),
+        Route("/cards/{id}", api.card, methods=["GET"]),
         Route("/healthz", api.health, methods=["GET"]),
         Route("/metrics", api.metrics, methods=["GET"]),
     ]
@@ -73,7 +91,7 @@ def make_app(store: Store, worker: Worker | None, key: str | None, loopback: boo
         exception_handlers={ApiError: _refuse, HTTPException: _refuse_http, Exception: _defect},
         middleware=[Middleware(_Counting, metrics=api.counts)],
     )
-    return Access(app, key, loopback)
+    return Access(app, entrance.keys, loopback)
 
 
 class _Api:
@@ -135,6 +153,17 @@ class _Api:
         name, kind = _VARIANTS[variant]
         return _file(video.state.folder / name, kind, f"{video.id}{Path(name).suffix}")
 
+    async def preview(self, request: Request) -> Response:
+        video = await self._video(request)
+        path = video.state.folder / PREVIEW_FILE
+        if not path.is_file():
+            raise ApiError(404, "not_found", "there is no preview yet", "video_id")
+        return _file(path, "image/webp", f"{video.id}.webp")
+
+    async def card(self, request: Request) -> Response:
+        video = await self._video(request)
+        return HTMLResponse(await asyncio.to_thread(card, video))
+
     async def events_of_one(self, request: Request) -> Response:
         video = await self._video(request)
         return self._stream(request, video.id)
@@ -188,6 +217,29 @@ def _file(path: Path, kind: str, name: str) -> Response:
         path, media_type=kind, filename=name, content_disposition_type="inline",
         headers={"Cache-Control": "private, no-cache"},
     )  # fmt: skip
+
+
+class _Entrance:
+    """The page, or if a key is missing the form that asks for it."""
+
+    def __init__(self, store: Store, key: str | None):
+        self._store, self.keys = store, Keys(key)
+
+    async def page(self, request: Request) -> Response:
+        if not self.keys.admit(request.headers):
+            return HTMLResponse(login(self._store.name, ""), 401, _PAGE_HEADERS)
+        videos = await asyncio.to_thread(self._store.videos)
+        return HTMLResponse(await asyncio.to_thread(page, self._store, videos), 200, _PAGE_HEADERS)
+
+    async def login(self, request: Request) -> Response:
+        if not self.keys.match(await read_key_form(request)):
+            return HTMLResponse(login(self._store.name, "Wrong key."), 401, _PAGE_HEADERS)
+        answer = RedirectResponse("/", 303)
+        secure = request.url.scheme == "https"
+        answer.set_cookie(
+            COOKIE, self.keys.session(), httponly=True, samesite="strict", secure=secure
+        )
+        return answer
 
 
 class _Counting:

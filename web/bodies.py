@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qs
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -23,6 +24,7 @@ MAX_UPLOAD_BYTES = 16 << 20
 MAX_FORM_BYTES = MAX_UPLOAD_BYTES + MAX_JSON_BYTES
 _BODY_SECONDS = 30.0
 _MAX_FIELDS = 40
+_MAX_LOGIN_BYTES = 4096
 _JSON_DEPTH = 4
 
 # Fields of OpenAI's API, and after them this project's, by the names of the command line.
@@ -81,6 +83,16 @@ async def read_video_body(request: Request) -> VideoBody:
     except ClientDisconnect:
         raise ApiError(400, "disconnected", "the client left before the end of the body") from None
     return _checked(fields)
+
+
+async def read_key_form(request: Request) -> str:
+    """Reads the key from the form of the page that asks for it; "" if there is none."""
+    body = await _read(request, _MAX_LOGIN_BYTES)
+    try:
+        keys = parse_qs(body.decode("ascii"), max_num_fields=2).get("key", [])
+    except ValueError:
+        return ""
+    return keys[0] if len(keys) == 1 else ""
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.gallery import describe_steps
 from web.store import Video
 
 _DENOISING_SHARE = 95  # percent of the progress; encoding takes little, decoding the rest
@@ -41,10 +42,22 @@ def describe(video: Video, model: str) -> dict[str, Any]:
         "speed": "exact" if not job.lossy.names else "; ".join(job.lossy.names),
         "queue_position": video.position,
         "activity": steps.what if steps else None,
+        "preview": None
+        if video.preview is None
+        else f"/v1/videos/{video.id}/preview?v={video.preview}",
         "steps_done": done,
         "steps_total": total,
         "seconds_left": None if video.seconds_left is None else round(video.seconds_left, 1),
     }
+
+
+def describe_progress(video: Video) -> tuple[int, int, str]:
+    """Steps that are done, all of them, and what happens now, for people."""
+    done, total = _steps(video)
+    if video.status == "queued":
+        return done, total, f"place {video.position} in the queue"
+    steps = video.state.steps
+    return done, total, describe_steps(steps) if steps else "starting"
 
 
 def _steps(video: Video) -> tuple[int, int]:

@@ -64,6 +64,11 @@ def run(options: ServeOptions, parse: Parse, worker_command: Sequence[str]) -> N
     Raises:
         InputError: an option is wrong, or the port is taken.
     """
+
+    def wake() -> None:
+        if worker:
+            worker.wake()
+
     with checking_input():
         key = read_key(options.api_key_file) if options.api_key_file else None
         unsafe = unsafe_to_listen(options.host, key is not None, options.allow_anyone)
@@ -72,15 +77,10 @@ def run(options: ServeOptions, parse: Parse, worker_command: Sequence[str]) -> N
         files.check_output_folder(options.output_dir)
         model = find_model(options.model_id, MODEL_PARTS)
         listening = _listen(options.host, options.port)
+        # A path of this machine is no client's business.
+        name = Path(options.model_id).name if os.path.isdir(options.model_id) else options.model_id
+        store = Store(options.output_dir, model, name, parse, options.max_queue, wake)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    # A path of this machine is no client's business.
-    name = Path(options.model_id).name if os.path.isdir(options.model_id) else options.model_id
-
-    def wake() -> None:
-        if worker:
-            worker.wake()
-
-    store = Store(options.output_dir, model, name, parse, options.max_queue, wake)
     worker = None
     if not options.no_worker:
         worker = Worker(worker_command, options.output_dir, store.fail)

@@ -36,6 +36,7 @@ from jobs.service import delete_job, delete_leftovers
 from runtime.errors import InputError
 from runtime.files import WriteError, flush, write_json
 from stages.encode import check_prompts
+from stages.preview import PREVIEW_FILE
 from web.bodies import VideoBody
 from web.errors import ApiError, bad_field, from_check
 
@@ -52,6 +53,7 @@ class Video:
     """A job as it was when it was read.
 
     Attributes:
+        preview: changes with the preview; None if there is none.
         position: in the queue, from 1; None if it is not queued.
         seconds_left: until it is done; None if nothing is known.
     """
@@ -59,6 +61,7 @@ class Video:
     state: JobState
     created: float
     completed: float | None
+    preview: int | None = None
     position: int | None = None
     seconds_left: float | None = None
 
@@ -100,11 +103,20 @@ class Store:
             parse: checks the settings of a video.
             max_queue: requests that may wait.
             wake: tells the worker that there is something to do.
+
+        Raises:
+            ValueError: the model cannot compute the defaults of `parse`.
+
+        Attributes:
+            defaults: settings of a request that names none.
         """
         self.output_dir, self.model, self.name = output_dir, model, name
         self.max_queue = max_queue
         self._parse, self._wake = parse, wake
         self._digest = model_digest(model)
+        # Fails now if the server's own options make no video.
+        wishes = self._parsed({"prompt": "any"})
+        self.defaults = make_job(Line(0, None, wishes), model, self._digest).settings
         self._lock = threading.RLock()
         self._videos: dict[str, Video] = {}  # by id; those that have ended are not read again
         self._ids: dict[str, str] = {}  # by the name of the folder
@@ -301,7 +313,7 @@ class Store:
         created = job.accepted
         if created is None:
             created = min((r.started for r in state.records.values()), default=0.0)
-        return Video(state, created, completed)
+        return Video(state, created, completed, _version(folder / PREVIEW_FILE))
 
     def _number(self) -> None:
         """Counts the queue, and estimates when each video is done."""
@@ -330,6 +342,13 @@ class Store:
         if steps and steps.total:
             return steps.seconds_left(time.time())
         return self._pace.seconds(video.state.job)
+
+
+def _version(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns // 1_000_000
+    except FileNotFoundError:
+        return None
 
 
 @contextlib.contextmanager

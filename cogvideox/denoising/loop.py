@@ -233,6 +233,15 @@ def to_devices(
     return rows(state.latents), rows(state.previous_x0), Reusable(residual, difference)
 
 
+def x0_to_host(state: LoopState) -> np.ndarray:
+    """Copies what the last step predicted to the host: [B, T, C, H, W] float32.
+
+    Every process must call it.
+    """
+    x0 = multihost_utils.process_allgather(state.previous_x0, tiled=True)
+    return state.denoiser.layout.to_latents(x0)
+
+
 def to_host(state: LoopState, schedule: Schedule | None = None) -> LoopCheckpoint:
     """Copies a state to the host, independent of the mesh.
 

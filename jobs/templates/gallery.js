@@ -1,23 +1,27 @@
 "use strict";
-const search = document.querySelector("input");
+const search = document.querySelector("input[type=search]");
 const buttons = [...document.querySelectorAll("button[data-status]")];
 const shown = document.querySelector("output");
 const none = document.querySelector(".none");
-const cards = [...document.querySelectorAll("article")].map((element) => ({
-  element,
-  status: element.dataset.status,
-  text: element.textContent.toLowerCase(),
-}));
+// Of cards, in lower case.
+const texts = new WeakMap();
+
+function textOf(card) {
+  if (!texts.has(card)) texts.set(card, card.textContent.toLowerCase());
+  return texts.get(card);
+}
 
 function filter() {
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
   const { status } = buttons.find((b) => b.getAttribute("aria-pressed") === "true").dataset;
+  const cards = [...document.querySelectorAll("article")];
   let count = 0;
   for (const card of cards) {
     const wanted =
-      (!status || card.status === status) && words.every((word) => card.text.includes(word));
-    card.element.hidden = !wanted;
-    if (!wanted) card.element.querySelector("video")?.pause();
+      (!status || card.dataset.status === status) &&
+      words.every((word) => textOf(card).includes(word));
+    card.hidden = !wanted;
+    if (!wanted) card.querySelector("video")?.pause();
     count += wanted;
   }
   shown.textContent = count === cards.length ? "" : `${count} shown`;

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
+from cogvideox.video.metrics import mean_squared_error, psnr
+from cogvideox.video.preview import small_frames
 from toyworld.captions import held_out_captions
 from toyworld.reader import largest_of, read_video, truth_of
 
@@ -21,7 +24,8 @@ def folder(tmp_path_factory) -> Path:
     texts = [prompt.text for prompt in held_out_captions(4)]
     where = ["--model_id", str(MODEL), "--output_dir", str(folder), "--dtype=float32"]
     stage1.run(stage1.parse_arguments([*where, *(f"--prompt={text}" for text in texts)]))
-    stage2.run(stage2.parse_arguments(["--input_dir", str(folder), "--dtype=float32", "--seed=0"]))
+    settings = ["--dtype=float32", "--seed=0", "--preview_every=13"]
+    stage2.run(stage2.parse_arguments(["--input_dir", str(folder), *settings]))
     return folder
 
 
@@ -35,3 +39,17 @@ def test_videos_show_what_the_captions_say(decoder, folder):
         assert largest_of(reading) == truth_of(prompt.scene), prompt.text
         # True videos have 0.99 and more, dented outlines as of a badly denoised latent 0.8.
         assert min(reading.fits) > 0.85, prompt.text
+    if decoder == "torchax":
+        check_previews(folder, video)
+
+
+def check_previews(folder: Path, video: Path) -> None:
+    """The only preview is of step 13 of 25."""
+    errors = []
+    for i in range(4):
+        frames = np.rint(255 * np.load(video.with_stem(f"torchax-{i}"))).astype(np.uint8)
+        with Image.open(folder / f"stage2_preview-{i}.webp") as image:
+            seen = [np.asarray(one.convert("RGB")) for one in ImageSequence.Iterator(image)]
+        wanted = small_frames(frames, len(seen), 8)
+        errors.append(mean_squared_error(np.stack(seen) / 255, wanted))
+    assert psnr(float(np.mean(errors))) > 20
