@@ -22,7 +22,8 @@ _OPEN = ("/", "/healthz", "/login")  # need no key; "/" asks for it
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _ANSWER_HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    # Not "no-referrer": browsers then send "Origin: null" with the form of the key.
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",

@@ -155,10 +155,12 @@ class _Api:
 
     async def preview(self, request: Request) -> Response:
         video = await self._video(request)
-        path = video.state.folder / PREVIEW_FILE
-        if not path.is_file():
-            raise ApiError(404, "not_found", "there is no preview yet", "video_id")
-        return _file(path, "image/webp", f"{video.id}.webp")
+        try:
+            # At once: the file may be replaced between two looks at it.
+            picture = await asyncio.to_thread((video.state.folder / PREVIEW_FILE).read_bytes)
+        except FileNotFoundError:
+            raise ApiError(404, "not_found", "there is no preview yet", "video_id") from None
+        return Response(picture, media_type="image/webp")
 
     async def card(self, request: Request) -> Response:
         video = await self._video(request)
