@@ -51,7 +51,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=_speeds,
         default="exact",
         help="compile what these values of stage 2's --speed need, separated by commas; all but "
-        "exact are lossy. near and fast cover every step mask. --plan shows all",
+        "exact are lossy. near covers every step mask, fast those with sparse attention. --plan "
+        "shows all",
     )
     parser.add_argument(
         "--frames",

@@ -119,7 +119,8 @@ def add_speed(parser: ArgumentParser) -> None:
         choices=("exact", "near", "fast", "turbo"),
         default="exact",
         help="all but exact are lossy: near computes 58%% of the steps, fast 48%%, turbo 40%% and "
-        "reuses the difference of guidance from half of them on; sets the three options below",
+        "reuses the difference of guidance from half of them on; fast and turbo attend sparsely. "
+        "Sets the options below",
     )
     parser.add_argument(
         "--step_mask",
@@ -138,6 +139,23 @@ def add_speed(parser: ArgumentParser) -> None:
         type=number(0, 1),
         help="lossy: from this share of the steps on, skip the negative prompt and reuse the "
         "difference that it made (default: that of --speed)",
+    )
+    parser.add_argument(
+        "--sparse_attention",
+        metavar="{none,near,fast,FILE}",
+        help="lossy: attend to near frames and rows only. FILE has rules for each head, from "
+        "calibrate.py --block_rules or your own (default: that of --speed)",
+    )
+    parser.add_argument(
+        "--dense_steps",
+        type=integer(0),
+        help="steps before attention turns sparse (default: a fifth of them, with --speed turbo a "
+        "tenth)",
+    )
+    parser.add_argument(
+        "--dense_layers",
+        type=integer(0),
+        help="first layers that never attend sparsely (default: 1)",
     )
 
 

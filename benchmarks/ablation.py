@@ -203,11 +203,9 @@ class Runner:
         from stages.denoise import drop_padding
         from stages.steps import compile_steps, load_steps
 
-        compiled = compile_steps(checked.denoiser, checked.gated, checked.schedule, None)
+        compiled = compile_steps(checked.denoisers, checked.schedule, None)
         for prompt, embeddings in zip(self._prompts, self._embeddings, strict=True):
-            loaded = load_steps(
-                checked.denoiser, checked.gated, compiled, self._parameters, embeddings
-            )
+            loaded = load_steps(checked.denoisers, compiled, self._parameters, embeddings)
             start = time.perf_counter()
             *_, state = run_loop(loaded, checked.schedule, prompt.seed, NoiseSource())
             seconds = time.perf_counter() - start

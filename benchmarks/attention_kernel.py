@@ -221,6 +221,20 @@ def sparse_lists(density: float, length: int, precision: str) -> BlockLists:
     )
 
 
+def lists_schedule(
+    chip: str, kernel: str, lists: BlockLists, heads: int, head_dim: int
+) -> Schedule:
+    """Return the schedule over lists; its uncounted bundles are those of one body."""
+    tiles = lists.chunks.shape[1]
+    shapes = ((heads,), lists.chunks.shape, lists.lengths.shape, lists.valid.shape)
+    arguments = {
+        "chip": chip, "heads": heads, "length": lists.keys, "head_dim": head_dim, "kernel": kernel,
+        "blocks": dataclasses.asdict(lists.block_sizes), "list_shapes": shapes,
+        "listed_valid": lists.least_valid,
+    }  # fmt: skip
+    return measure(lower_ours, chip, "splash_attention", heads * tiles, arguments)
+
+
 def sparse_row(
     chip: str, kernel: str, heads: int, length: int, head_dim: int, density: float
 ) -> dict[str, Any]:
@@ -231,13 +245,7 @@ def sparse_row(
     dtype = operand_dtype(kernel)
     lists = sparse_lists(density, length, "int8_qk" if dtype == "int8" else "bf16")
     blocks = dataclasses.asdict(lists.block_sizes)
-    tiles = lists.chunks.shape[1]
-    shapes = ((heads,), lists.chunks.shape, lists.lengths.shape, lists.valid.shape)
-    arguments = {
-        "chip": chip, "heads": heads, "length": lists.keys, "head_dim": head_dim, "kernel": kernel,
-        "blocks": blocks, "list_shapes": shapes, "listed_valid": lists.least_valid,
-    }  # fmt: skip
-    schedule = measure(lower_ours, chip, "splash_attention", heads * tiles, arguments)
+    schedule = lists_schedule(chip, kernel, lists, heads, head_dim)
     bodies = heads * int((-(-lists.lengths // lists.unroll)).sum())
     cycles = schedule.cycles + bodies * schedule.uncounted_bundles
     return {

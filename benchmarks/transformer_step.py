@@ -118,7 +118,9 @@ def flops(denoiser: Any) -> dict[str, float]:
 def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compiles the steps for a named topology; returns the compiler's estimates."""
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    from cogvideox.denoising.parts import split_steps
     from runtime.topology import machine_devices
+    from stages.steps import denoisers_of
 
     denoiser = make_denoiser(
         machine_devices(arguments.topology),
@@ -137,17 +139,15 @@ def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
     lossy = resolve(cast(Any, arguments), make_settings(arguments, PLANNED_STEPS), None)
     if not lossy.names:
         return report | compile_step(denoiser, "off")
-    mask, guided_steps = lossy.mask, lossy.guided_steps or PLANNED_STEPS
-    kept, reused = ("keep", "reuse") if mask else ("off", None)
-    parts = [(denoiser, 0, PLANNED_STEPS)]
-    if guided_steps < PLANNED_STEPS:
-        denoiser = dataclasses.replace(denoiser, difference="keep")
-        parts = [(denoiser, 0, guided_steps), (denoiser.gated(), guided_steps, PLANNED_STEPS)]
+    kept: Any = "keep" if lossy.mask else "off"
+    computed = lossy.mask.computed if lossy.mask else (True,) * PLANNED_STEPS
+    parts = split_steps(PLANNED_STEPS, lossy.dense_steps, lossy.guided_steps)
+    denoisers = denoisers_of(denoiser, lossy, PLANNED_STEPS)
     programs, seconds = {}, 0.0
-    for part, start, stop in parts:
-        computed = sum(mask.computed[start:stop]) if mask else stop - start
-        for residual, times in ((kept, computed), (reused, stop - start - computed)):
-            if residual is not None:
+    for (start, stop, *_), part in zip(parts, denoisers, strict=True):
+        runs = sum(computed[start:stop])
+        for residual, times in ((kept, runs), (cast(Any, "reuse"), stop - start - runs)):
+            if times:
                 found = compile_step(part, residual)
                 name = part.step_program(residual).name
                 programs[name] = {"mesh": dict(part.mesh.shape), "times": times, **found}
@@ -207,7 +207,6 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     The scheduled bundles, or the time to read and write HBM where that is longer. Attention takes
     the path without a running maximum, as it does for every head whose norms allow it.
     """
-    from attention_kernel import row
     from kernel_schedule import measure
 
     from cogvideox.transformer.backends.tpu.modulated_norm import grid
@@ -217,9 +216,7 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     head_dim, shards = config.attention_head_dim, shape["sp"]
     rows = config.width // (shape["tp"] * shards)
     batch = denoiser.samples // shape["dp"]
-    heads = batch * rows // head_dim
-    attention = row("v6e", "bounded", heads, denoiser.layout.tokens, head_dim)
-    cycles = {"attention": attention["cycles"]}
+    cycles = {"attention": attention_cycles(denoiser, batch, rows // head_dim)}
     split = (batch, shards, rows, denoiser.layout.padded // shards)
     rows_of_device = denoiser.layout.padded // (shards * shape["tp"])
     residual = (batch, rows_of_device, config.width)
@@ -238,6 +235,26 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
         traffic = 2 * 2 * math.prod(x) / V6E.hbm_bytes_per_second * V6E.clock_hz
         cycles[kind] = max(bundles, math.ceil(traffic))
     return cycles | {"norm2": cycles["norm1"]}  # the same kernel on the same shape
+
+
+def attention_cycles(denoiser: Any, batch: int, heads: int) -> int:
+    """Returns the cycles of attention in one block: in a sparse step the mean of all blocks.
+
+    Args:
+        batch: samples of a device.
+        heads: heads of a device, of each sample; in a sparse step those with the most work count.
+    """
+    import numpy as np
+    from attention_kernel import lists_schedule, row
+
+    head_dim, sparse = denoiser.config.attention_head_dim, denoiser.sparse_step
+    if sparse is None:
+        return row("v6e", "bounded", batch * heads, denoiser.layout.tokens, head_dim)["cycles"]
+    found = lists_schedule("v6e", "sparse", sparse.lists, batch * heads, head_dim)
+    of_tiles = -(-np.asarray(sparse.lists.lengths) // sparse.lists.unroll)
+    bodies = of_tiles.sum(1)[sparse.tables.rule]  # [L, N]
+    of_devices = bodies.reshape(len(bodies), -1, heads).sum(-1).max(-1)
+    return int(found.cycles + found.uncounted_bundles * batch * of_devices.mean())
 
 
 def lower_kernel(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int) -> Any:
@@ -284,7 +301,7 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     from cogvideox.denoising.scheduler import make_schedule
     from cogvideox.model.config import SchedulerConfig
     from cogvideox.transformer.parameters import abstract_parameters
-    from stages.steps import compile_steps, load_steps
+    from stages.steps import compile_steps, denoisers_of, load_steps
 
     what = (arguments.model, arguments.size, arguments.mesh, arguments.attention)
     denoiser = make_denoiser(np.asarray(jax.devices()), *what)
@@ -307,14 +324,12 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def times(lossy: Lossy) -> tuple[list[float], Any, float]:
         """Seconds of each step, the last state, and seconds of compilation."""
-        part, gated, planned = denoiser, None, lossy.apply(schedule)
-        if lossy.guided_steps:
-            part = dataclasses.replace(denoiser, difference="keep")
-            gated = part.gated()
+        planned = lossy.apply(schedule)
+        parts = denoisers_of(denoiser, lossy, len(schedule.timesteps))
         start = time.perf_counter()
-        steps = compile_steps(part, gated, planned, None)
+        steps = compile_steps(parts, planned, None)
         compiled = time.perf_counter() - start
-        loaded = load_steps(part, gated, steps, parameters, embeddings)
+        loaded = load_steps(parts, steps, parameters, embeddings)
         stamps, state = [time.perf_counter()], None
         for state in run_loop(loaded, planned, settings.seed, NoiseSource()):  # noqa: B007
             stamps.append(time.perf_counter())

@@ -35,6 +35,7 @@ TYPES: dict[str, type] = {
     **{"num_inference_steps": int, "guidance_scale": float, "use_dynamic_cfg": bool},
     **{"scheduler": str, "seed": int, "quality": int, "no_metadata": bool},
     **{"speed": str, "step_mask": str, "mask_steps": int, "guidance_until": float},
+    **{"sparse_attention": str, "dense_steps": int, "dense_layers": int},
 }
 _TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 _KEYS = sorted([*TYPES, *_SHORT, "name", "seeds", "size"])
@@ -72,6 +73,9 @@ class LineSettings:
     step_mask: str | None
     mask_steps: int | None
     guidance_until: float | None
+    sparse_attention: str | None
+    dense_steps: int | None
+    dense_layers: int | None
 
 
 # Checks the values of a line and fills in defaults; raises ValueError.

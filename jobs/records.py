@@ -95,7 +95,7 @@ class Job:
         s, lossy = self.settings, self.lossy
         return Shape(
             *(s.height, s.width, s.num_frames, s.guided, self.max_sequence_length),
-            *(lossy.mask is not None, lossy.guided_steps is not None),
+            *lossy.decides_programs(s.num_inference_steps),
         )
 
 

@@ -19,7 +19,7 @@ from stages import files, sections, speed
 from stages.checkpoints import Checkpoints
 from stages.denoise_options import DenoiseOptions
 from stages.preview import Previews, find_factors
-from stages.steps import compile_steps, load_steps
+from stages.steps import compile_steps, denoisers_of, describe_sparse, load_steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,17 +44,21 @@ class DenoisingRun:
     Attributes:
         padding_frames: leading latent frames that `drop_padding` removes.
         lossy: the lossy options in force, which the schedule has.
-        gated: runs the steps that reuse the difference of guidance, if there are any.
+        denoisers: of each part of the schedule, see `cogvideox.denoising.parts`.
         preview: how previews are drawn; None draws none.
     """
 
     settings: DenoisingSettings
     padding_frames: int
-    denoiser: Denoiser
+    denoisers: Sequence[Denoiser]
     schedule: Schedule
     lossy: speed.Lossy
-    gated: Denoiser | None
     preview: PreviewFactors | None = None
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Of the first steps; it loads the weights of all."""
+        return self.denoisers[0]
 
     @property
     def latents_shape(self) -> tuple[int, ...]:
@@ -108,11 +112,13 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
 
     devices, guided = jax.devices(), settings.guided
     denoiser = make_denoiser(options, model, stored, latents, tokens, guided, devices)
-    gated = None
-    if lossy.guided_steps:
-        denoiser = dataclasses.replace(denoiser, difference="keep")
-        gated = denoiser.gated()
-    return DenoisingRun(settings, padding, denoiser, schedule, lossy, gated, preview)
+    if lossy.sparse and not denoiser.backend.takes_lists:
+        raise ValueError(
+            f"--attention {denoiser.backend.name} on this device has no sparse attention: take "
+            "--sparse_attention none, or --attention reference, which is slow"
+        )
+    denoisers = denoisers_of(denoiser, lossy, settings.num_inference_steps)
+    return DenoisingRun(settings, padding, denoisers, schedule, lossy, preview)
 
 
 def make_denoiser(
@@ -195,6 +201,8 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
     mesh, attention = dict(denoiser.mesh.shape), denoiser.backend.name
     print(f"{checked.settings.describe()}\nmesh {mesh}, attention {attention}, {options.dtype}")
     print(checked.lossy.describe())
+    for line in describe_sparse(checked.denoisers):
+        print(line)
 
     from runtime.compilation import CompilationLog
 
@@ -204,13 +212,13 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
             working("loading the transformer and its program"),
             ThreadPoolExecutor(1) as background,
         ):
-            programs = (denoiser, checked.gated, checked.schedule, options.executables)
+            programs = (checked.denoisers, checked.schedule, options.executables)
             compiling = background.submit(compile_steps, *programs)
             with timings.phase("load"):
                 parameters = denoiser.load(options.executables)
             with timings.phase("compile"):  # the part that loading did not hide
                 steps = compiling.result()
-            loaded = load_steps(denoiser, checked.gated, steps, parameters, tensors)
+            loaded = load_steps(checked.denoisers, steps, parameters, tensors)
         print(f"stage 2: {compilations.sentence()}")
 
         section = denoising_section(checked, model, embeddings)

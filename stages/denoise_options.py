@@ -19,7 +19,8 @@ class DenoiseOptions:
         allow_unsupported: also compute sizes that the model was not trained for.
         attention: "auto", "splash", "cudnn" or "reference".
         checkpoint_every: steps between two saves of the loop's state; None saves none.
-        speed, step_mask, mask_steps, guidance_until: see `speed.SpeedOptions`.
+        speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers:
+            see `speed.SpeedOptions`.
         lossy: what these resolve to, if it is known.
         dtype: "bfloat16" or "float32".
         executables: a folder from compile_ahead.py; missing programs are compiled.
@@ -49,6 +50,9 @@ class DenoiseOptions:
     step_mask: str | None = None
     mask_steps: int | None = None
     guidance_until: float | None = None
+    sparse_attention: str | None = None
+    dense_steps: int | None = None
+    dense_layers: int | None = None
     lossy: speed.Lossy | None = None
     dp: int | None = None
     sp: int | None = None

@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from cogvideox.denoising.program import Denoiser, Reuse
+from cogvideox.denoising.program import Denoiser
+from cogvideox.denoising.reuse import Reuse
 from cogvideox.transformer.parameters import abstract_parameters
 from cogvideox.vae.decode import Decoder, frame_batches
 from runtime.chips import PLANNED

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cogvideox.model.folder import ModelFolder
     from cogvideox.model.settings import DenoisingSettings
     from cogvideox.text.encoder import TextEncoder
+    from cogvideox.transformer.block_rules import SparseAttention
     from cogvideox.vae.decode import Decoder
 
 
@@ -46,11 +47,14 @@ class Shape(NamedTuple):
     text_tokens: int
     masked: bool = False
     gated: bool = False
+    sparse: SparseAttention | None = None
+    parts: tuple[tuple[bool, bool], ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{self.height}x{self.width}x{self.num_frames}"]
         parts += [] if self.guided else ["no guidance"]
         parts += ["step mask"] * self.masked + ["guidance reused"] * self.gated
+        parts += ["sparse attention"] * (self.sparse is not None)
         return ", ".join(parts)
 
 
@@ -74,7 +78,7 @@ class VideoRequest:
         assert lossy is not None
         return Shape(
             *(s.height, s.width, s.num_frames, s.guided, self.text_tokens),
-            *(lossy.mask is not None, lossy.guided_steps is not None),
+            *lossy.decides_programs(s.num_inference_steps),
         )
 
 
@@ -186,7 +190,7 @@ class Session:
             from runtime.compilation import CompilationLog
 
             log, self._step = CompilationLog(), None
-            programs = (denoiser, run.gated, run.schedule, request.denoise.executables)
+            programs = (run.denoisers, run.schedule, request.denoise.executables)
             with self._working(request, f"{shape}: {foresee_steps(*programs)}"):
                 self._step = shape, compile_steps(*programs)
             print(f"{shape}: {log.sentence()}")
@@ -210,7 +214,7 @@ class Session:
         every = options.checkpoint_every
         checkpoints = denoise.Checkpoints(options.output_dir, section, every, self._stop.is_set)
         (_, steps), (_, parameters) = self._step, self._parameters
-        loaded = load_steps(run.denoiser, run.gated, steps, parameters, tensors)
+        loaded = load_steps(run.denoisers, steps, parameters, tensors)
         bar = functools.partial(self._show_steps, options.output_dir)
         with denoise.previews_of(run, options, options.output_dir, self._model) as previews:
             latents = denoise.denoise(run, loaded, checkpoints, NoiseSource(), bar, previews)

@@ -1,8 +1,8 @@
 """Lossy options of stage 2: what a run skips, and how its settings record it.
 
-The step mask and the guidance gate change the result beyond rounding. `resolve` makes them of the
-options; `Lossy` is what is in force and what generation_config.json and jobs record. A run without
-any is exact.
+The step mask, sparse attention and the guidance gate change the result beyond rounding. `resolve`
+makes them of the options; `Lossy` is what is in force and what generation_config.json and jobs
+record. A run without any is exact.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from runtime import processes
 from runtime.json_files import read_json_object
 from runtime.text import printable
+from stages import sparse as sparse_files
 from stages.sections import DENOISE, PARTS
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cogvideox.denoising.step_mask import StepMask
     from cogvideox.model.folder import ModelFolder
     from cogvideox.model.settings import DenoisingSettings
+    from cogvideox.transformer.block_rules import SparseAttention
 
 EXACT = "exact"
 
@@ -35,18 +37,22 @@ class _Speed(NamedTuple):
     Attributes:
         computed_share: of the steps, for masks; near computes 29 of 50, fast 24, turbo 20.
         guidance_until: 1 computes the difference of guidance in every step.
+        dense_share: of the steps, before attention turns sparse.
     """
 
     step_mask: str
     computed_share: float
     guidance_until: float
+    sparse_attention: str = "none"
+    dense_share: float = sparse_files.DENSE_SHARE
 
 
+# near leaves attention dense: in published measurements sparse attention costs more than a mask.
 _SPEEDS = {
     EXACT: _Speed("none", 0.58, 1.0),
     "near": _Speed("near", 0.58, 1.0),
-    "fast": _Speed("fast", 0.48, 1.0),
-    "turbo": _Speed("fast", 0.40, 0.5),
+    "fast": _Speed("fast", 0.48, 1.0, "fast"),
+    "turbo": _Speed("fast", 0.40, 0.5, "fast", 0.1),
 }
 SPEEDS = tuple(_SPEEDS)
 NAMED_MASKS = ("none", "near", "fast")
@@ -62,6 +68,9 @@ class SpeedOptions(Protocol):
             such as {"steps": "1101"}, 1 for each computed step and 0 for each skipped one.
         mask_steps: how many steps are computed.
         guidance_until: share of the steps that run the transformer for the negative prompts.
+        sparse_attention: one of NAMED_MASKS or a file of rules.
+        dense_steps: the steps from this one on attend sparsely.
+        dense_layers: the first layers that attend densely in all steps.
     """
 
     @property
@@ -72,6 +81,12 @@ class SpeedOptions(Protocol):
     def mask_steps(self) -> int | None: ...
     @property
     def guidance_until(self) -> float | None: ...
+    @property
+    def sparse_attention(self) -> str | None: ...
+    @property
+    def dense_steps(self) -> int | None: ...
+    @property
+    def dense_layers(self) -> int | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +97,9 @@ class NamedSpeed:
     step_mask: None = None
     mask_steps: None = None
     guidance_until: None = None
+    sparse_attention: None = None
+    dense_steps: None = None
+    dense_layers: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +111,15 @@ class Lossy:
         guided_steps: the number of steps that compute the difference of guidance; None computes it
             in all.
         calibrated: whether the mask was measured for this model.
+        sparse: what attention keeps in sparse steps; None keeps everything in all.
+        dense_steps: the steps from this one on are sparse; None if there are none.
     """
 
     mask: StepMask | None = None
     guided_steps: int | None = None
     calibrated: bool = False
+    sparse: SparseAttention | None = None
+    dense_steps: int | None = None
 
     @property
     def names(self) -> list[str]:
@@ -109,20 +131,47 @@ class Lossy:
             found.append(f"step mask ({steps}{calibrated})")
         if self.guided_steps:
             found.append(f"guidance reused after step {self.guided_steps}")
+        if self.sparse:
+            found.append(f"sparse attention after step {self.dense_steps}")
         return found
 
     def describe(self) -> str:
         """Returns "exact", or the options in one line."""
         return f"lossy: {'; '.join(self.names)}" if self.names else EXACT
 
-    def computed_steps(self, steps: int) -> float:
+    def computed_steps(self, steps: int, sparse_cost: float = 1.0) -> float:
         """Returns how many exact steps take as long as a run of `steps`.
 
         A skipped step takes nothing, and one without the negative prompts half.
+
+        Args:
+            sparse_cost: of a sparse step, in dense ones.
         """
+        from cogvideox.denoising.parts import split_steps
+
         computed = self.mask.computed if self.mask else (True,) * steps
-        guided = self.guided_steps or steps
-        return sum(computed[:guided]) + sum(computed[guided:]) / 2
+        return sum(
+            sum(computed[start:stop]) * (sparse_cost if sparse else 1) / (2 if gated else 1)
+            for start, stop, sparse, gated in split_steps(
+                steps, self.dense_steps, self.guided_steps
+            )
+        )
+
+    def decides_programs(
+        self, steps: int
+    ) -> tuple[bool, bool, SparseAttention | None, tuple[tuple[bool, bool], ...]]:
+        """Returns what the programs of a run depend on, as `session.Shape` takes it.
+
+        These are: whether there is a mask, and a gate, the rules, and for each part of the run
+        whether it is sparse and gated, if any is sparse.
+        """
+        from cogvideox.denoising.parts import split_steps
+
+        kinds = ()
+        if self.sparse:
+            parts = split_steps(steps, self.dense_steps, self.guided_steps)
+            kinds = tuple((part.sparse, part.gated) for part in parts)
+        return self.mask is not None, self.guided_steps is not None, self.sparse, kinds
 
     def to_json(self) -> str | dict[str, Any]:
         """Returns "exact", or an object with each option in force."""
@@ -134,6 +183,9 @@ class Lossy:
             }
         if self.guided_steps:
             found["guided_steps"] = self.guided_steps
+        if self.sparse:
+            recorded = sparse_files.to_json(self.sparse)
+            found["sparse_attention"] = {**recorded, "dense_steps": self.dense_steps}
         return found or EXACT
 
     def apply(self, schedule: Schedule) -> Schedule:
@@ -142,7 +194,12 @@ class Lossy:
         Raises:
             ValueError: they are of another number of steps.
         """
-        return dataclasses.replace(schedule, mask=self.mask, guided_steps=self.guided_steps)
+        return dataclasses.replace(
+            schedule,
+            mask=self.mask,
+            guided_steps=self.guided_steps,
+            dense_steps=self.dense_steps,
+        )
 
 
 def read_lossy(value: object) -> Lossy:
@@ -156,16 +213,24 @@ def read_lossy(value: object) -> Lossy:
     if value == EXACT:
         return Lossy()
     try:
-        if not isinstance(value, dict) or value.keys() - {"step_mask", "guided_steps"}:
+        known = {"step_mask", "guided_steps", "sparse_attention"}
+        if not isinstance(value, dict) or value.keys() - known:
             raise ValueError("unknown lossy options")
         mask, guided = value.get("step_mask"), value.get("guided_steps")
         if not (guided is None or (type(guided) is int and guided > 0)):
             raise ValueError(f"guided_steps is {guided!r}")
+        lossy = Lossy(guided_steps=guided)
+        if "sparse_attention" in value:
+            recorded = value["sparse_attention"]
+            sparse, dense_steps = sparse_files.from_json(recorded), recorded["dense_steps"]
+            if not (type(dense_steps) is int and dense_steps >= 0):
+                raise ValueError(f"dense_steps is {dense_steps!r}")
+            lossy = dataclasses.replace(lossy, sparse=sparse, dense_steps=dense_steps)
         if mask is None:
-            return Lossy(None, guided)
+            return lossy
         scales = tuple(tuple(map(float, scales)) for scales in mask["scales"])
         step_mask = StepMask(parse_computed(str(mask["steps"])), scales)
-        return Lossy(step_mask, guided, mask["calibrated"] is True)
+        return dataclasses.replace(lossy, mask=step_mask, calibrated=mask["calibrated"] is True)
     except (ValueError, TypeError, KeyError) as error:
         shown = printable(str(value))[:80]
         raise ValueError(f"speed is {shown}, not what stage 2 writes: {error}") from error
@@ -192,7 +257,38 @@ def resolve(options: SpeedOptions, settings: DenoisingSettings, model: ModelFold
     mask, calibrated = _resolve_mask(options, speed, settings, model)
     if mask is not None and all(mask.computed):
         mask = None  # an exact run
-    return Lossy(mask, guided_steps if gated else None, calibrated and mask is not None)
+    sparse, dense_steps = _resolve_sparse(options, speed, settings, model)
+    return Lossy(
+        *(mask, guided_steps if gated else None, calibrated and mask is not None),
+        *(sparse, dense_steps),
+    )
+
+
+def _resolve_sparse(
+    options: SpeedOptions, speed: _Speed, settings: DenoisingSettings, model: ModelFolder | None
+) -> tuple[SparseAttention | None, int | None]:
+    """Returns what attention keeps, and from which step on; None if it keeps everything."""
+    name, steps = options.sparse_attention or speed.sparse_attention, settings.num_inference_steps
+    if name == "none":
+        for option in ("dense_steps", "dense_layers"):
+            if getattr(options, option) is not None:
+                raise ValueError(f"--{option} is for --sparse_attention or a --speed that sets it")
+        return None, None
+    dense_steps = options.dense_steps
+    if dense_steps is None:
+        dense_steps = _count(speed.dense_share, steps)
+    elif dense_steps >= steps:
+        raise ValueError(
+            f"--dense_steps {dense_steps} leaves no sparse step of {steps}; take 0 to {steps - 1}, "
+            "or --sparse_attention none"
+        )
+    layers = sparse_files.DENSE_LAYERS if options.dense_layers is None else options.dense_layers
+    if model is not None and layers >= model.transformer.num_layers:
+        most = model.transformer.num_layers - 1
+        raise ValueError(f"--dense_layers {layers} leaves no sparse layer; take at most {most}")
+    if dense_steps >= steps:
+        return None, None  # too few steps for the default
+    return sparse_files.resolve_sparse(name, layers, settings, model), dense_steps
 
 
 def _resolve_mask(

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from stages.speed import NamedSpeed, resolve
+from stages.speed import Lossy, NamedSpeed, resolve
 
 if TYPE_CHECKING:
     import jax
     import numpy as np
 
     from cogvideox.denoising.loop import LoadedDenoiser
-    from cogvideox.denoising.program import Denoiser, Reuse
+    from cogvideox.denoising.program import Denoiser
+    from cogvideox.denoising.reuse import Reuse
     from cogvideox.denoising.scheduler import Schedule
     from cogvideox.model.settings import DenoisingSettings
     from runtime.programs import Program
 
+# Shares from which on a run says that sparse attention does not pay.
+_MUCH_PADDING, _ALMOST_ALL = 0.1, 0.9
 
-class CompiledSteps(NamedTuple):
-    """Results of `Denoiser.compile`.
+# Results of `Denoiser.compile`, for each part of a run.
+CompiledSteps = Sequence[Mapping["Reuse", Callable]]
 
-    Attributes:
-        gated: of the gated steps; empty if there are none.
+
+def denoisers_of(exact: Denoiser, lossy: Lossy, steps: int) -> list[Denoiser]:
+    """Returns the denoiser of each part of a run (see `cogvideox.denoising.parts`).
+
+    Args:
+        exact: without lossy options.
     """
+    from cogvideox.denoising.parts import split_steps
 
-    guided: Mapping[Reuse, Callable]
-    gated: Mapping[Reuse, Callable]
+    guided = dataclasses.replace(exact, difference="keep") if lossy.guided_steps else exact
+    found = []
+    for part in split_steps(steps, lossy.dense_steps, lossy.guided_steps):
+        one = dataclasses.replace(guided, sparse=lossy.sparse) if part.sparse else guided
+        found.append(one.gated() if part.gated else one)
+    return found
 
 
 def programs_for(
@@ -45,64 +57,72 @@ def programs_for(
     found: dict[str, Program] = {}
     for speed in speeds:
         lossy = resolve(NamedSpeed(speed), settings, None)
-        residuals, parts = programs_of_masks(lossy.mask is not None), [denoiser]
-        if lossy.guided_steps:
-            keeping = dataclasses.replace(denoiser, difference="keep")
-            parts = [keeping, keeping.gated()]
+        residuals = programs_of_masks(lossy.mask is not None)
+        parts = denoisers_of(denoiser, lossy, settings.num_inference_steps)
         programs = [part.step_program(residual) for part in parts for residual in residuals]
         found |= {program.manifest_name: program for program in programs}
     return [*found.values(), *denoiser.stack_programs]
 
 
 def compile_steps(
-    denoiser: Denoiser, gated: Denoiser | None, schedule: Schedule, executables: Path | None
+    denoisers: Sequence[Denoiser], schedule: Schedule, executables: Path | None
 ) -> CompiledSteps:
     """Reads or compiles the programs that a schedule runs.
 
     Args:
-        gated: result of `Denoiser.gated` if the schedule has gated steps.
+        denoisers: of each part.
     """
     from cogvideox.denoising.loop import programs_of_steps
 
-    of_guided, of_gated = programs_of_steps(schedule)
-    return CompiledSteps(
-        denoiser.compile(executables, of_guided),
-        gated.compile(executables, of_gated) if gated else {},
-    )
+    residuals = programs_of_steps(schedule)
+    return [denoiser.compile(executables, residuals) for denoiser in denoisers]
 
 
 def foresee_steps(
-    denoiser: Denoiser, gated: Denoiser | None, schedule: Schedule, executables: Path | None
+    denoisers: Sequence[Denoiser], schedule: Schedule, executables: Path | None
 ) -> str:
     """Says what `compile_steps` is about to do, such as "loading the transformer's program"."""
     from cogvideox.denoising.loop import programs_of_steps
     from runtime.executables import foresee
 
-    of_guided, of_gated = programs_of_steps(schedule)
-    programs = [denoiser.step_program(residual) for residual in of_guided]
-    programs += [gated.step_program(residual) for residual in of_gated] if gated else []
-    todo = foresee(programs, executables, list(denoiser.mesh.devices.flat))
+    residuals = programs_of_steps(schedule)
+    programs = [one.step_program(residual) for one in denoisers for residual in residuals]
+    todo = foresee(programs, executables, list(denoisers[0].mesh.devices.flat))
     return f"{todo} the transformer's program"
 
 
 def load_steps(
-    denoiser: Denoiser,
-    gated: Denoiser | None,
+    denoisers: Sequence[Denoiser],
     steps: CompiledSteps,
     parameters: Mapping[str, jax.Array],
     embeddings: Mapping[str, np.ndarray],
 ) -> list[LoadedDenoiser]:
-    """Places the embeddings; returns the denoiser, and the gated one after it if there is one.
-
-    The gated steps use the same weights, which are not copied.
-    """
+    """Places the embeddings for each part. All parts use the same weights, which are not copied."""
     from cogvideox.denoising.loop import LoadedDenoiser, parameters_for
 
-    loaded = [
-        LoadedDenoiser(denoiser, steps.guided, parameters, denoiser.prompt_embeds(embeddings))
+    return [
+        LoadedDenoiser(
+            denoiser,
+            compiled,
+            parameters_for(denoiser, parameters) if denoiser.difference == "reuse" else parameters,
+            denoiser.prompt_embeds(embeddings),
+        )
+        for denoiser, compiled in zip(denoisers, steps, strict=True)
     ]
-    if gated:
-        weights = parameters_for(gated, parameters)
-        prompts = gated.prompt_embeds(embeddings)
-        loaded.append(LoadedDenoiser(gated, steps.gated, weights, prompts))
-    return loaded
+
+
+def describe_sparse(denoisers: Sequence[Denoiser]) -> list[str]:
+    """Says for people what the sparse steps of a run compute, if it has any."""
+    steps = [denoiser for denoiser in denoisers if denoiser.sparse_step]
+    if not steps:
+        return []
+    layout, sparse = steps[0].layout, steps[0].sparse_step
+    assert sparse is not None
+    density = sparse.density()
+    line = f"sparse attention: {density:.0%} of the blocks of attention are computed"
+    padding = 1 - layout.tokens / layout.padded
+    if padding > _MUCH_PADDING:
+        line += f"; {padding:.0%} of the rows are padding, because this size fits badly"
+    if density > _ALMOST_ALL:
+        line += "; at this size the rules leave out almost nothing"
+    return [line]

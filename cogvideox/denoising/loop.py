@@ -2,6 +2,8 @@
 
 The schedule says which steps reuse what earlier ones computed. A step that is computed while later
 ones reuse its residual runs a program that keeps it; a schedule without a mask runs the exact step.
+Steps that attend sparsely, or reuse the difference of guidance, are parts of the run with a
+denoiser of their own.
 """
 
 import contextlib
@@ -17,7 +19,9 @@ from jax.experimental import multihost_utils
 
 from cogvideox.denoising.loop_checkpoint import LoopCheckpoint, TensorTypes
 from cogvideox.denoising.noise import NoiseSource, drawn_ahead
-from cogvideox.denoising.program import RESIDUAL, TOKENS, Denoiser, Reusable, Reuse
+from cogvideox.denoising.parts import split_steps
+from cogvideox.denoising.program import RESIDUAL, TOKENS, Denoiser
+from cogvideox.denoising.reuse import Reusable, Reuse
 from cogvideox.denoising.scheduler import Schedule
 from cogvideox.transformer.parameters import abstract_parameters
 from runtime.mesh import place, with_sharding
@@ -86,13 +90,9 @@ def residual_uses(schedule: Schedule) -> list[Reuse]:
     return ["keep" if computed else "reuse" for computed in mask.computed]
 
 
-def programs_of_steps(schedule: Schedule) -> tuple[list[Reuse], list[Reuse]]:
-    """Returns what the steps with guidance, and then the gated ones, may do with the residual.
-
-    There is one program for each; without a gate the second list is empty.
-    """
-    programs = programs_of_masks("off" not in residual_uses(schedule))
-    return programs, [] if schedule.guided_steps is None else programs
+def programs_of_steps(schedule: Schedule) -> list[Reuse]:
+    """Returns what the steps of each part may do with the residual; each is a program."""
+    return programs_of_masks("off" not in residual_uses(schedule))
 
 
 def programs_of_masks(masked: bool) -> list[Reuse]:
@@ -142,7 +142,7 @@ def run_loop(
     The noise of a step does not depend on what the steps reuse.
 
     Args:
-        loaded: the denoiser, and after it the gated one if the schedule has gated steps.
+        loaded: the denoiser of each part, see `parts`.
         start: a state of the same run to resume from; None starts from the initial noise.
         uses: what each step does with the residual; None takes what the schedule's mask needs.
             "keep" for all steps yields the residual of every step of an exact run.
@@ -159,16 +159,21 @@ def run_loop(
     done = start or initial
     # Repeat the draws of earlier steps to restore the generator's state.
     remaining = enumerate(itertools.islice(noises, done.steps, None), done.steps)
-    layouts = [part.denoiser.layout for part in loaded]
-    rows = (layouts[is_gated(schedule, i)].from_latents(noise) for i, noise in remaining)
-    stops = [total] if schedule.guided_steps is None else [schedule.guided_steps, total]
+    parts = split_steps(total, schedule.dense_steps, schedule.guided_steps)
+    layouts = [
+        one.denoiser.layout
+        for part, one in zip(parts, loaded, strict=True)
+        for _ in range(part.start, part.stop)
+    ]
+    rows = (layouts[i].from_latents(noise) for i, noise in remaining)
     with contextlib.closing(drawn_ahead(rows)) as rows_of_noise:
-        for part, stop in zip(loaded, stops, strict=True):
+        for part, one in zip(parts, loaded, strict=True):
             state = None
-            for state in _run_part(part, schedule, uses, rows_of_noise, done, stop):
+            for state in _run_part(one, schedule, uses, rows_of_noise, done, part.stop):
                 yield state
-            if state and stop < total:
-                done = to_host(state, schedule)  # the next part has another mesh
+            if state and part.stop < total:
+                # The next part has other rows or another mesh.
+                done = to_host(state, schedule)
 
 
 def _run_part(

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from cogvideox.denoising.reuse import Reusable, Reuse
 from cogvideox.denoising.scheduler import StepCoefficients, step
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.settings import LatentShape
 from cogvideox.transformer.backends.base import Backend
+from cogvideox.transformer.block_rules import SparseAttention
 from cogvideox.transformer.collectives import row_indices
 from cogvideox.transformer.loading import load_parameters, stack_programs
 from cogvideox.transformer.parameters import BLOCKS, abstract_parameters
+from cogvideox.transformer.sparse_step import SparseStep, make_sparse_step
+from cogvideox.transformer.tiling import choose_tiling
 from cogvideox.transformer.tokens import PositionTables, TokenLayout, positions
 from runtime.compiler_options import transformer_options
 from runtime.executables import find_or_compile
@@ -44,6 +48,7 @@ SOURCES = (
     "cogvideox/model/config.py",
     "cogvideox/transformer",
     "cogvideox/denoising/program.py",
+    "cogvideox/denoising/reuse.py",
     "cogvideox/denoising/scheduler.py",
     "splash_attention",
 )
@@ -52,24 +57,6 @@ TOKENS = P(None, ("sp", "tp"), None)  # [B, S, C]: split by rows, not by samples
 _ROWS = P(("sp", "tp"), None)  # [S, E]
 _BATCH = P("dp")  # the transformer's samples, guidance's included
 RESIDUAL = P("dp", ("sp", "tp"), None)  # [samples, S, E]
-
-# What a step does with a reusable array: nothing, also return it, or take it in place of its work.
-Reuse = Literal["off", "keep", "reuse"]
-
-
-class Reusable[Array](NamedTuple):
-    """Arrays that a step returns and later steps reuse; None if the step has no use for it.
-
-    Attributes:
-        residual: what all blocks add to the embedded tokens, [samples, S, E] in the run's dtype;
-            the samples of the negative prompts come first. Rows of text and padding are zero.
-        difference: the prediction for the prompts minus that for the negative prompts, [B, S, C]
-            float32.
-    """
-
-    residual: Array | None = None
-    difference: Array | None = None
-
 
 # Fields of the transformer's config that do not affect the program: they are unused, or only affect
 # the positional tables, which are arguments.
@@ -92,6 +79,7 @@ class Denoiser:
         guided: classifier-free guidance; doubles the transformer's batch.
         difference: "off" in exact steps. "keep" also returns the difference of guidance; "reuse"
             takes it and runs the transformer only for the prompts, without negative prompts.
+        sparse: which tokens attention keeps; None keeps all.
     """
 
     config: TransformerConfig
@@ -103,6 +91,7 @@ class Denoiser:
     mesh: jax.sharding.Mesh
     backend: Backend
     difference: Reuse = "off"
+    sparse: SparseAttention | None = None
 
     @property
     def branches(self) -> int:
@@ -122,22 +111,30 @@ class Denoiser:
             self.text_tokens, padded=0,
         )  # fmt: skip
         shards = self.mesh.shape["sp"] * self.mesh.shape["tp"]
-        padded = self.backend.padded_tokens(layout.tokens, shards)
-        return dataclasses.replace(layout, padded=padded)
+        tiling = choose_tiling(layout.grid, layout.text) if self.sparse else None
+        padded = self.backend.padded_tokens(tiling.rows if tiling else layout.tokens, shards)
+        return dataclasses.replace(layout, padded=padded, tiling=tiling)
+
+    @cached_property
+    def sparse_step(self) -> SparseStep | None:
+        """What attention keeps on this mesh, if it is sparse."""
+        devices = self.mesh.shape["tp"], self.mesh.shape["sp"]
+        return self.sparse and make_sparse_step(self.sparse, self.config, self.layout, *devices)
 
     @cached_property
     def positions(self) -> PositionTables:
-        """The positional tables, on the host (see `tokens.positions`)."""
-        return positions(self.config, self.layout)
+        """The positional tables (`tokens.positions`) and those of a sparse step, on the host."""
+        tables = positions(self.config, self.layout)
+        return tables | ({"sparse": self.sparse_step.tables} if self.sparse_step else {})
 
     def sharding(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
     @property
-    def position_specs(self) -> dict[str, P | tuple[P, P]]:
-        # Attention uses the rows of all tokens, so the tables are not split.
-        specs: dict[str, P | tuple[P, P]] = {"rotary": (P(), P()), "embedding": _ROWS}
-        return {name: specs[name] for name in self.positions}
+    def position_specs(self) -> dict[str, Any]:
+        # Attention uses the rows of all tokens, so its tables are not split.
+        specs: dict[str, Any] = jax.tree.map(lambda _: P(), self.positions)
+        return specs | ({"embedding": _ROWS} if "embedding" in specs else {})
 
     def load(self, executables: Path | None = None) -> dict[str, jax.Array]:
         """Reads the weights into their shards; reads the stacking programs or compiles them."""
@@ -194,11 +191,14 @@ class Denoiser:
             "dtype": self.dtype,
             "attention": self.backend.name,
             "block_sizes": self._block_sizes,
+            **({"sparse": self.sparse_step.fields} if self.sparse_step else {}),
             "compiler_options": transformer_options(self.mesh.devices),
             **reuses,
             **machine_fields(self.mesh, ("torch", "torchax", "diffusers"), SOURCES),
         }
-        name = "".join(["stage2_transformer", *(f"_{how}_{what}" for what, how in reuses.items())])
+        sparse = ["_sparse"] if self.sparse else []
+        reused = (f"_{how}_{what}" for what, how in reuses.items())
+        name = "".join(["stage2_transformer", *sparse, *reused])
         return Program(name, f"{b}x{t}x{h}x{w}{mesh}", fields, partial(self.lower, residual))
 
     @property
@@ -218,7 +218,7 @@ class Denoiser:
 
         JAX drops unused arguments from the executable, which the manifest would still list.
         """
-        unused = (BLOCKS, "rotary") if residual == "reuse" else ()
+        unused = (BLOCKS, "rotary", "sparse") if residual == "reuse" else ()
         return {name: array for name, array in arrays.items() if not name.startswith(unused)}
 
     def lower(self, residual: Reuse = "off") -> jax.stages.Lowered:
@@ -340,7 +340,10 @@ class Denoiser:
     def _module(self) -> "TokenTransformer":
         from cogvideox.transformer import model as transformer
 
-        return transformer.TokenTransformer.abstract(self.config, self.layout, self.backend)
+        return transformer.TokenTransformer.abstract(
+            *(self.config, self.layout, self.backend),
+            self.sparse_step and self.sparse_step.lists,
+        )
 
     def step_scalars(
         self,

@@ -76,6 +76,7 @@ class Schedule:
         mask: which steps run the transformer; None runs it in all.
         guided_steps: the steps from this one on reuse the difference of guidance of the step
             before; None computes it in all.
+        dense_steps: the steps from this one on attend sparsely; None attends densely in all.
     """
 
     timesteps: tuple[int, ...]
@@ -84,6 +85,7 @@ class Schedule:
     noise_draws: tuple[int, ...]
     mask: "StepMask | None" = None
     guided_steps: int | None = None
+    dense_steps: int | None = None
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -93,6 +95,11 @@ class Schedule:
             raise ValueError(
                 f"a run of {steps} steps cannot end guidance after {self.guided_steps} of them; "
                 f"take 1 to {steps - 1}"
+            )
+        if self.dense_steps is not None and not 0 <= self.dense_steps < steps:
+            raise ValueError(
+                f"a run of {steps} steps cannot turn sparse after {self.dense_steps} of them; "
+                f"take 0 to {steps - 1}"
             )
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from cogvideox.denoising.calibration import LONGEST_SKIP, first_steps, weigh_edges
 from cogvideox.denoising.loop import LoadedDenoiser
 from cogvideox.denoising.noise import NoiseSource
-from cogvideox.denoising.program import TOKENS, Reusable, Reuse
+from cogvideox.denoising.program import TOKENS
+from cogvideox.denoising.reuse import Reusable, Reuse
 from cogvideox.denoising.scheduler import Schedule
 from runtime.errors import RunError
 from runtime.mesh import place

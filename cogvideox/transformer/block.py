@@ -19,13 +19,21 @@ import jax
 import jax.numpy as jnp
 
 from cogvideox.transformer.activations import ACTIVATIONS
-from cogvideox.transformer.backends.base import Backend, Bounds
-from cogvideox.transformer.collectives import gather_over_tp, row_indices, sum_over_tp
+from cogvideox.transformer.backends.base import Backend, Bounds, Listed
+from cogvideox.transformer.collectives import gather_over_tp, own_heads, row_indices, sum_over_tp
 from cogvideox.transformer.linear import linear, linear_to_tokens_first
 from cogvideox.transformer.norms import Rotary, longest_row
+from cogvideox.transformer.sparse_step import SparseTables
+from splash_attention import BlockLists
 
 # Parameters of one layer by diffusers' names inside the block, split over tp.
 Parameters = Mapping[str, jax.Array]
+
+# Parameters whose first or last axis has the heads.
+_HEADS_FIRST = [
+    f"attn1.{name}.{kind}" for name in ("to_q", "to_k", "to_v") for kind in ("weight", "bias")
+]
+_HEADS_LAST = "attn1.to_out.0.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +47,7 @@ class Block:
         text_tokens: number of text tokens; they come first.
         tokens: number of text and video tokens, without the padding at the end.
         backend: runs the norms, attention and its projections.
+        lists: of the keys to attend to, in a sparse step; its arrays are arguments.
     """
 
     head_dim: int
@@ -47,9 +56,15 @@ class Block:
     text_tokens: int
     tokens: int
     backend: Backend
+    lists: BlockLists | None = None
 
     def __call__(
-        self, x: jax.Array, parameters: Parameters, temb: jax.Array, rotary: Rotary | None
+        self,
+        x: jax.Array,
+        parameters: Parameters,
+        temb: jax.Array,
+        rotary: Rotary | None,
+        sparse: SparseTables[jax.Array] | None = None,
     ) -> jax.Array:
         """Runs one block on one device.
 
@@ -58,12 +73,15 @@ class Block:
             parameters: parameters of this layer.
             temb: time embedding [b, time_embed_dim].
             rotary: cos and sin [D / 2, S] float32.
+            sparse: in a sparse step, with the heads of this layer.
 
         Returns:
             [b, s, E].
         """
         modulated, gate = self._modulate(parameters, "norm1", x, temb)
-        x = x + gate * self._attention(parameters, modulated, rotary)
+        if sparse is not None and sparse.order is not None:
+            parameters = order_heads(parameters, sparse.order)
+        x = x + gate * self._attention(parameters, modulated, rotary, sparse)
         modulated, gate = self._modulate(parameters, "norm2", x, temb)
         return x + gate * self._mlp(parameters, modulated)
 
@@ -88,7 +106,11 @@ class Block:
         return modulated, gate.astype(x.dtype)
 
     def _attention(
-        self, parameters: Parameters, modulated: jax.Array, rotary: Rotary | None
+        self,
+        parameters: Parameters,
+        modulated: jax.Array,
+        rotary: Rotary | None,
+        sparse: SparseTables[jax.Array] | None,
     ) -> jax.Array:
         """Computes joint attention of text and video: modulated [b, E, s] to [b, s, E]."""
         with jax.named_scope("qkv"):
@@ -113,8 +135,12 @@ class Block:
             k = self.backend.keys(k, weight_k, bias_k, rotary)
             v, values = self.backend.values(v)
         with jax.named_scope("attention"):
-            bounds = Bounds(scores, values)
-            out = self.backend.attend(q, k, v, self.head_dim, self.tokens, bounds)
+            keys: int | Listed = self.tokens
+            if sparse is not None:
+                assert self.lists is not None
+                lists = dataclasses.replace(self.lists, **sparse.lists)
+                keys = Listed(lists, own_heads(sparse.rule, ("tp", "sp")))
+            out = self.backend.attend(q, k, v, self.head_dim, keys, Bounds(scores, values))
         with jax.named_scope("out"):
             out = self.backend.project_out(out, parameters["attn1.to_out.0.weight"])
             return sum_over_tp(out) + parameters["attn1.to_out.0.bias"]
@@ -129,3 +155,22 @@ class Block:
         hidden = ACTIVATIONS[self.activation](hidden)
         out = linear(hidden, parameters["ff.net.2.weight"])
         return sum_over_tp(out) + parameters["ff.net.2.bias"]
+
+
+def order_heads(parameters: Parameters, order: jax.Array) -> Parameters:
+    """Moves the heads of attention's projections to other places on this device along tp.
+
+    The output projection takes them from there, so the result changes only by rounding.
+
+    Args:
+        order: int32 [N], the head at each place, of all devices; it stays on its device along tp.
+    """
+    own = own_heads(order, ("tp",))
+    own = own - own.size * jax.lax.axis_index("tp")
+    moved = dict(parameters)
+    for name, axis in [(name, 0) for name in _HEADS_FIRST] + [(_HEADS_LAST, 1)]:
+        if name in parameters:
+            x = parameters[name]
+            shape = (*x.shape[:axis], own.size, -1, *x.shape[axis + 1 :])
+            moved[name] = jnp.take(x.reshape(shape), own, axis=axis).reshape(x.shape)
+    return moved

@@ -8,12 +8,10 @@ Axis letters: L layers, N heads.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
 from cogvideox.transformer.tiling import Tiling
-from splash_attention import BlockLists
 
 ALL = 1 << 16  # a reach: all rows of the frame
 NONE = -1  # a reach: no row of the frame
@@ -95,49 +93,6 @@ def radial(decay: float, tiling: Tiling) -> Rule:
     return Rule(tuple(reach))
 
 
-def make_lists(rules: Sequence[Rule], tiling: Tiling, rows: int) -> BlockLists:
-    """Returns the lists of each rule for the attention kernel.
-
-    A tile visits a chunk if the rule keeps any pair of their tokens.
-
-    Args:
-        rows: length of the sequence, at least `tiling.rows`. Tiles past the tiling's visit text.
-    """
-    tiles, chunks = -(-rows // tiling.block_q), -(-rows // tiling.chunk)
-    valid = [*tiling.valid, *[0] * (chunks - len(tiling.valid))]
-    every = [i for i, keys in enumerate(valid) if keys]
-    first = tiling.text_rows // tiling.chunk
-    text = [i for i in every if i < first]
-    lists = []
-    for rule in rules:
-        of_frames = [_of_frame(rule, tiling, frame) for frame in range(tiling.grid[0])]
-        visited = [[*text, *(first + i for i in tile)] for tiles in of_frames for tile in tiles]
-        of_text = [every] * (tiling.text_rows // tiling.block_q)
-        after = tiles - len(of_text) - len(visited)
-        lists.append([*of_text, *visited, *[text or every] * after])
-    return BlockLists.from_lists(lists, block_q=tiling.block_q, chunk=tiling.chunk, valid=valid)
-
-
-def _of_frame(rule: Rule, tiling: Tiling, frame: int) -> list[list[int]]:
-    """Returns for each tile of a frame the chunks of video that it visits."""
-    lines = [(i, chunk) for i, chunk in enumerate(tiling.lines_of_chunks()) if chunk]
-    reaches = [rule.at(abs(frame - other)) for other in range(tiling.grid[0])]
-    found = []
-    for first in range(0, tiling.frame_chunks, tiling.tile_chunks):
-        own = [chunk for i, chunk in lines if first <= i < first + tiling.tile_chunks]
-        start, stop = own[0].start, own[-1].stop
-        gaps = [(i, max(0, chunk.start - stop + 1, start - chunk.stop + 1)) for i, chunk in lines]
-        found.append(
-            [
-                other * tiling.frame_chunks + i
-                for other, reach in enumerate(reaches)
-                for i, gap in gaps
-                if gap <= reach
-            ]
-        )
-    return found
-
-
 @dataclasses.dataclass(frozen=True)
 class SparseAttention:
     """What attention keeps in a sparse step.
@@ -174,6 +129,8 @@ class SparseAttention:
         if self.heads is None:
             table = np.zeros((layers, heads), np.int32)
         else:
+            if len({len(layer) for layer in self.heads}) > 1:
+                raise ValueError("every layer needs a rule for each head")
             table = np.array(self.heads, np.int32)
             if table.shape != (layers, heads):
                 raise ValueError(
@@ -182,28 +139,3 @@ class SparseAttention:
                 )
         table[: self.dense_layers] = len(self.rules)
         return table
-
-
-def balanced_order(costs: np.ndarray, groups: int, shards: int) -> np.ndarray:
-    """Orders the heads of a layer such that the shards have nearly equal sums of costs.
-
-    Heads stay in their group, of which each shard gets an equal number of consecutive heads. The
-    costliest heads are placed first, each on the cheapest shard that has room.
-
-    Args:
-        costs: [N], such as the lengths of the heads' lists.
-        groups: devices along tp.
-        shards: devices along sp.
-
-    Returns:
-        The head at each place, [N].
-    """
-    order = []
-    for heads in np.split(np.arange(costs.size), groups):
-        room = heads.size // shards
-        placed: list[list[int]] = [[] for _ in range(shards)]
-        for head in sorted(heads.tolist(), key=lambda head: -costs[head]):
-            open_shards = [shard for shard in placed if len(shard) < room]
-            min(open_shards, key=lambda shard: sum(costs[i] for i in shard)).append(head)
-        order += [head for shard in placed for head in sorted(shard)]
-    return np.array(order, np.int32)

@@ -25,6 +25,19 @@ def row_indices(count: int) -> jax.Array:
     return shard * count + jnp.arange(count)
 
 
+def own_heads(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the part of x [N] for the heads that this device has along `axes`, outermost first.
+
+    Attention splits the heads over tp, and those of a device along tp over sp.
+    """
+    shard, shards = 0, 1
+    for axis in axes:
+        shard = shard * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
+        shards *= jax.lax.axis_size(axis)
+    count = x.shape[0] // shards
+    return jax.lax.dynamic_slice_in_dim(x, shard * count, count)
+
+
 def text_rows_first(text: jax.Array, video: jax.Array) -> jax.Array:
     """Returns this device's rows of the joint sequence, [b, s, E].
 

@@ -19,7 +19,9 @@ from cogvideox.model.config import TransformerConfig
 from cogvideox.transformer.backends.base import Backend
 from cogvideox.transformer.block import Block
 from cogvideox.transformer.collectives import text_rows_first
+from cogvideox.transformer.sparse_step import SparseTables
 from cogvideox.transformer.tokens import TokenLayout
+from splash_attention import BlockLists
 
 
 class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
@@ -30,9 +32,13 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
 
     @classmethod
     def abstract(
-        cls, config: TransformerConfig, layout: TokenLayout, backend: Backend
+        cls,
+        config: TransformerConfig,
+        layout: TokenLayout,
+        backend: Backend,
+        lists: BlockLists | None = None,
     ) -> "TokenTransformer":
-        """Builds the module on the meta device."""
+        """Builds the module on the meta device; `lists` makes its attention sparse."""
         with torch.device("meta"):
             module = cls(**dataclasses.asdict(config)).eval()
         block = Block(
@@ -42,6 +48,7 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
             text_tokens=layout.text,
             tokens=layout.tokens,
             backend=backend,
+            lists=lists,
         )
         module.transformer_blocks = StackedBlocks(module.transformer_blocks[0], block)
         return module
@@ -53,6 +60,7 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
         timestep: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         embedding: torch.Tensor | None = None,
+        sparse: SparseTables[torch.Tensor] | None = None,
         *,
         residual: torch.Tensor | None = None,
         return_residual: bool = False,
@@ -64,6 +72,7 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
             encoder_hidden_states: [b, S_text, text_embed_dim], the full text on every device.
             timestep: [b].
             rotary, embedding: this device's rows of `tokens.positions`.
+            sparse: in a sparse step, of all layers.
             residual: [b, s, E], added to the embedded tokens in place of the blocks.
             return_residual: also return what the blocks add to the embedded tokens.
 
@@ -74,7 +83,7 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
         embedded, temb = self._embed(tokens, encoder_hidden_states, timestep, embedding)
         if residual is None:
             with jax.named_scope("blocks"):
-                hidden_states = self.transformer_blocks(embedded, temb, rotary)
+                hidden_states = self.transformer_blocks(embedded, temb, rotary, sparse)
         else:
             hidden_states = (embedded + residual).to(embedded.dtype)
         output = self._project_out(hidden_states, temb)
@@ -123,17 +132,21 @@ class StackedBlocks(torch.nn.Module):
         hidden_states: torch.Tensor,
         temb: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        sparse: SparseTables[torch.Tensor] | None,
     ) -> torch.Tensor:
         """Runs tokens [b, s, E] through all blocks; see `Block.__call__`."""
 
-        def scan(stacked, x, temb, rotary):
-            x, _ = jax.lax.scan(
-                lambda x, layer: (self._block(x, layer, temb, rotary), None), x, stacked
-            )
-            return x
+        def scan(stacked, x, temb, rotary, sparse):
+            def run(x, layer):
+                parameters, heads = layer
+                of_layer = None if sparse is None else SparseTables(sparse.lists, *heads)
+                return self._block(x, parameters, temb, rotary, of_layer), None
+
+            heads = None if sparse is None else (sparse.rule, sparse.order)
+            return jax.lax.scan(run, x, (stacked, heads))[0]
 
         parameters = dict(self.named_parameters())
-        return cast(torch.Tensor, call_jax(scan, parameters, hidden_states, temb, rotary))
+        return cast(torch.Tensor, call_jax(scan, parameters, hidden_states, temb, rotary, sparse))
 
 
 def predict(

@@ -10,6 +10,7 @@ eight-dimensional transposes would cost more to compile than all blocks together
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from cogvideox.model.config import TransformerConfig
 from cogvideox.model.settings import LatentShape
 from cogvideox.transformer.tiling import Tiling
 
-PositionTables = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]
+PositionTables = dict[str, Any]  # trees of arrays
 
 
 @dataclasses.dataclass(frozen=True)

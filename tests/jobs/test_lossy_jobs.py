@@ -23,6 +23,7 @@ JOBS = [
     {"prompt": "A red kite", "name": "exact"},
     {"prompt": "A red kite", "name": "near", "speed": "near"},
     {"prompt": "A red kite", "name": "hand", "step_mask": "mask.json", "guidance_until": 0.5},
+    {"prompt": "A red kite", "name": "sparse", "sparse_attention": "rules.json", "num_frames": 9},
 ]
 
 
@@ -34,6 +35,8 @@ def model(tmp_path_factory) -> Path:
 def run(model: Path, folder: Path, *more: str, jobs: list[dict] = JOBS) -> None:
     (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     (folder / "mask.json").write_text('{"steps": "110100"}')
+    rules = {"rules": {"alone": ["all", "none"]}, "heads": [["alone", "dense"], ["dense", "alone"]]}
+    (folder / "rules.json").write_text(json.dumps(rules))
     where = ["jobs.jsonl", "--output_dir=out", f"--model_id={model}"]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -71,13 +74,14 @@ def test_jobs_equal_the_stages_by_hand(made, model, tmp_path):
         "exact": [],
         "near": ["--speed=near"],
         "hand": [f"--step_mask={made / 'mask.json'}", "--guidance_until=0.5"],
+        "sparse": [f"--sparse_attention={made / 'rules.json'}", "--num_frames=9"],
     }
     seen = set()
     for name, more in options.items():
         stage2.run(stage2.parse_arguments([f"--input_dir={folder}", *SETTINGS, *more]))
         assert latents(folder) == latents(found[name].folder)
         seen.add(latents(folder))
-    assert len(seen) == 3
+    assert len(seen) == 4
 
 
 def test_exact_jobs_keep_their_ids_and_files(made, model, tmp_path):
@@ -117,16 +121,19 @@ def test_the_gallery_and_the_plan_name_lossy_options(made, model, capsys):
     page = (made / "out/index.html").read_text()
     assert "step mask (4 of 6 steps computed, not calibrated for this model)" in page
     assert "guidance reused after step 3" in page
-    assert page.count("lossy") == 2
+    assert "sparse attention after step 2" in page
+    assert page.count("lossy") == 3
     run(model, made, "--dry_run")
     said = capsys.readouterr().out
     assert "32x48x5: 1 job(s)" in said and "32x48x5, step mask: 1 job(s)" in said
     assert "32x48x5, step mask, guidance reused: 1 job(s)" in said
+    assert "32x48x9, sparse attention: 1 job(s)" in said
 
 
-def test_a_rerun_takes_the_same_mask(made, tmp_path):
-    video = states(made)["hand"].folder / stage_files.VIDEO_FILE
-    (made / "mask.json").unlink()
+@pytest.mark.parametrize(("name", "file"), [("hand", "mask.json"), ("sparse", "rules.json")])
+def test_a_rerun_takes_the_same_options(name, file, made, tmp_path):
+    video = states(made)[name].folder / stage_files.VIDEO_FILE
+    (made / file).unlink()
     again = ["rerun", str(video), f"--output_dir={tmp_path / 'again'}"]
     batch.rerun(batch.parse_rerun([*again[1:], "--dp=1", "--sp=1", "--tp=1"]))
     assert latents(tmp_path / "again") == latents(video.parent)

@@ -89,16 +89,16 @@ def plan(
 def load(denoiser: Denoiser, schedule: Schedule, *more: str) -> list[LoadedDenoiser]:
     """Loads the steps of a schedule, and those that do `more` with the residual."""
     embeddings = {"negative_prompt_embeds": TEXTS[0], "prompt_embeds": TEXTS[1]}
-    of_guided, of_gated = programs_of_steps(schedule)
+    programs = programs_of_steps(schedule)
     parameters = denoiser.load()
-    steps = denoiser.compile(None, [*of_guided, *more])
+    steps = denoiser.compile(None, [*programs, *more])
     loaded = [LoadedDenoiser(denoiser, steps, parameters, denoiser.prompt_embeds(embeddings))]
-    if of_gated:
+    if schedule.guided_steps is not None:
         gated = denoiser.gated()
         loaded.append(
             LoadedDenoiser(
                 gated,
-                gated.compile(None, of_gated),
+                gated.compile(None, programs),
                 parameters_for(gated, parameters),
                 gated.prompt_embeds(embeddings),
             )
@@ -136,7 +136,7 @@ def test_the_step_that_keeps_the_residual_equals_the_exact_one(scheduler, dynami
 def test_a_mask_of_ones_runs_the_exact_program(keeping, model):
     exact = states(keeping, plan(model))
     ones = plan(model, make_mask("1" * STEPS))
-    assert programs_of_steps(ones) == (["off"], [])
+    assert programs_of_steps(ones) == ["off"]
     assert [x.tobytes() for x, _ in states(keeping, ones)] == [x.tobytes() for x, _ in exact]
 
 

@@ -34,6 +34,9 @@ class Options:
     step_mask: str | None = None
     mask_steps: int | None = None
     guidance_until: float | None = None
+    sparse_attention: str | None = None
+    dense_steps: int | None = None
+    dense_layers: int | None = None
 
 
 def settings(steps: int = 50, guidance_scale: float = 6.0) -> DenoisingSettings:
@@ -234,6 +237,7 @@ class Killed(BaseException):
         ("--step_mask", "MASK", "--scheduler=dpm"),
         ("--step_mask", "MASK", "--guidance_until=0.4", "--scheduler=dpm"),
         ("--guidance_until=0.4", "--scheduler=ddim", "--use_dynamic_cfg"),
+        ("--step_mask", "MASK", "--guidance_until=0.4", "--sparse_attention=fast"),
     ],
 )
 def test_killed_after_any_step(options, folder, tmp_path, mask_file, monkeypatch, capsys):

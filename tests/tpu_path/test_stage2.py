@@ -43,10 +43,10 @@ class Case:
         self.arguments += [f"--scheduler={scheduler}", "--seed=3", "--allow_unsupported"]
         self.arguments += ["--input_dir", str(folder)]
 
-    def latents(self, dtype: str, mesh: tuple[int, int, int], *, tpu: bool) -> np.ndarray:
+    def latents(self, dtype: str, mesh: tuple[int, int, int], *more: str, tpu: bool) -> np.ndarray:
         """Returns the latents [C, T, H, W] of stage 2 on a mesh."""
         output = self.folder / f"{'tpu' if tpu else 'cpu'}-{dtype}-{'x'.join(map(str, mesh))}"
-        arguments = [*self.arguments, "--dtype", dtype, "--output_dir", output]
+        arguments = [*self.arguments, "--dtype", dtype, "--output_dir", output, *more]
         arguments += [f"--{axis}={n}" for axis, n in zip(("dp", "sp", "tp"), mesh, strict=True)]
         if tpu:
             # On 2 to 7 devices the interpreter can deadlock; on one it has no barriers.
@@ -107,3 +107,16 @@ def test_bad_command_line():
         done = start_on_tpu_path(*arguments)
         assert done.returncode == 2
         assert said in done.stderr
+
+
+def test_sparse_attention_equals_the_cpu_path(case: Case):
+    """Heads of unequal work: sp moves them."""
+    rules = case.folder / "rules.json"
+    rules.write_text(
+        '{"rules": {"alone": ["all", "none"]}, "heads": [["alone", "alone", "dense", "dense"], '
+        '["dense", "alone", "dense", "alone"]]}'
+    )
+    sparse = ("--sparse_attention", str(rules), "--dense_steps=1", "--dense_layers=0")
+    cpu = case.latents("float32", (1, 1, 1), *sparse, tpu=False)
+    assert relative_error(cpu, case.expected) > 1e-3
+    assert relative_error(case.latents("float32", (2, 2, 2), *sparse, tpu=True), cpu) < 1e-4

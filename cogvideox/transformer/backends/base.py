@@ -20,6 +20,14 @@ from typing import ClassVar, NamedTuple
 import jax
 
 from cogvideox.transformer.norms import Rotary
+from splash_attention import BlockLists
+
+
+class Listed(NamedTuple):
+    """Which keys the queries see in a sparse step."""
+
+    lists: BlockLists
+    rule: jax.Array  # [N] int32, of this device's heads
 
 
 class Bounds(NamedTuple):
@@ -36,10 +44,12 @@ class Backend(abc.ABC):
     Attributes:
         name: name of its attention kernel, as in --attention.
         token_multiple: the number of tokens on a device must be a multiple of this.
+        takes_lists: whether `attend` can be sparse.
     """
 
     name: ClassVar[str]
     token_multiple: ClassVar[int] = 1
+    takes_lists: ClassVar[bool] = False
 
     @abc.abstractmethod
     def norm_and_modulate(
@@ -80,9 +90,18 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, bounds: Bounds
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        head_dim: int,
+        keys: int | Listed,
+        bounds: Bounds,
     ) -> jax.Array:
-        """Computes softmax attention over the first `keys` keys; the others are masked."""
+        """Computes softmax attention over the first `keys` keys, or over the listed ones.
+
+        The other keys are masked.
+        """
 
     @abc.abstractmethod
     def project_out(self, out: jax.Array, weight: jax.Array) -> jax.Array:

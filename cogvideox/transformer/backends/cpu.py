@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cogvideox.transformer.backends.base import Bounds
+from cogvideox.transformer.backends.base import Bounds, Listed
 from cogvideox.transformer.backends.xla import XlaBackend
+from cogvideox.transformer.projections import in_order, own_first
 from splash_attention.reference import reference_attention
 
 
@@ -15,10 +16,33 @@ class CpuBackend(XlaBackend):
     """Computes attention without a kernel, in blocks of queries (`--attention reference`)."""
 
     name = "reference"
+    takes_lists = True
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, bounds: Bounds
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        head_dim: int,
+        keys: int | Listed,
+        bounds: Bounds,
     ) -> jax.Array:
-        q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k[:, :keys], v[:, :keys]))
-        out = reference_attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
-        return jnp.swapaxes(out, 1, 2).reshape(*q.shape[:2], -1)
+        if isinstance(keys, Listed):
+            out = reference_attention(
+                *(_heads_first(x, head_dim) for x in (in_order(q), k, v)),
+                block_lists=keys.lists,
+                rule=jnp.broadcast_to(keys.rule, (q.shape[0], keys.rule.size)),
+            )
+            return own_first(_tokens_first(out))
+        operands = (q, k[:, :keys], v[:, :keys])
+        return _tokens_first(reference_attention(*(_heads_first(x, head_dim) for x in operands)))
+
+
+def _heads_first(x: jax.Array, head_dim: int) -> jax.Array:
+    """[b, S, R] to [b, N, S, D]."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], -1, head_dim), 1, 2)
+
+
+def _tokens_first(x: jax.Array) -> jax.Array:
+    """[b, N, S, D] to [b, S, R]."""
+    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cogvideox.transformer.backends.base import Bounds
+from cogvideox.transformer.backends.base import Bounds, Listed
 from cogvideox.transformer.backends.xla import XlaBackend
 from splash_attention import query_scale
 from splash_attention.hopper.attention import choose_config, hopper_attention
@@ -24,8 +24,15 @@ class HopperBackend(XlaBackend):
     token_multiple = ROW_MULTIPLE
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, bounds: Bounds
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        head_dim: int,
+        keys: int | Listed,
+        bounds: Bounds,
     ) -> jax.Array:
+        assert not isinstance(keys, Listed)  # `takes_lists` says so
         rows = q.shape
         q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
         batch, _, heads, _ = q.shape
@@ -53,7 +60,13 @@ class GpuBackend(XlaBackend):
     token_multiple = _TILE
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, bounds: Bounds
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        head_dim: int,
+        keys: int | Listed,
+        bounds: Bounds,
     ) -> jax.Array:
         """Runs cuDNN on full tiles of keys and adds the remaining keys separately.
 
@@ -61,6 +74,7 @@ class GpuBackend(XlaBackend):
         tokens takes 110.4 ms this way, 119.9 ms in one call, and 116.6 ms with padded and masked
         keys.
         """
+        assert not isinstance(keys, Listed)
         rows = q.shape
         q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
         attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from cogvideox.denoising.program import TOKENS, Denoiser, Reusable
+from cogvideox.denoising.program import TOKENS, Denoiser
+from cogvideox.denoising.reuse import Reusable
 from cogvideox.denoising.scheduler import StepCoefficients
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.settings import LatentShape

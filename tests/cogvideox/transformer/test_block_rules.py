@@ -14,13 +14,12 @@ from cogvideox.transformer.block_rules import (
     NONE,
     Rule,
     SparseAttention,
-    balanced_order,
     both,
-    make_lists,
     radial,
     spatial,
     temporal,
 )
+from cogvideox.transformer.sparse_step import balanced_order, make_lists
 from cogvideox.transformer.tiling import Tiling, choose_tiling
 from cogvideox.transformer.tokens import TokenLayout
 

@@ -1,11 +1,12 @@
 """Backend for TPU: Pallas kernels for attention, norms and the exchange over sp."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cogvideox.transformer.backends.base import Backend, Bounds
+from cogvideox.transformer.backends.base import Backend, Bounds, Listed
 from cogvideox.transformer.backends.tpu.modulated_norm import norm_and_modulate
 from cogvideox.transformer.backends.tpu.token_shards import (
     join_values,
@@ -37,6 +38,7 @@ class TpuBackend(Backend):
 
     name = "splash"
     token_multiple = 128  # lanes; a shorter last tile would be padded in every array
+    takes_lists = True
 
     def norm_and_modulate(
         self, x: jax.Array, scale: jax.Array, shift: jax.Array, text_rows: jax.Array, eps: float
@@ -64,19 +66,30 @@ class TpuBackend(Backend):
         return v[:, 0], jnp.abs(v[:, 0]).max(-1)
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, keys: int, bounds: Bounds
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        head_dim: int,
+        keys: int | Listed,
+        bounds: Bounds,
     ) -> jax.Array:
         q, v = (x.reshape(x.shape[0], -1, head_dim, x.shape[-1]) for x in (q, v))
-        sizes = None
-        if self.chip is not None:
-            sizes = self._block_sizes(head_dim, q.shape[-1], keys, q.dtype)
+        visible: dict[str, Any]
+        if isinstance(keys, Listed):
+            rule = jnp.broadcast_to(keys.rule, q.shape[:2])
+            visible = {"block_lists": keys.lists, "rule": rule}
+        else:
+            visible = {"kv_len": keys}
+            if self.chip is not None:
+                sizes = self._block_sizes(head_dim, q.shape[-1], keys, q.dtype)
+                visible["block_sizes"] = sizes
         out = sequence_minor_attention(
             *(q, k, v),
-            kv_len=keys,
             largest_score=jnp.broadcast_to(bounds.scores, q.shape[:2]),
             largest_value=bounds.values.reshape(*q.shape[:2], head_dim).max(-1),
-            block_sizes=sizes,
             interpret=self.interpret,
+            **visible,
         )
         return out.reshape(out.shape[0], -1, out.shape[-1])
 

@@ -1,0 +1,138 @@
+"""Options of sparse attention: what they resolve to, what is refused, what is recorded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cogvideox.model.folder import ModelFolder, find_model
+from cogvideox.transformer.block_rules import ALL, DENSE, NONE, Rule, radial, spatial
+from cogvideox.transformer.sparse_step import make_lists
+from cogvideox.transformer.tiling import choose_tiling
+from stages.sparse import named_rules
+from stages.speed import Lossy, read_lossy, resolve
+from tests.stages.test_speed import Options, settings
+from tests.tiny_models import save_tiny_model
+
+PUBLISHED = choose_tiling((11, 48, 85), 226)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> ModelFolder:
+    return find_model(str(save_tiny_model(tmp_path_factory.mktemp("model"))), [])
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    return tmp_path / "rules.json"
+
+
+@pytest.mark.parametrize(
+    ("options", "rule", "dense_steps", "dense_layers"),
+    [
+        (Options("near"), None, None, 0),
+        (Options("fast"), "fast", 10, 1),
+        (Options("turbo"), "fast", 5, 1),
+        (Options(sparse_attention="near"), "near", 10, 1),
+        (Options("fast", sparse_attention="none"), None, None, 0),
+        (Options("fast", dense_steps=0, dense_layers=0), "fast", 0, 0),
+    ],
+)
+def test_options(options, rule, dense_steps, dense_layers, model):
+    lossy = resolve(options, settings(), model)
+    if rule is None:
+        assert lossy.sparse is None and lossy.dense_steps is None
+        return
+    assert lossy.sparse.rules == (named_rules()[rule],)
+    assert (lossy.dense_steps, lossy.sparse.dense_layers) == (dense_steps, dense_layers)
+    assert f"sparse attention after step {dense_steps}" in lossy.describe()
+    assert read_lossy(json.loads(json.dumps(lossy.to_json()))) == lossy
+
+
+def test_densities_of_named_rules():
+    """The densities that docs/speed.md states, at 768x1360x81, and where near comes from."""
+    rules = named_rules()
+    lists = make_lists(list(rules.values()), PUBLISHED, 45568)
+    densities = dict(zip(rules, lists.density() * 178 / 177, strict=True))
+    expected = {"dense": 1, "near": 0.535, "fast": 0.269}
+    expected |= {"spatial": 0.269, "temporal": 0.247, "both": 0.316}
+    assert densities == pytest.approx(expected, abs=0.001)
+    near, formula = rules["near"], radial(0.5, PUBLISHED)
+    assert [near.at(gap) for gap in range(11)] == [formula.at(gap) for gap in range(11)]
+
+
+def test_a_file(model, file):
+    own = {"mine": ["all", 6, "none"], "far": {"radial": 1}}
+    heads = [["mine", "dense"], ["far", "mine"]]
+    file.write_text(json.dumps({"rules": own, "heads": heads}))
+    sparse = resolve(Options(sparse_attention=str(file)), settings(), model).sparse
+    assert sparse.heads == ((0, 1), (2, 0))
+    # 2 frames of 3 rows: radial's window covers them.
+    assert sparse.rules == (Rule((ALL, 6, NONE)), DENSE, Rule((ALL, ALL)))
+    lossy = Lossy(sparse=sparse, dense_steps=3)
+    assert read_lossy(json.loads(json.dumps(lossy.to_json()))) == lossy
+    file.write_text('{"heads": "spatial"}')
+    sparse = resolve(Options(sparse_attention=str(file)), settings(), model).sparse
+    assert (sparse.rules, sparse.heads) == ((spatial(),), None)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "it is not .*heads"),
+        ('{"heads": "mine"}', "its heads name mine; rules are both, dense, fast, near, spatial"),
+        ('{"heads": "fast", "head": 1}', "it is not .*heads"),
+        ('{"heads": 3}', "neither the name of a rule nor a list for each layer"),
+        ('{"heads": ["fast"]}', "neither the name of a rule nor a list for each layer"),
+        ('{"heads": []}', "its heads name no rule"),
+        ('{"heads": [["fast", 3]]}', "its heads name 3"),
+        ('{"heads": [["fast", "fast"]]}', "for 1 layers of 2 heads; the model has 2 of 2"),
+        ('{"heads": [["fast"], ["fast", "near"]]}', "every layer needs a rule for each head"),
+        ('{"heads": "a", "rules": {"a": ["most"]}}', "is not a reach such as"),
+        ('{"heads": "a", "rules": {"a": [1.5]}}', "is not a reach such as"),
+        ('{"heads": "a", "rules": {"a": [true]}}', "is not a reach such as"),
+        ('{"heads": "a", "rules": {"a": ["none"]}}', "must keep the row of the token itself"),
+        ('{"heads": "a", "rules": {"a": {"radial": -1}}}', "is not a number from 0 to 64"),
+        ('{"heads": "a", "rules": ["a"]}', "its rules are not an object"),
+        ('{"heads"', "is not valid JSON"),
+    ],
+)
+def test_bad_files_are_refused(content, said, model, file):
+    file.write_text(content)
+    with pytest.raises(ValueError, match=said) as refused:
+        resolve(Options(sparse_attention=str(file)), settings(), model)
+    assert "rules.json" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (Options(dense_steps=3), "--dense_steps is for --sparse_attention"),
+        (Options("near", dense_layers=0), "--dense_layers is for --sparse_attention"),
+        (Options("fast", dense_steps=50), "--dense_steps 50 leaves no sparse step of 50; take 0"),
+        (
+            Options("fast", dense_layers=2),
+            "--dense_layers 2 leaves no sparse layer; take at",
+        ),
+        (Options(sparse_attention="nowhere.json"), "nowhere.json is neither none, near, fast"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, said, model):
+    with pytest.raises(ValueError, match=said):
+        resolve(options, settings(), model)
+
+
+SPARSE = {"rules": [["all", 3]], "heads": None, "dense_layers": 1, "dense_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"dense_steps": -1}, {"dense_steps": True}, {"dense_layers": "1"}, {"rules": []}),
+        *({"heads": ["01"]}, {"heads": ["0?"]}, {"rules": [["some"]]}, {"rules": None}),
+    ],
+)
+def test_damaged_records_are_refused(changes):
+    assert read_lossy({"sparse_attention": SPARSE}).dense_steps == 2
+    with pytest.raises(ValueError, match="speed is .*, not what stage 2 writes"):
+        read_lossy({"sparse_attention": SPARSE | changes})
