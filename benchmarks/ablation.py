@@ -249,13 +249,16 @@ def measure(runner: Runner, rows: list[Row], prompts: list[Prompt], ratios: Any)
     """Yields each row's report and its videos' frames."""
     import numpy as np
 
+    from runtime.progress import progress
+
     exact: list[Video] = []
     exact_obeys: list[bool] = []
     seconds_of_exact = 0.0
     for row in rows:
         checked = runner.check(row, ratios)
         videos, scores, obeys = [], [], []
-        for i, video in enumerate(runner.run(checked)):
+        made = progress(runner.run(checked), total=len(prompts), what=row.name, unit="video")
+        for i, video in enumerate(made):
             videos.append(video)
             if prompts[i].scene is not None:
                 obeys.append(is_obeyed(video.frames, prompts[i]))
