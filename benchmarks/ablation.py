@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import statistics
 import sys
 import time
@@ -51,6 +50,7 @@ class Row:
 SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("near mask", {"step_mask": "near"}),
     ("fast mask", {"step_mask": "fast"}),
+    ("sparse attention", {"sparse_attention": "fast"}),
     ("guidance reused from half on", {"guidance_until": 0.5}),
 )
 
@@ -277,6 +277,7 @@ def measure(runner: Runner, rows: list[Row], prompts: list[Prompt], ratios: Any)
             "computed_steps": mask.budget if mask else steps,
             "mask": mask.text if mask else "1" * steps,
             "guided_steps": checked.schedule.guided_steps or steps,
+            "blocks": blocks_of(checked),
             "lossless": all(
                 np.array_equal(a.latents, b.latents) for a, b in zip(exact, videos, strict=True)
             ),
@@ -297,6 +298,12 @@ def measure(runner: Runner, rows: list[Row], prompts: list[Prompt], ratios: Any)
         yield report, [video.frames for video in videos[:_PICTURES]]
 
 
+def blocks_of(checked: Any) -> float:
+    """The share of the blocks of attention that the last steps of a run compute."""
+    sparse = checked.denoisers[-1].sparse_step
+    return 1.0 if sparse is None else round(sparse.density(), 3)
+
+
 def json_number(value: float) -> float | str:
     """JSON has no infinity."""
     return "inf" if value == float("inf") else round(value, 4)
@@ -309,38 +316,44 @@ def estimate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Each row's seconds on a named topology, from the compiler; there are no videos."""
     from transformer_step import make_denoiser
 
-    from cogvideox.denoising.step_mask import budget_of, default_mask
+    from cogvideox.denoising.parts import split_steps
+    from cogvideox.model.settings import DenoisingSettings
     from runtime.topology import machine_devices
+    from stages.denoise_options import DenoiseOptions
+    from stages.speed import resolve
+    from stages.steps import denoisers_of
 
     steps = arguments.num_inference_steps or 50
+    height, width, frames = map(int, arguments.size.split("x"))
+    settings = DenoisingSettings(height, width, frames, 16, steps, 6.0, False, "dpm", 0)
     devices = machine_devices(arguments.topology)
     exact = make_denoiser(devices, arguments.model, arguments.size, arguments.mesh)
-    kept = dataclasses.replace(exact, difference="keep")
     seconds: dict[tuple[str, str], float] = {}
 
-    def of_steps(kind: str, denoiser: Any, uses: Sequence[str]) -> float:
+    def of_steps(denoiser: Any, uses: Sequence[str]) -> float:
         for use in uses:
-            if (kind, use) not in seconds:
-                seconds[kind, use] = step_seconds(denoiser, use)
-        return sum(seconds[kind, use] for use in uses)
+            name = denoiser.step_program(use).name, str(denoiser.sparse)
+            if name not in seconds:
+                seconds[name] = step_seconds(denoiser, use)
+        return sum(seconds[denoiser.step_program(use).name, str(denoiser.sparse)] for use in uses)
 
     reports = []
     for row in make_rows(None, (), steps):
-        mode, until = row.options.get("step_mask"), row.options.get("guidance_until", 1.0)
+        lossy = resolve(
+            DenoiseOptions(Path(), Path(), "bfloat16", 0, **row.options), settings, None
+        )
         uses = ["off"] * steps
-        if mode is not None:
-            mask = default_mask(steps, budget_of(mode, steps))
-            uses = ["keep" if computed else "reuse" for computed in mask]
-        guided = math.ceil(until * steps - 1e-9)  # as stage 2 rounds
-        if guided == steps:
-            total = of_steps("guided", exact, uses)
-        else:
-            total = of_steps("guided, kept", kept, uses[:guided])
-            total += of_steps("gated", kept.gated(), uses[guided:])
+        if lossy.mask:
+            uses = ["keep" if computed else "reuse" for computed in lossy.mask.computed]
+        parts = split_steps(steps, lossy.dense_steps, lossy.guided_steps)
+        total = sum(
+            of_steps(denoiser, uses[part.start : part.stop])
+            for part, denoiser in zip(parts, denoisers_of(exact, lossy, steps), strict=True)
+        )
         report: dict[str, Any] = {"row": row.name, "group": row.group}
         report["source"] = "compiler estimate"
         report["computed_steps"] = steps - uses.count("reuse")
-        report["guided_steps"] = guided
+        report["guided_steps"] = lossy.guided_steps or steps
         report["seconds_per_step"] = round(total / steps, 4)
         report["seconds_per_video"] = round(total, 2)
         report["speed_up"] = round(reports[0]["seconds_per_video"] / total, 2) if reports else 1.0
@@ -509,6 +522,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[list[Any]],
     rows = make_rows(arguments.calibration, budgets, steps)
     texts = ["exact", *arguments.only.split(",")]
     rows = [row for row in rows if any(text in row.name for text in texts)]
+    if not runner.exact.denoiser.backend.takes_lists:
+        rows = [row for row in rows if "sparse_attention" not in row.options]
     ratios = read_calibration(arguments.calibration).ratios if arguments.calibration else None
     reports, pictures = [], []
     for report, videos in measure(runner, rows, prompts, ratios):

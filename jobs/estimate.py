@@ -11,6 +11,7 @@ from cogvideox.transformer.flops import step_flops
 from jobs.records import STAGES, Job, JobState
 from runtime.chips import DENOISING_FLOPS
 from stages.session import Shape
+from stages.sparse import density_of
 
 # Bytes per pixel and frame of an mp4 of default quality. Noise takes more, drawings take less.
 _VIDEO_BYTES = 0.15
@@ -110,7 +111,12 @@ class Pace:
         patch = config.patch_size**2 * (config.patch_size_t or 1)
         tokens = shape.frames * shape.height * shape.width // patch + job.max_sequence_length
         step = step_flops(config, tokens, samples=2 if job.settings.guided else 1)
-        return sum(step.values()) * job.lossy.computed_steps(job.settings.num_inference_steps)
+        lossy, total = job.lossy, sum(step.values())
+        sparse_cost = 1.0
+        if lossy.sparse:
+            density = density_of(lossy.sparse, job.settings, self._model)
+            sparse_cost -= (1 - density) * step["attention"] / total
+        return total * lossy.computed_steps(job.settings.num_inference_steps, sparse_cost)
 
 
 def job_bytes(job: Job, model: ModelFolder) -> int:

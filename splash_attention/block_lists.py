@@ -55,6 +55,7 @@ class BlockLists:
         chunk: int,
         valid: Sequence[int],
         precision: str = "bf16",
+        heads: Sequence[int] | None = None,
     ) -> "BlockLists":
         """Build the tables from lists[rule][tile] = chunks to visit, in order.
 
@@ -65,6 +66,7 @@ class BlockLists:
             valid: for each chunk of the keys, how many keys at its start are valid. The others are
                 padding and may hold anything.
             precision: of the attention that visits them; it affects the best length of a body.
+            heads: how many heads follow each rule, which affects it too. Default: as many each.
 
         Raises:
             ValueError: a size or a list is not as described.
@@ -86,7 +88,7 @@ class BlockLists:
             for tile, visited in enumerate(of_tiles):
                 _check_list(visited, valid, f"list of rule {rule}, tile {tile}")
         lengths = np.array([[len(visited) for visited in rule] for rule in lists])
-        unroll = _best_unroll(lengths, *_BODY[precision])
+        unroll = _best_unroll(lengths, *_BODY[precision], heads)
         chunks = np.empty((*lengths.shape, -(-lengths.max() // unroll) * unroll), np.int32)
         for rule, of_tiles in enumerate(lists):
             for tile, visited in enumerate(of_tiles):
@@ -145,11 +147,12 @@ def _check_list(visited: Sequence[int], valid: Sequence[int], name: str) -> None
         raise ValueError(f"{name} names chunk {without[0]}, which has no valid key")
 
 
-def _best_unroll(lengths: np.ndarray, most: int, overhead: int) -> int:
-    """Return the entries of a body that make all lists together shortest."""
+def _best_unroll(lengths: np.ndarray, most: int, overhead: int, heads: Sequence[int] | None) -> int:
+    """Return the entries of a body that make the lists of all heads together shortest."""
+    weights = np.ones(len(lengths)) if heads is None else np.asarray(heads)
 
-    def cost(unroll: int) -> int:
-        return int((-(-lengths // unroll) * (unroll + overhead)).sum())
+    def cost(unroll: int) -> float:
+        return float((-(-lengths // unroll) * (unroll + overhead)).sum(1) @ weights)
 
     # Of equals the longest, as the dense kernel takes the fewest bodies.
     return min(range(min(most, lengths.max()), 0, -1), key=cost)

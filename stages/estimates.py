@@ -12,10 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
 from cogvideox.denoising.program import Denoiser
 from cogvideox.denoising.reuse import Reuse
 from cogvideox.transformer.parameters import abstract_parameters
+from cogvideox.transformer.sparse_step import SparseStep
 from cogvideox.vae.decode import Decoder, frame_batches
 from runtime.chips import PLANNED
 from runtime.hlo_costs import memory, read_costs
@@ -144,6 +146,28 @@ def derive_step(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Est
     return Estimate("derived", fits, hbm, cycles, _received(denoiser))
 
 
+def derive_sparse(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Estimate:
+    """Derives the estimates of a sparse step from those of the dense step on the same mesh.
+
+    Attention is counted by the lists; everything else scales with the rows.
+    """
+    rows = denoiser.layout.padded / known_for.layout.padded
+    hbm = {
+        kind: size if kind in ("weights", "code") else int(size * rows)
+        for kind, size in known.hbm.items()
+        if kind != "total"
+    }
+    hbm["total"] = sum(hbm.values())
+    cycles = known.cycles
+    if cycles is not None:
+        dense, sparse = (
+            int(one.config.num_layers * _kernel_cycles(one)) for one in (known_for, denoiser)
+        )
+        cycles = int((cycles - dense) * rows) + sparse
+    fits = hbm["total"] <= _capacity(denoiser.mesh.devices.flat[0])
+    return Estimate("derived", fits, hbm, cycles, _received(denoiser))
+
+
 def estimate_decode(decoder: Decoder, latents: tuple[int, ...], compiler: Compiler) -> Estimate:
     """Compiles the decoder for latents [B, C, T, H, W] and reads its estimates."""
     device = decoder.mesh.devices.flat[0]
@@ -264,9 +288,26 @@ def _kernel_cycles(denoiser: Denoiser) -> float:
     """Cycles of the Pallas kernels of one block on one chip."""
     chip = PLANNED[denoiser.mesh.devices.flat[0].device_kind]
     shards = denoiser.mesh.shape["sp"] * denoiser.mesh.shape["tp"]
-    heads = _samples(denoiser) * denoiser.config.num_attention_heads // shards
-    attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE
+    heads = denoiser.config.num_attention_heads // shards
+    if denoiser.sparse_step is None:
+        attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE
+    else:
+        attention = _sparse_cycles(denoiser.sparse_step, heads)
+    attention *= _samples(denoiser)
     # Memory limits the four norms and, with sp, the two kernels that join and split its shards.
     kernels = 6 if denoiser.mesh.shape["sp"] > 1 else 4
     moved = kernels * 2 * _tokens_bytes(denoiser) // denoiser.mesh.shape["tp"]
     return attention + moved / chip.hbm_bytes_per_second * chip.clock_hz
+
+
+def _sparse_cycles(step: SparseStep, heads: int) -> float:
+    """Cycles of sparse attention of one sample in a block, the mean of all blocks.
+
+    Args:
+        heads: of a chip; the chip with the most work counts.
+    """
+    lists, rule = step.lists, step.tables.rule
+    bodies = -(-np.asarray(lists.lengths) // lists.unroll)
+    of_devices = bodies.sum(1)[rule].reshape(len(rule), -1, heads).sum(-1).max(-1)
+    scores = of_devices.mean() * lists.unroll * lists.block_q * lists.chunk
+    return float(scores * _CYCLES_PER_SCORE)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cogvideox.denoising.parts import split_steps
 from cogvideox.denoising.program import Denoiser
 from cogvideox.model.settings import DenoisingSettings
 from cogvideox.vae.decode import Decoder
@@ -16,11 +17,13 @@ from stages.estimates import (
     Estimate,
     decoder_programs,
     derive_decode,
+    derive_sparse,
     derive_step,
     estimate_decode,
     estimate_step,
 )
 from stages.speed import SPEEDS, NamedSpeed, resolve
+from stages.steps import denoisers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ def _plan_step(target: Target, compiler: Compiler, compile_all: bool) -> dict[st
 def _seconds_of_all_steps(
     settings: DenoisingSettings, denoiser: Denoiser, step: Estimate, compiler: Compiler
 ) -> dict[str, float]:
-    """Returns the seconds of a video's steps for each `--speed`.
+    """Returns the seconds of a video's steps for each `--speed` that the devices can run.
 
     Args:
         step: of the exact step.
@@ -129,18 +132,25 @@ def _seconds_of_all_steps(
     def seconds(estimate: Estimate) -> float:
         return estimate.describe(device)["seconds"]
 
-    skipped = estimate_step(denoiser, compiler, "reuse")
-    kinds = [(seconds(step), seconds(skipped))]
-    if settings.guided:
-        gated = denoiser.gated()
-        kinds.append((seconds(derive_step(gated, step, denoiser)), seconds(skipped) / 2))
+    skipped = seconds(estimate_step(denoiser, compiler, "reuse"))
     steps, found = settings.num_inference_steps, {}
     for speed in SPEEDS:
         lossy = resolve(NamedSpeed(speed), settings, None)
         computed = lossy.mask.computed if lossy.mask else (True,) * steps
-        guided = lossy.guided_steps or steps
-        costs = (kinds[i >= guided][not is_computed] for i, is_computed in enumerate(computed))
-        found[speed] = round(sum(costs), 2)
+        parts = split_steps(steps, lossy.dense_steps, lossy.guided_steps)
+        denoisers = denoisers_of(denoiser, lossy, steps)
+        if any(part.sparse and not denoiser.backend.takes_lists for part in parts):
+            continue
+        total = 0.0
+        for part, one in zip(parts, denoisers, strict=True):
+            ungated = dataclasses.replace(denoiser, sparse=one.sparse)
+            estimate = derive_sparse(ungated, step, denoiser) if part.sparse else step
+            if part.gated:
+                estimate = derive_step(one, estimate, ungated)
+            runs = sum(computed[part.start : part.stop])
+            skips = part.stop - part.start - runs
+            total += runs * seconds(estimate) + skips * skipped / (2 if part.gated else 1)
+        found[speed] = round(total, 2)
     return found
 
 

@@ -28,15 +28,15 @@ _WORDS = {"all": 1 << 16, "none": -1}
 def named_rules() -> dict[str, Rule]:
     """Rules that options and files know by name.
 
-    near is `radial` with a decay of 0.5 at 768x1360x81. fast keeps the frame whole and halves the
-    rows with each frame further away, then keeps the token's own row of every frame.
+    near is `radial` with a decay of 0.5 at 768x1360x81. fast keeps the frame whole, 6 rows of the
+    frames beside, and the token's own row of all others.
     """
     from cogvideox.transformer.block_rules import ALL, DENSE, Rule, both, spatial, temporal
 
     return {
         "dense": DENSE,
         "near": Rule((ALL, ALL, 7, 7, 4, 4, 4, 4, 2)),
-        "fast": Rule((ALL, 6, 3, 0)),
+        "fast": Rule((ALL, 6, 0)),
         "spatial": spatial(),
         "temporal": temporal(),
         "both": both(),
@@ -113,6 +113,20 @@ def tiling_of(settings: DenoisingSettings, model: ModelFolder) -> Tiling:
     patch_t, patch = config.patch_size_t or 1, config.patch_size
     grid = latents.frames // patch_t, latents.height // patch, latents.width // patch
     return choose_tiling(grid, config.max_text_seq_length)
+
+
+def density_of(sparse: SparseAttention, settings: DenoisingSettings, model: ModelFolder) -> float:
+    """Returns the share of the blocks of attention that a sparse step of a run computes."""
+    from cogvideox.model.settings import latent_shape
+    from cogvideox.transformer.sparse_step import make_sparse_step
+    from cogvideox.transformer.tokens import TokenLayout
+
+    config, tiling = model.transformer, tiling_of(settings, model)
+    latents, _ = latent_shape(settings, model, 1)
+    layout = TokenLayout(
+        *(latents, config.patch_size, config.patch_size_t or 1, tiling.text, tiling.rows, tiling)
+    )
+    return make_sparse_step(sparse, config, layout, 1, 1).density()
 
 
 def _read_rule(value: object, tiling: Tiling) -> Rule:

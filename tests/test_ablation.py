@@ -77,6 +77,9 @@ def test_run_writes_a_report_and_a_page(
     exact, *others = report["rows"]
     assert exact["lossless"] and exact["speed_up"] == 1 and "psnr" not in exact
     for row in others:
+        if row["row"] == "sparse attention":
+            assert row["blocks"] == 1  # a frame is one chunk
+            continue
         assert not row["lossless"] and 0 < row["psnr_min"] <= row["psnr"] < 100
         assert 0 < row["ssim"] <= 1 and row["seconds_per_video"] > 0
     near = next(row for row in others if row["row"] == "near mask")

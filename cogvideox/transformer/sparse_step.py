@@ -67,8 +67,9 @@ def make_sparse_step(
         ValueError: the rules are of a model with other layers or heads.
     """
     assert layout.tiling is not None
-    lists = make_lists(sparse.all_rules, layout.tiling, layout.padded)
     rules = sparse.table(config.num_layers, config.num_attention_heads)
+    heads = np.bincount(rules.reshape(-1), minlength=len(sparse.all_rules))
+    lists = make_lists(sparse.all_rules, layout.tiling, layout.padded, heads.tolist())
     arrays = {name: np.asarray(getattr(lists, name)) for name in ("chunks", "lengths", "valid")}
     costs = arrays["lengths"].sum(1)[rules]
     of_devices = costs.reshape(len(rules), tp, sp, -1).sum(-1)
@@ -87,13 +88,16 @@ def make_sparse_step(
     return SparseStep(lists, rules, SparseTables(arrays, placed, order), fields)
 
 
-def make_lists(rules: Sequence[Rule], tiling: Tiling, rows: int) -> BlockLists:
+def make_lists(
+    rules: Sequence[Rule], tiling: Tiling, rows: int, heads: Sequence[int] | None = None
+) -> BlockLists:
     """Returns the lists of each rule for the attention kernel.
 
     A tile visits a chunk if the rule keeps any pair of their tokens.
 
     Args:
         rows: length of the sequence, at least `tiling.rows`. Tiles past the tiling's visit text.
+        heads: how many heads follow each rule.
     """
     tiles, chunks = -(-rows // tiling.block_q), -(-rows // tiling.chunk)
     valid = [*tiling.valid, *[0] * (chunks - len(tiling.valid))]
@@ -107,7 +111,9 @@ def make_lists(rules: Sequence[Rule], tiling: Tiling, rows: int) -> BlockLists:
         of_text = [every] * (tiling.text_rows // tiling.block_q)
         after = tiles - len(of_text) - len(visited)
         lists.append([*of_text, *visited, *[text or every] * after])
-    return BlockLists.from_lists(lists, block_q=tiling.block_q, chunk=tiling.chunk, valid=valid)
+    return BlockLists.from_lists(
+        lists, block_q=tiling.block_q, chunk=tiling.chunk, valid=valid, heads=heads
+    )
 
 
 def _of_frame(rule: Rule, tiling: Tiling, frame: int) -> list[list[int]]:

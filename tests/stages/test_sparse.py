@@ -1,15 +1,24 @@
 """Options of sparse attention: what they resolve to, what is refused, what is recorded."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from cogvideox.model.folder import ModelFolder, find_model
-from cogvideox.transformer.block_rules import ALL, DENSE, NONE, Rule, radial, spatial
+from cogvideox.transformer.block_rules import (
+    ALL,
+    DENSE,
+    NONE,
+    Rule,
+    SparseAttention,
+    radial,
+    spatial,
+)
 from cogvideox.transformer.sparse_step import make_lists
 from cogvideox.transformer.tiling import choose_tiling
-from stages.sparse import named_rules
+from stages.sparse import density_of, named_rules
 from stages.speed import Lossy, read_lossy, resolve
 from tests.stages.test_speed import Options, settings
 from tests.tiny_models import save_tiny_model
@@ -54,7 +63,7 @@ def test_densities_of_named_rules():
     rules = named_rules()
     lists = make_lists(list(rules.values()), PUBLISHED, 45568)
     densities = dict(zip(rules, lists.density() * 178 / 177, strict=True))
-    expected = {"dense": 1, "near": 0.535, "fast": 0.269}
+    expected = {"dense": 1, "near": 0.535, "fast": 0.2535}
     expected |= {"spatial": 0.269, "temporal": 0.247, "both": 0.316}
     assert densities == pytest.approx(expected, abs=0.001)
     near, formula = rules["near"], radial(0.5, PUBLISHED)
@@ -136,3 +145,16 @@ def test_damaged_records_are_refused(changes):
     assert read_lossy({"sparse_attention": SPARSE}).dense_steps == 2
     with pytest.raises(ValueError, match="speed is .*, not what stage 2 writes"):
         read_lossy({"sparse_attention": SPARSE | changes})
+
+
+def test_the_cost_of_sparse_steps(model):
+    lossy = Lossy(sparse=resolve(Options("fast"), settings(), model).sparse, dense_steps=10)
+    assert lossy.computed_steps(50, sparse_cost=0.25) == 10 + 40 / 4
+    gated = dataclasses.replace(lossy, guided_steps=30)
+    assert gated.computed_steps(50, sparse_cost=0.25) == 10 + 20 / 4 + 20 / 8
+    # A frame of the tiny model is one chunk, so a token keeps all of it or nothing.
+    alone = SparseAttention((Rule((ALL, NONE)),))
+    two_frames = settings()
+    assert density_of(lossy.sparse, two_frames, model) == 1
+    # 2 frames and the text: text sees 3 chunks, a frame 2.
+    assert density_of(alone, two_frames, model) == pytest.approx((3 + 2 + 2) / 9)
