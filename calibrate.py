@@ -22,6 +22,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "  python calibrate.py --num_inference_steps 50 --compute 29,24,20 --plot masks.png\n"
         "  python stage2_transformer.py --step_mask stage_outputs/calibration.json\n"
         "  python calibrate.py --preview night/*/ --output_dir night\n"
+        "  python calibrate.py --block_rules --output_dir night\n"
         "  python stage2_transformer.py --preview_every 5 --preview_factors "
         "night/preview_factors.json",
     )
@@ -45,6 +46,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="STEPS",
         type=_numbers,
         help="how many steps the masks compute, separated by commas (default: 58%% and 48%%)",
+    )
+    parser.add_argument(
+        "--block_rules",
+        action="store_true",
+        help="instead of that, find the sparsest rule of attention that each head bears, for "
+        "--sparse_attention (block_rules.json)",
+    )
+    parser.add_argument(
+        "--block_alpha",
+        type=utils.number(0, 1),
+        default=0.05,
+        help="with --block_rules: the largest relative error of a head's output",
     )
     parser.add_argument("--plot", type=Path, help="PNG to draw the ratios and the masks into")
     utils.add_sampling(parser)
@@ -71,7 +84,13 @@ def run(arguments: argparse.Namespace) -> None:
         return
     utils.choose_platform(arguments)
     utils.copy_trusted_executables(arguments)
-    calibrate.run(utils.options(calibrate.CalibrateOptions, arguments))
+    options = utils.options(calibrate.CalibrateOptions, arguments)
+    if arguments.block_rules:
+        from stages import calibrate_blocks
+
+        calibrate_blocks.run(options, arguments.block_alpha)
+    else:
+        calibrate.run(options)
 
 
 if __name__ == "__main__":

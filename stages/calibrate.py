@@ -185,7 +185,7 @@ def run(options: CalibrateOptions) -> None:
             files.check_output_folder(options.plot.parent, options.plot.name)
             import matplotlib  # noqa: F401 (say now that it is missing)
         model, tokens = encode.check(encoding)
-        checked = denoise.check(_denoise_options(options), model, 1, tokens)
+        checked = denoise.check(denoise_options(options), model, 1, tokens)
         compute = _budgets(options.compute, checked.settings.num_inference_steps)
     with OpenFolder(options.output_dir) as watched:
         calibration = _calibrate(options, prompts, encoding, model, tokens, checked, compute)
@@ -203,7 +203,7 @@ def run(options: CalibrateOptions) -> None:
         print(f"{options.plot}: ratios and masks")
 
 
-def _denoise_options(options: CalibrateOptions) -> denoise.DenoiseOptions:
+def denoise_options(options: CalibrateOptions) -> denoise.DenoiseOptions:
     own = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     names = {field.name for field in dataclasses.fields(denoise.DenoiseOptions)}
     values = {name: value for name, value in own.items() if name in names}
@@ -309,7 +309,7 @@ def _measure(
         return
     if found.videos:
         print(f"resuming from {found.path}, {len(done)} prompt(s) done")
-    texts = _embed(encoding, model, tokens)
+    texts = embed_each(encoding, model, tokens)
     denoiser = checked.denoiser
     with working("loading the transformer and its programs"), ThreadPoolExecutor(1) as background:
         compiling = background.submit(denoiser.compile, options.executables, ("keep", "reuse"))
@@ -339,7 +339,7 @@ def _measure(
                 start = time.monotonic()
 
 
-def _embed(
+def embed_each(
     encoding: encode.EncodeOptions, model: ModelFolder, tokens: int
 ) -> list[dict[str, np.ndarray]]:
     """Encodes each prompt alone, as a run of its own does."""

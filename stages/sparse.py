@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import processes
 from runtime.json_files import read_json_object
 from runtime.text import printable
+from stages.sections import DENOISE, PARTS
 
 if TYPE_CHECKING:
     from cogvideox.model.folder import ModelFolder
@@ -21,6 +22,7 @@ NAMED = ("none", "near", "fast")
 DENSE_SHARE = 0.2  # of the steps, from the first; most papers borrow it from each other
 DENSE_LAYERS = 1
 _MAX_BYTES = 16 << 20
+_CALIBRATED = ("calibrated_for", "alpha", "errors", "density", "made_with")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _WORDS = {"all": 1 << 16, "none": -1}
 
@@ -67,7 +69,7 @@ def resolve_sparse(
     if model is None:
         raise ValueError(f"--sparse_attention {shown}: there is no model to compare it with")
     try:
-        sparse = _of_file(content, dense_layers, settings, model)
+        sparse = of_json(content, dense_layers, settings, model)
         config = model.transformer
         sparse.table(config.num_layers, config.num_attention_heads)
     except ValueError as error:
@@ -75,13 +77,20 @@ def resolve_sparse(
     return sparse
 
 
-def _of_file(
+def of_json(
     content: Mapping[str, Any], dense_layers: int, settings: DenoisingSettings, model: ModelFolder
 ) -> SparseAttention:
+    """Reads rules by layer and head, those of calibrate.py --block_rules or a user's own.
+
+    Raises:
+        ValueError: they are damaged, or were calibrated for another model or size.
+    """
     from cogvideox.transformer.block_rules import SparseAttention
 
-    if content.keys() - {"rules", "heads"} or "heads" not in content:
+    if content.keys() - {"rules", "heads", *_CALIBRATED} or "heads" not in content:
         raise ValueError('it is not {"rules": {NAME: REACH}, "heads": RULE or [[RULE, ...], ...]}')
+    if "calibrated_for" in content:
+        _check_target(content["calibrated_for"], settings, model)
     own, heads = content.get("rules", {}), content["heads"]
     if not isinstance(own, dict):
         raise ValueError("its rules are not an object")
@@ -101,6 +110,24 @@ def _of_file(
     of_heads = tuple(tuple(used.index(name) for name in layer) for layer in layers)
     only = None if isinstance(heads, str) else of_heads
     return SparseAttention(tuple(rules[name] for name in used), only, dense_layers)
+
+
+def _check_target(value: object, settings: DenoisingSettings, model: ModelFolder) -> None:
+    """Checks that rules were calibrated for a run's model and size."""
+    if not isinstance(value, dict):
+        raise ValueError("its calibrated_for is not an object")
+    size = tuple(value.get(name) for name in ("height", "width", "num_frames"))
+    if size != (settings.height, settings.width, settings.num_frames):
+        wanted = f"{settings.height}x{settings.width}x{settings.num_frames}"
+        raise ValueError(
+            f"it was calibrated for {printable('x'.join(map(str, size)))[:40]}, this run is of "
+            f"{wanted}; calibrate it with calibrate.py --block_rules"
+        )
+    if value.get("model") != {part: model.digest(part) for part in PARTS[DENOISE]}:
+        raise ValueError(
+            "it was calibrated for another model; calibrate this one with calibrate.py "
+            "--block_rules"
+        )
 
 
 def tiling_of(settings: DenoisingSettings, model: ModelFolder) -> Tiling:
@@ -155,10 +182,15 @@ def read_rule(value: object) -> Rule:
     return Rule(tuple(reach))
 
 
+def reach_of(rule: Rule) -> list[int | str]:
+    """Inverts `read_rule`."""
+    words = {reach: word for word, reach in _WORDS.items()}
+    return [words.get(reach, reach) for reach in rule.reach]
+
+
 def to_json(sparse: SparseAttention) -> dict[str, Any]:
     """Returns the rules, and the heads as a digit each, a text for each layer."""
-    words = {reach: word for word, reach in _WORDS.items()}
-    rules = [[words.get(reach, reach) for reach in rule.reach] for rule in sparse.rules]
+    rules = [reach_of(rule) for rule in sparse.rules]
     heads = ["".join(_DIGITS[rule] for rule in layer) for layer in sparse.heads or ()]
     return {"rules": rules, "heads": heads or None, "dense_layers": sparse.dense_layers}
 

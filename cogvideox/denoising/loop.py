@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -194,9 +194,7 @@ def _run_part(
     denoiser = loaded.denoiser
     tokens, previous_x0, reusable = to_devices(denoiser, start)
     rows = denoiser.sharding(TOKENS)
-    position_arrays = jax.tree.map(
-        place, denoiser.positions, jax.tree.map(denoiser.sharding, denoiser.position_specs)
-    )
+    position_arrays = place_positions(denoiser)
     noise = place(next(rows_of_noise), rows)
     for i in range(start.steps, stop):
         use = uses[i]
@@ -219,6 +217,12 @@ def _run_part(
             noise = place(next(rows_of_noise), rows)  # while the device computes
         jax.block_until_ready((tokens, previous_x0, reusable))
         yield LoopState(i + 1, denoiser, tokens, previous_x0, reusable)
+
+
+def place_positions(denoiser: Denoiser) -> dict[str, Any]:
+    """Places `Denoiser.positions` on its devices."""
+    shardings = jax.tree.map(denoiser.sharding, denoiser.position_specs)
+    return jax.tree.map(place, denoiser.positions, shardings)
 
 
 def to_devices(

@@ -298,9 +298,7 @@ class Denoiser:
         Returns:
             The next tokens and x0, [B, s, C], and what the step keeps for later ones.
         """
-        samples = jnp.concatenate([tokens, tokens]) if self.branches == 2 else tokens
-        own = prompt_embeds.shape[0]
-        samples = jax.lax.dynamic_slice_in_dim(samples, jax.lax.axis_index("dp") * own, own)
+        samples = self.own_samples(tokens, prompt_embeds)
         from cogvideox.transformer import model as transformer  # only to trace: it takes seconds
 
         output, made = transformer.predict(
@@ -325,6 +323,12 @@ class Denoiser:
             lambda x: jnp.where(is_video, x, 0), (following, x0, kept)
         )
         return following.astype(tokens.dtype), x0, kept
+
+    def own_samples(self, tokens: jax.Array, prompt_embeds: jax.Array) -> jax.Array:
+        """Returns this device's samples of the guided batch, of tokens [B, s, C]."""
+        samples = jnp.concatenate([tokens, tokens]) if self.branches == 2 else tokens
+        own = prompt_embeds.shape[0]
+        return jax.lax.dynamic_slice_in_dim(samples, jax.lax.axis_index("dp") * own, own)
 
     def _scaled(
         self, residual: jax.Array | None, scales: tuple[jax.Array, ...]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cogvideox.denoising.calibration import LONGEST_SKIP, first_steps, weigh_edges
-from cogvideox.denoising.loop import LoadedDenoiser
+from cogvideox.denoising.loop import LoadedDenoiser, place_positions
 from cogvideox.denoising.noise import NoiseSource
 from cogvideox.denoising.program import TOKENS
 from cogvideox.denoising.reuse import Reusable, Reuse
@@ -114,9 +114,7 @@ class Measurement:
             )
         )
         self._placed_noise: tuple[int, jax.Array] | None = None
-        self._positions = jax.tree.map(
-            place, denoiser.positions, jax.tree.map(denoiser.sharding, denoiser.position_specs)
-        )
+        self._positions = place_positions(denoiser)
 
     def run(self, known: VideoErrors | None = None) -> Iterator[VideoErrors]:
         """Measures.

@@ -135,15 +135,22 @@ class Block:
             k = self.backend.keys(k, weight_k, bias_k, rotary)
             v, values = self.backend.values(v)
         with jax.named_scope("attention"):
-            keys: int | Listed = self.tokens
-            if sparse is not None:
-                assert self.lists is not None
-                lists = dataclasses.replace(self.lists, **sparse.lists)
-                keys = Listed(lists, own_heads(sparse.rule, ("tp", "sp")))
-            out = self.backend.attend(q, k, v, self.head_dim, keys, Bounds(scores, values))
+            keys = self.tokens if sparse is None else self._listed(sparse)
+            out = self._attend(q, k, v, keys, Bounds(scores, values))
         with jax.named_scope("out"):
             out = self.backend.project_out(out, parameters["attn1.to_out.0.weight"])
             return sum_over_tp(out) + parameters["attn1.to_out.0.bias"]
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, keys: int | Listed, bounds: Bounds
+    ) -> jax.Array:
+        return self.backend.attend(q, k, v, self.head_dim, keys, bounds)
+
+    def _listed(self, sparse: SparseTables[jax.Array]) -> Listed:
+        """Returns the lists, and the rules of this device's heads."""
+        assert self.lists is not None
+        lists = dataclasses.replace(self.lists, **sparse.lists)
+        return Listed(lists, own_heads(sparse.rule, ("tp", "sp")))
 
     @jax.named_scope("mlp")
     def _mlp(self, parameters: Parameters, modulated: jax.Array) -> jax.Array:

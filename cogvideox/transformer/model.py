@@ -80,7 +80,7 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
             [b, s, C]; text and padding rows are undefined. With `return_residual` also the
             residual [b, s, E] in the tokens' dtype.
         """
-        embedded, temb = self._embed(tokens, encoder_hidden_states, timestep, embedding)
+        embedded, temb = self.embed(tokens, encoder_hidden_states, timestep, embedding)
         if residual is None:
             with jax.named_scope("blocks"):
                 hidden_states = self.transformer_blocks(embedded, temb, rotary, sparse)
@@ -89,7 +89,7 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
         output = self._project_out(hidden_states, temb)
         return (output, hidden_states - embedded) if return_residual else output
 
-    def _embed(
+    def embed(
         self,
         tokens: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
@@ -125,7 +125,7 @@ class StackedBlocks(torch.nn.Module):
         super().__init__()
         for name, child in first.named_children():
             self.add_module(name, child)
-        self._block = block
+        self.block = block
 
     def forward(
         self,
@@ -140,7 +140,7 @@ class StackedBlocks(torch.nn.Module):
             def run(x, layer):
                 parameters, heads = layer
                 of_layer = None if sparse is None else SparseTables(sparse.lists, *heads)
-                return self._block(x, parameters, temb, rotary, of_layer), None
+                return self.block(x, parameters, temb, rotary, of_layer), None
 
             heads = None if sparse is None else (sparse.rule, sparse.order)
             return jax.lax.scan(run, x, (stacked, heads))[0]

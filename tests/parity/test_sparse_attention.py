@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from cogvideox.denoising.loop import run_loop, to_host
+from cogvideox.denoising.block_errors import compile_errors, measuring
+from cogvideox.denoising.loop import place_positions, run_loop, to_devices, to_host
+from cogvideox.denoising.loop_checkpoint import LoopCheckpoint
 from cogvideox.denoising.noise import NoiseSource
 from cogvideox.denoising.program import Denoiser
 from cogvideox.denoising.scheduler import Schedule, make_schedule
@@ -159,3 +161,53 @@ def test_sparse_steps_equal_the_masked_reference(mesh, model, expected, exact):
 def test_a_rule_that_keeps_all_equals_dense_attention(model, exact):
     ours = run(model, Lossy(sparse=SparseAttention((DENSE,)), dense_steps=1))
     assert relative(ours, exact) < 2e-5
+
+
+CANDIDATES = (spatial(0), temporal(0))
+
+
+def errors_of_rules(model: Path, mesh: tuple[int, int, int]) -> np.ndarray:
+    """Errors in the first step, [L, N, R]."""
+    measured = measuring(make_denoiser(model, mesh), CANDIDATES)
+    measure, noise = compile_errors(measured), np.random.default_rng(1).normal(size=SHAPE.sizes)
+    tokens, *_ = to_devices(measured, LoopCheckpoint(0, noise.astype(np.float32), noise))
+    embeddings = {"negative_prompt_embeds": TEXTS[0], "prompt_embeds": TEXTS[1]}
+    prompts, positions = measured.prompt_embeds(embeddings), place_positions(measured)
+    return measure(tokens, measured.load(), positions, prompts, np.int32(900))
+
+
+def reference_errors(model: Path) -> np.ndarray:
+    """The same by diffusers: every call of attention again with the masks of each rule."""
+    transformer = diffusers.CogVideoXTransformer3DModel.from_pretrained(
+        str(model), subfolder="transformer"
+    )
+    masks = [torch.from_numpy(token_masks(SparseAttention((rule,)))[0, 0]) for rule in CANDIDATES]
+    attend, found = torch.nn.functional.scaled_dot_product_attention, []
+
+    def compare(q, k, v, **options):
+        dense = attend(q, k, v, **options)
+        others = [attend(q, k, v, **options | {"attn_mask": mask}) - dense for mask in masks]
+        of_heads = [x.square().sum((0, 2, 3)).sqrt().numpy() for x in (dense, *others)]
+        found.append(np.stack(of_heads[1:], -1) / of_heads[0][:, None])
+        return dense
+
+    noise = np.random.default_rng(1).normal(size=SHAPE.sizes).astype(np.float32)
+    pipeline = diffusers.CogVideoXPipeline.from_pretrained(
+        str(model), transformer=transformer, text_encoder=None, tokenizer=None
+    )
+    rotary = pipeline._prepare_rotary_positional_embeddings(384, 640, SHAPE.frames, "cpu")
+    sample = torch.from_numpy(np.concatenate([noise, noise]))
+    with (
+        torch.no_grad(),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", compare),
+    ):
+        texts = torch.from_numpy(TEXTS[:, 0])
+        transformer(sample, texts, torch.tensor([900, 900]), image_rotary_emb=rotary)
+    return np.stack(found)
+
+
+def test_errors_of_rules_equal_the_reference(model):
+    expected = reference_errors(model)
+    assert expected.min() > 1e-4
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        assert errors_of_rules(model, mesh) == pytest.approx(expected, rel=1e-3)

@@ -45,11 +45,13 @@ class Backend(abc.ABC):
         name: name of its attention kernel, as in --attention.
         token_multiple: the number of tokens on a device must be a multiple of this.
         takes_lists: whether `attend` can be sparse.
+        tokens_last: whether the output of `attend` is [b, R, S]; else it is [b, S, R].
     """
 
     name: ClassVar[str]
     token_multiple: ClassVar[int] = 1
     takes_lists: ClassVar[bool] = False
+    tokens_last: ClassVar[bool] = False
 
     @abc.abstractmethod
     def norm_and_modulate(

@@ -39,6 +39,7 @@ class TpuBackend(Backend):
     name = "splash"
     token_multiple = 128  # lanes; a shorter last tile would be padded in every array
     takes_lists = True
+    tokens_last = True
 
     def norm_and_modulate(
         self, x: jax.Array, scale: jax.Array, shift: jax.Array, text_rows: jax.Array, eps: float
