@@ -162,6 +162,12 @@ def parse_rerun(argv: list[str] | None = None) -> argparse.Namespace:
         "--output_dir", type=Path, help="a new folder (default: VIDEO_rerun beside the video)"
     )
     utils.add_model(parser, default=None)
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH",
+        help="file, or folder, of the LoRA that made the video, if it has moved; repeatable",
+    )
     utils.add_mesh(parser)
     utils.add_platform(parser)
     utils.add_executables(parser)

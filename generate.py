@@ -100,6 +100,8 @@ def _read_config(path: Path, given: set[str]) -> argparse.Namespace:
     for exclusive in _EXCLUSIVE:
         if not given.isdisjoint(exclusive):
             settings = {key: value for key, value in settings.items() if key not in exclusive}
+    if "lora" in given:  # it is repeatable, and would add to those of the file
+        settings.pop("lora", None)
     if isinstance(settings.get("seeds"), list):
         settings["seeds"] = ",".join(map(str, settings["seeds"]))
     try:

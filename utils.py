@@ -105,6 +105,13 @@ def add_denoising(parser: ArgumentParser) -> None:
     add_speed(parser)
     add_previews(parser)
     parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[=WEIGHT]",
+        help="a LoRA to add to the transformer's weights: a .safetensors file, or HUB_ID[:FILE], "
+        "and its weight (1); repeatable",
+    )
+    parser.add_argument(
         "--checkpoint_every",
         type=integer(1),
         help="save the state of the loop after every so many steps; the same command resumes from "
@@ -355,7 +362,9 @@ def line_parser[Settings](
 
     def parse(settings: Mapping[str, object]) -> Settings:
         switched_off = {key: False for key, value in settings.items() if value is False}
-        start = argparse.Namespace(**vars(defaults) | {"prompt": None} | switched_off)
+        # Repeatable arguments would add to the defaults.
+        replaced = {"prompt": None} | {key: None for key in settings if key == "lora"}
+        start = argparse.Namespace(**vars(defaults) | replaced | switched_off)
         parsed = parser.parse_args(to_arguments(settings), start)
         return options(kind, parsed, prompt=parsed.prompt[0])
 

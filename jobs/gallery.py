@@ -311,6 +311,8 @@ def _facts(state: JobState) -> Iterator[tuple[str, str]]:
     yield "steps", f"{settings.num_inference_steps} {settings.scheduler}"
     if job.lossy.names:
         yield "lossy", "; ".join(job.lossy.names)
+    if job.loras:
+        yield "LoRA", ", ".join(choice.shown for choice in job.loras)
     if job.negative_prompt:
         yield "negative prompt", job.negative_prompt
     yield "model", job.model_id + (f" @ {job.revision[:12]}" if job.revision else "")

@@ -16,6 +16,8 @@ from jobs.jobfile import Line
 from jobs.records import Job
 from runtime.fingerprint import fingerprint
 from stages import files, speed
+from stages.lora import LoraLibrary, parse_choice
+from stages.sections import without_places
 
 _ID_LENGTH = 16
 _LABEL_LENGTH = 40  # characters of a name that is made of a prompt
@@ -27,13 +29,13 @@ def make_jobs(lines: Sequence[Line], model: ModelFolder) -> tuple[list[Job], lis
     Returns:
         The jobs, and the problems, each with its line number.
     """
-    digest = model_digest(model)
+    digest, library = model_digest(model), LoraLibrary(model)
     jobs, problems = [], []
     lines_by_name: dict[str, int] = {}
     lines_by_id: dict[str, int] = {}
     for line in lines:
         try:
-            job = make_job(line, model, digest)
+            job = make_job(line, model, digest, library)
         except ValueError as error:
             problems.append((line.number, str(error)))
             continue
@@ -59,14 +61,15 @@ def model_digest(model: ModelFolder) -> str:
     return fingerprint({part: model.digest(part) for part in MODEL_PARTS})
 
 
-def make_job(line: Line, model: ModelFolder, digest: str) -> Job:
+def make_job(line: Line, model: ModelFolder, digest: str, library: LoraLibrary) -> Job:
     """Makes the job of one line.
 
     Args:
         digest: `model_digest` of the model.
+        library: reads LoRA files for the model.
 
     Raises:
-        ValueError: the model cannot compute the settings.
+        ValueError: the model cannot compute the settings, or a LoRA cannot be added to it.
     """
     own = line.settings
     names = (field.name for field in dataclasses.fields(DenoisingSettings))
@@ -86,6 +89,7 @@ def make_job(line: Line, model: ModelFolder, digest: str) -> Job:
         "quality": own.quality,
         "no_metadata": own.no_metadata,
         "speed": speed.resolve(own, settings, model).to_json(),
+        "lora": library.resolve([parse_choice(text) for text in own.lora or ()]).to_json(),
     }
     name = line.name or _label(own.prompt)
     # The content of the model counts, its path does not.
@@ -93,9 +97,13 @@ def make_job(line: Line, model: ModelFolder, digest: str) -> Job:
         "settings": dataclasses.asdict(settings),
         "model": digest,
         "format": files.FORMAT_VERSION,
+        "lora": without_places(decides["lora"]),
     }
+    # Exact jobs, and those without LoRAs, keep the ids that they had before there were others.
     if decides["speed"] == speed.EXACT:
-        del hashed["speed"]  # exact jobs keep the ids that they had before there were others
+        del hashed["speed"]
+    if not decides["lora"]:
+        del hashed["lora"]
     return Job(
         id=fingerprint(hashed, compact=True)[:_ID_LENGTH], name=name, line=line.number, **decides
     )

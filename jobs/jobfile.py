@@ -38,7 +38,7 @@ TYPES: dict[str, type] = {
     **{"sparse_attention": str, "dense_steps": int, "dense_layers": int},
 }
 _TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-_KEYS = sorted([*TYPES, *_SHORT, "name", "seeds", "size"])
+_KEYS = sorted([*TYPES, *_SHORT, "lora", "name", "seeds", "size"])
 
 
 Seeds = str | Sequence[int]
@@ -76,6 +76,7 @@ class LineSettings:
     sparse_attention: str | None
     dense_steps: int | None
     dense_layers: int | None
+    lora: Sequence[str] | None
 
 
 # Checks the values of a line and fills in defaults; raises ValueError.
@@ -154,7 +155,7 @@ def read_settings(path: Path, known: Collection[str]) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     for key, value in settings.items():
-        if not isinstance(value, str | int | float) and key != "seeds":
+        if not isinstance(value, str | int | float) and key not in ("seeds", "lora"):
             raise InputError(f"{path}: {key} is {json.dumps(value)[:80]}, not a single value")
     return settings
 
@@ -223,6 +224,11 @@ def _from_json(text: str, known: Sequence[str]) -> dict[str, Any]:
         settings |= {"height": int(match[1]), "width": int(match[2])}
     for key in settings.keys() & TYPES.keys():
         check_type(key, settings[key], TYPES[key])
+    if "lora" in settings:
+        given = settings["lora"]
+        settings["lora"] = files = given if isinstance(given, list) else [given]
+        if not all(isinstance(file, str) for file in files):
+            raise ValueError('lora is neither "FILE=WEIGHT" nor a list of such')
     return settings
 
 

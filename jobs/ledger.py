@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.records import OUTPUTS, STAGES, Job, StageRecord, checksum, read_records, warn
+from jobs.records import OUTPUTS, STAGES, Job, StageRecord, read_records, warn
 from runtime.errors import InputError
+from runtime.files import checksum
 from runtime.text import printable
 from stages import files
 from stages.sections import is_whole

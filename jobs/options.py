@@ -84,6 +84,7 @@ class BatchOptions:
                 preview_every=self.preview_every,
                 preview_factors=self.preview_factors,
                 lossy=job.lossy,
+                loras=job.loras,
                 dp=self.dp,
                 sp=self.sp,
                 tp=self.tp,

@@ -14,7 +14,6 @@ the job's claim. A claim that was abandoned and not released says that the proce
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import sys
 import time
@@ -26,10 +25,11 @@ from cogvideox.model.settings import DenoisingSettings
 from jobs.claims import claim_state
 from jobs.steps import STEPS_FILE, Steps, read_steps
 from runtime.errors import InputError
-from runtime.files import open_regular, write_json
+from runtime.files import write_json
 from runtime.text import printable
 from runtime.typed_json import from_json, read_object
 from stages import files
+from stages.lora import LoraChoice, read_choices
 from stages.preview import PREVIEW_FILE
 from stages.sections import DECODE, DENOISE, ENCODE, STAGES
 from stages.session import Shape
@@ -75,9 +75,16 @@ class Job:
     # "exact", or the lossy options in force; see speed.Lossy.
     speed: str | dict[str, Any] = dataclasses.field(default=EXACT, hash=False)
     accepted: float | None = None  # by a server, seconds since 1970; None for a line of a file
+    lora: list[dict[str, Any]] = dataclasses.field(default_factory=list, hash=False)
 
     def __post_init__(self) -> None:
         read_lossy(self.speed)  # raises ValueError
+        read_choices(self.lora)  # raises ValueError
+
+    @property
+    def loras(self) -> tuple[LoraChoice, ...]:
+        """The LoRA files and their weights."""
+        return read_choices(self.lora)
 
     @property
     def lossy(self) -> Lossy:
@@ -246,19 +253,6 @@ def read_records(folder: Path, report: Callable[[str], None] = warn) -> dict[str
         else:
             records[stage] = record
     return records
-
-
-def checksum(path: Path) -> str:
-    """The sha256 of a regular file, in hexadecimal.
-
-    Raises:
-        InputError: the file cannot be opened, or is not a regular file.
-    """
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def worker_name() -> str:

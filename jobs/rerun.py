@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from runtime.errors import checking_input
 from runtime.json_files import parse_json_object
 from runtime.text import printable
 from runtime.versions import versions
-from stages import files, generate, speed
+from stages import files, generate, lora, speed
 from stages.decode import DecodeOptions
 from stages.denoise_options import DenoiseOptions
 from stages.encode import EncodeOptions
@@ -31,11 +31,14 @@ class RerunOptions:
     Attributes:
         output_dir: None writes to VIDEO_rerun next to the video.
         model_id: None takes the model that made the video.
+        lora: files, or folders of files, that may be the LoRAs that made the video; the sha256
+            decides. None looks only where they were, and beside the video.
     """
 
     video: Path
     output_dir: Path | None = None
     model_id: str | None = None
+    lora: Sequence[str] | None = None
     dp: int | None = None
     sp: int | None = None
     tp: int | None = None
@@ -180,6 +183,10 @@ def stage_options(
         **{field.name: second[field.name] for field in dataclasses.fields(DenoisingSettings)},
         allow_unsupported=True,  # they were computed once
         lossy=speed.read_lossy(second.get("speed", speed.EXACT)),
+        loras=lora.locate(
+            lora.read_choices(second.get("lora")),
+            [*map(Path, options.lora or ()), options.video.absolute().parent],
+        ),
         dp=options.dp,
         sp=options.sp,
         tp=options.tp,

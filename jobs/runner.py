@@ -41,6 +41,7 @@ from runtime.progress import working
 from runtime.text import printable
 from stages import files
 from stages.denoise import StoppedBetweenSteps
+from stages.lora import LoraChoice
 from stages.session import Session, Shape
 
 ENCODE, DENOISE, DECODE = STAGES
@@ -78,7 +79,7 @@ class Runner:
         self.ledger = Ledger(self._output_dir, self._stages, options.retry_failed)
         self._expiry = options.claim_expiry
         self._mirror = Mirror(options.mirror, self._output_dir) if options.mirror else None
-        self._unprepared: dict[tuple[str, Shape], Exception] = {}
+        self._unprepared: dict[tuple[str, Shape, tuple[LoraChoice, ...]], Exception] = {}
         self._videos_since: float | None = None
         self._done_before = 0
 
@@ -278,7 +279,9 @@ class Runner:
             }
             shape = min(order, key=claimed.__getitem__)
             order.remove(shape)
-            yield from groups[shape]
+            # Jobs with the same LoRAs come together: a change loads weights.
+            loras = list(dict.fromkeys(job.loras for job in groups[shape]))
+            yield from sorted(groups[shape], key=lambda job: loras.index(job.loras))
 
     def _do(self, stage: str, job: Job, claim: Claim) -> None:
         """Runs one stage of a claimed job and writes its record; records a failure, not raises."""
@@ -350,7 +353,8 @@ class Runner:
 
     def _work(self, stage: str, job: Job) -> dict:
         """Runs a stage; returns the last fields of its record."""
-        folder, key = self._output_dir / job.folder, (stage, job.shape)
+        folder = self._output_dir / job.folder
+        key = (stage, job.shape, job.loras if stage == DENOISE else ())
         request = self._options.request(job)
         if key in self._unprepared:  # preparing would fail again
             raise self._unprepared[key]

@@ -74,6 +74,19 @@ def open_regular(path: Path, *, follow_symlinks: bool = True) -> BinaryIO:
     return file
 
 
+def checksum(path: Path) -> str:
+    """The sha256 of a regular file, in hexadecimal.
+
+    Raises:
+        InputError: the file cannot be opened, or is not a regular file.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def check_regular(path: Path, *, follow_symlinks: bool = True) -> None:
     """Checks what libraries will open by its name; see `open_regular`."""
     open_regular(path, follow_symlinks=follow_symlinks).close()

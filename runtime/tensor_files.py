@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -31,6 +31,9 @@ DTYPES = {
 }
 FLOAT_DTYPES = frozenset(DTYPES[name] for name in ("BF16", "F16", "F32", "F64"))
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Reads a slice of an array, possibly with its rows in another order.
+RowReader = Callable[[np.ndarray, tuple[slice, ...]], np.ndarray]
+
 _HEADER_DIGEST, _DATA_DIGEST = "header_sha256", "data_sha256"
 
 
@@ -51,6 +54,10 @@ class StoredTensor:
     def mapped(self) -> np.ndarray:
         """The tensor in the file itself, which is read where it is touched."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+    def part(self, index: tuple[slice, ...], read_rows: RowReader) -> np.ndarray:
+        """The part of the tensor that a device gets; it may lie in the file itself."""
+        return read_rows(self.mapped(), index)
 
     def read(self) -> np.ndarray:
         """A copy of the tensor, in the file's dtype."""

@@ -17,6 +17,7 @@ from runtime.errors import checking_input
 from runtime.files import atomic_path, flush, reporting_disk_errors, to_text
 from runtime.progress import Timings, progress, working
 from stages import files, sections, speed
+from stages.lora import read_choices
 from stages.video_digest import with_digests
 
 if TYPE_CHECKING:
@@ -351,8 +352,10 @@ def _write_contact_sheets(
     fields = dataclasses.fields(DenoisingSettings)
     settings = DenoisingSettings(**{field.name: made[field.name] for field in fields})
     lossy = speed.read_lossy(made.get("speed", speed.EXACT))
+    loras = [choice.shown for choice in read_choices(made.get("lora"))]
     for sheet, sampler, prompt in zip(sheets, samplers, files.prompts(config), strict=True):
         caption = f"{prompt}\n{settings.describe()}"
+        caption += f"\nLoRA: {', '.join(loras)}" if loras else ""
         caption += f"\n{lossy.describe()}" if lossy.names else ""
         write_contact_sheet(
             sheet,

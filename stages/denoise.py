@@ -18,6 +18,7 @@ from runtime.progress import Timings, progress, working
 from stages import files, sections, speed
 from stages.checkpoints import Checkpoints
 from stages.denoise_options import DenoiseOptions
+from stages.lora import LoraLibrary, Loras
 from stages.preview import Previews, find_factors
 from stages.steps import compile_steps, denoisers_of, describe_sparse, load_steps
 
@@ -44,6 +45,7 @@ class DenoisingRun:
     Attributes:
         padding_frames: leading latent frames that `drop_padding` removes.
         lossy: the lossy options in force, which the schedule has.
+        loras: in the weights that the denoiser loads.
         denoisers: of each part of the schedule, see `cogvideox.denoising.parts`.
         preview: how previews are drawn; None draws none.
     """
@@ -54,6 +56,7 @@ class DenoisingRun:
     schedule: Schedule
     lossy: speed.Lossy
     preview: PreviewFactors | None = None
+    loras: Loras = Loras()
 
     @property
     def denoiser(self) -> Denoiser:
@@ -105,6 +108,8 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
 
         stored = stored_tensors(model.path / "transformer")
         check_weights(model.transformer, stored)
+        loras = LoraLibrary(model).resolve(options.lora_choices)
+        stored = loras.merged(stored)
         schedule = lossy.apply(make_schedule(settings, model.scheduler))
         starting.result()
 
@@ -115,7 +120,7 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
     if lossy.sparse:
         check_takes_lists(denoiser)
     denoisers = denoisers_of(denoiser, lossy, settings.num_inference_steps)
-    return DenoisingRun(settings, padding, denoisers, schedule, lossy, preview)
+    return DenoisingRun(settings, padding, denoisers, schedule, lossy, preview, loras)
 
 
 def check_takes_lists(denoiser: Denoiser) -> None:
@@ -211,7 +216,7 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
     mesh, attention = dict(denoiser.mesh.shape), denoiser.backend.name
     print(f"{checked.settings.describe()}\nmesh {mesh}, attention {attention}, {options.dtype}")
     print(checked.lossy.describe())
-    for line in describe_sparse(checked.denoisers):
+    for line in (*describe_sparse(checked.denoisers), *checked.loras.describe()):
         print(line)
 
     from runtime.compilation import CompilationLog
@@ -294,6 +299,7 @@ def denoising_section(
             **dataclasses.asdict(run.settings),
             "dtype": run.denoiser.dtype,
             "speed": run.lossy.to_json(),
+            **run.loras.settings(),
         },
         mesh=dict(run.denoiser.mesh.shape),
         attention=run.denoiser.backend.name,

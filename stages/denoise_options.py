@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from stages import speed
+from stages.lora import LoraChoice, parse_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,8 @@ class DenoiseOptions:
         speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers:
             see `speed.SpeedOptions`.
         lossy: what these resolve to, if it is known.
+        lora: files, each as FILE or FILE=WEIGHT.
+        loras: what these say, if it is known.
         dtype: "bfloat16" or "float32".
         executables: a folder from compile_ahead.py; missing programs are compiled.
         profile: a folder for a JAX profile of the loop.
@@ -54,6 +58,8 @@ class DenoiseOptions:
     dense_steps: int | None = None
     dense_layers: int | None = None
     lossy: speed.Lossy | None = None
+    lora: Sequence[str] | None = None
+    loras: Sequence[LoraChoice] | None = None
     dp: int | None = None
     sp: int | None = None
     tp: int | None = None
@@ -61,3 +67,14 @@ class DenoiseOptions:
     profile: Path | None = None
     preview_every: int | None = None
     preview_factors: Path | None = None
+
+    @property
+    def lora_choices(self) -> Sequence[LoraChoice]:
+        """The LoRAs, as `lora` or `loras` says.
+
+        Raises:
+            ValueError: `lora` names no file, or a weight that cannot be used.
+        """
+        return (
+            [parse_choice(text) for text in self.lora or ()] if self.loras is None else self.loras
+        )

@@ -67,11 +67,21 @@ _TYPES: dict[str, dict[str, tuple[type, ...]]] = {
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """Hashes the settings that decide a stage's output, to 16 hexadecimal digits.
 
-    Exact runs have the fingerprints that they had before there were lossy options.
+    Exact runs have the fingerprints that they had before there were lossy options. Of LoRAs the
+    places of the files do not count.
     """
     exact = {"speed"} if settings.get("speed") == "exact" else set()
     hashed = {k: v for k, v in settings.items() if k not in exact.union(_NOT_HASHED)}
+    if "lora" in hashed:
+        hashed["lora"] = without_places(hashed["lora"])
     return hash_json(hashed)[:_FINGERPRINT_LENGTH]
+
+
+def without_places(loras: Any) -> Any:
+    """Returns what decides a result of what a section, or a job, says of LoRAs."""
+    if not isinstance(loras, list) or not all(isinstance(lora, dict) for lora in loras):
+        return loras  # damaged, and reported later
+    return [{k: v for k, v in lora.items() if k != "file"} for lora in loras]
 
 
 def checksum(section: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.progress import working
 from stages import decode, denoise, encode, files
+from stages.lora import LoraLibrary, Loras
 from stages.sections import DECODE, DENOISE, ENCODE
 from stages.steps import CompiledSteps, compile_steps, foresee_steps, load_steps
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
+    from cogvideox.denoising.program import Denoiser
     from cogvideox.model.folder import ModelFolder
     from cogvideox.model.settings import DenoisingSettings
     from cogvideox.text.encoder import TextEncoder
@@ -82,8 +84,19 @@ class VideoRequest:
         )
 
 
+class Weights(NamedTuple):
+    """The transformer's weights on the devices, and the LoRAs in them."""
+
+    mesh: jax.sharding.Mesh
+    parameters: dict[str, jax.Array]
+    loras: Loras
+
+
 class Session:
     """What is loaded and compiled for one model, and the stages of a request as methods.
+
+    A request names its LoRAs: `check` reads them, and `prepare` of stage 2 loads those parameters
+    again that the last request's LoRAs or this one's change. It compiles nothing for them.
 
     `prepare` and `run` of stage 2 may run in one thread while those of stage 3 run in another.
     """
@@ -111,7 +124,8 @@ class Session:
         self._show_activity = show_activity
         self._text_encoder: TextEncoder | None = None
         self._runs: dict[Shape, denoise.DenoisingRun] = {}
-        self._parameters: tuple[jax.sharding.Mesh, dict[str, jax.Array]] | None = None
+        self._library = LoraLibrary(model)
+        self._weights: Weights | None = None
         self._step: tuple[Shape, CompiledSteps] | None = None
         self._decoded: set[tuple[tuple[int, ...], str]] = set()  # latents' shapes, frames' dtypes
         self._decoder: tuple[jax.sharding.Mesh, Decoder] | None = None
@@ -131,10 +145,13 @@ class Session:
             encode.check(requests[0].encode)
             check_weights(self._model)
         for shape, request in {request.shape: request for request in reversed(requests)}.items():
-            run = denoise.check(request.denoise, self._model, 1, request.text_tokens)
+            base = dataclasses.replace(request.denoise, lora=None, loras=())
+            run = denoise.check(base, self._model, 1, request.text_tokens)
             self._runs[shape] = run
             decoding = dataclasses.replace(request.decode, input_dir=folder)
             decode.check(decoding, self._model, run.latents_shape, request.settings.fps)
+        for choices in {tuple(request.denoise.lora_choices) for request in requests}:
+            self._library.resolve(choices)
 
     def mesh(self, shape: Shape) -> dict[str, int]:
         """The mesh of the transformer for a shape that `check` has passed."""
@@ -182,10 +199,7 @@ class Session:
         shape = request.shape
         run = self._runs[shape]
         denoiser = run.denoiser
-        if self._parameters is None or self._parameters[0] != denoiser.mesh:
-            self._parameters = None  # first, so that the devices never hold two
-            with self._working(request, f"loading the transformer, mesh {self.mesh(shape)}"):
-                self._parameters = denoiser.mesh, denoiser.load()
+        self._load_weights(denoiser, request)
         if self._step is None or self._step[0] != shape:
             from runtime.compilation import CompilationLog
 
@@ -195,11 +209,35 @@ class Session:
                 self._step = shape, compile_steps(*programs)
             print(f"{shape}: {log.sentence()}")
 
+    def _load_weights(self, denoiser: Denoiser, request: VideoRequest) -> None:
+        """Makes the weights on the devices those of a request: base model, LoRAs and mesh."""
+        loras = self._library.resolve(request.denoise.lora_choices)
+        executables = request.denoise.executables
+        with_loras = dataclasses.replace(denoiser, stored=loras.merged(denoiser.stored))
+        there, self._weights = self._weights, None  # so that the devices never hold two
+        if there is None or there.mesh != denoiser.mesh:
+            there = None
+            what = f"loading the transformer, mesh {dict(denoiser.mesh.shape)}"
+            with self._working(request, what):
+                parameters = with_loras.load(executables)
+        else:
+            parameters = there.parameters
+            changed = loras.parameters_changed_from(there.loras)
+            if changed:
+                for name in changed:
+                    del parameters[name]
+                what = f"changing the LoRA: loading {len(changed)} parameters"
+                with self._working(request, what):
+                    parameters |= with_loras.load(executables, changed)
+        if (there.loras if there else Loras()) != loras:
+            print("\n".join(loras.describe() or ["no LoRA"]))
+        self._weights = Weights(denoiser.mesh, parameters, loras)
+
     def _denoise(self, request: VideoRequest) -> None:
         from cogvideox.denoising.noise import NoiseSource
         from cogvideox.denoising.scheduler import make_schedule
 
-        assert self._step is not None and self._parameters is not None
+        assert self._step is not None and self._weights is not None
         options = request.denoise
         assert options.lossy is not None
         run = dataclasses.replace(
@@ -207,13 +245,14 @@ class Session:
             settings=request.settings,
             schedule=options.lossy.apply(make_schedule(request.settings, self._model.scheduler)),
             lossy=options.lossy,
+            loras=self._weights.loras,
         )
         embeddings, _ = denoise.open_embeddings(options.input_dir, options.model_id)
         tensors = files.read_tensors(embeddings)
         section = denoise.denoising_section(run, self._model, embeddings)
         every = options.checkpoint_every
         checkpoints = denoise.Checkpoints(options.output_dir, section, every, self._stop.is_set)
-        (_, steps), (_, parameters) = self._step, self._parameters
+        (_, steps), parameters = self._step, self._weights.parameters
         loaded = load_steps(run.denoisers, steps, parameters, tensors)
         bar = functools.partial(self._show_steps, options.output_dir)
         with denoise.previews_of(run, options, options.output_dir, self._model) as previews:

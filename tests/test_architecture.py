@@ -17,7 +17,7 @@ FLOORS = (
     ("web",),
     ("jobs",),
     ("toyworld", "stages"),
-    ("cogvideox.denoising",),
+    ("cogvideox.denoising", "cogvideox.lora"),
     ("cogvideox.transformer", "cogvideox.vae", "cogvideox.video", "cogvideox.text"),
     ("cogvideox.model",),
     ("runtime", "splash_attention"),

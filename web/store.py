@@ -36,6 +36,7 @@ from jobs.service import delete_job, delete_leftovers
 from runtime.errors import InputError
 from runtime.files import WriteError, flush, write_json
 from stages.encode import check_prompts
+from stages.lora import LoraLibrary
 from stages.preview import PREVIEW_FILE
 from web.bodies import VideoBody
 from web.errors import ApiError, bad_field, from_check
@@ -113,10 +114,10 @@ class Store:
         self.output_dir, self.model, self.name = output_dir, model, name
         self.max_queue = max_queue
         self._parse, self._wake = parse, wake
-        self._digest = model_digest(model)
+        self._digest, self._library = model_digest(model), LoraLibrary(model)
         # Fails now if the server's own options make no video.
         wishes = self._parsed({"prompt": "any"})
-        self.defaults = make_job(Line(0, None, wishes), model, self._digest).settings
+        self.defaults = make_job(Line(0, None, wishes), model, self._digest, self._library).settings
         self._lock = threading.RLock()
         self._videos: dict[str, Video] = {}  # by id; those that have ended are not read again
         self._ids: dict[str, str] = {}  # by the name of the folder
@@ -237,7 +238,7 @@ class Store:
             if body.seconds is not None:
                 settings["num_frames"] = self._frames(body.seconds, settings)
             parsed = self._parsed(settings)
-            job = make_job(Line(0, None, parsed), self.model, self._digest)
+            job = make_job(Line(0, None, parsed), self.model, self._digest, self._library)
         except ValueError as error:
             raise from_check(error) from error
         return dataclasses.replace(job, accepted=time.time())

@@ -10,7 +10,7 @@ has no trace of them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,10 +136,16 @@ class Denoiser:
         specs: dict[str, Any] = jax.tree.map(lambda _: P(), self.positions)
         return specs | ({"embedding": _ROWS} if "embedding" in specs else {})
 
-    def load(self, executables: Path | None = None) -> dict[str, jax.Array]:
-        """Reads the weights into their shards; reads the stacking programs or compiles them."""
+    def load(
+        self, executables: Path | None = None, names: Collection[str] | None = None
+    ) -> dict[str, jax.Array]:
+        """Reads the weights into their shards; reads the stacking programs or compiles them.
+
+        Args:
+            names: of the parameters to load; None loads all.
+        """
         dtype = jnp.dtype(self.dtype)
-        return load_parameters(self.config, self.stored, self.mesh, dtype, executables)
+        return load_parameters(self.config, self.stored, self.mesh, dtype, executables, names)
 
     def prompt_embeds(self, embeddings: Mapping[str, np.ndarray]) -> jax.Array:
         """Builds the transformer's text input [samples, S, E], negative prompts first."""

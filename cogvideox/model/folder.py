@@ -16,6 +16,7 @@ from cogvideox.model.config import (
     VaeConfig,
 )
 from cogvideox.model.digest import digest_part
+from cogvideox.model.hub import download, names_a_folder
 from runtime.files import check_regular
 from runtime.json_files import read_json_object
 from runtime.tensor_files import FLOAT_DTYPES, StoredTensor, read_header
@@ -106,9 +107,10 @@ def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
     if os.path.isdir(path):  # unlike Path.is_dir, false for invalid names
         model = ModelFolder(str(path.resolve()), None, path.resolve())
     else:
-        if _names_a_folder(model_id):
+        if names_a_folder(model_id):
             raise ValueError(f"--model_id {model_id}: there is no such folder")
-        snapshot = Path(_download(model_id, ["*.json", *(f"{part}/*" for part in parts)]))
+        patterns = ["*.json", *(f"{part}/*" for part in parts)]
+        snapshot = download("--model_id", model_id, patterns, what="folder")
         model = ModelFolder(model_id, snapshot.name, snapshot)
     for part in parts:
         model.component_class(part)
@@ -118,47 +120,6 @@ def find_model(model_id: str, parts: Sequence[str]) -> ModelFolder:
             if not file.is_dir():
                 check_regular(file)  # libraries open files by name; a pipe would block them
     return model
-
-
-def _names_a_folder(model_id: str) -> bool:
-    """Returns whether a model id can only be a folder: hub ids are NAME or OWNER/NAME."""
-    return model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1
-
-
-def _download(model_id: str, patterns: list[str]) -> str:
-    """Returns a hub snapshot with the files of `patterns`, from the network or the hub cache."""
-    # Imported only here: importing the client takes as long as checking a folder.
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    ignored = ["*.bin", "*.pt", "*.msgpack", "*.h5"]
-    try:
-        return huggingface_hub.snapshot_download(
-            model_id, allow_patterns=patterns, ignore_patterns=ignored
-        )
-    except HFValidationError as error:
-        raise ValueError(
-            f"--model_id {model_id}: there is no such folder, and it is no hub id such as "
-            "OWNER/NAME"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"--model_id {model_id}: there is no such folder, the hub cannot be reached, and its "
-            f"cache on this machine lacks this model ({_first_line(error)})"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"--model_id {model_id}: there is no such folder, and the hub does not give such a "
-            f"model: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].removeprefix("Got: ")
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -8,7 +8,7 @@ memory.
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from runtime import stopping
 from runtime.executables import find_or_compile
 from runtime.jax_types import Device
 from runtime.programs import Program, machine_fields
-from runtime.tensor_files import StoredTensor
+from runtime.tensor_files import RowReader, StoredTensor
 
 # Files traced into the stacking programs, relative to the project.
 SOURCES = ("cogvideox/transformer/loading.py",)
@@ -34,9 +34,6 @@ SOURCES = ("cogvideox/transformer/loading.py",)
 _READERS, _PARAMETERS = 8, 2
 # Smaller layers are stacked on the host: a stacking program would cost more than it saves.
 STACKED_ON_DEVICES_BYTES = 1 << 20
-
-# Reads a slice of a stored tensor with its rows in the order of `Parameter.row_order`.
-RowReader = Callable[[np.ndarray, tuple[slice, ...]], np.ndarray]
 
 
 def _stored_order(tensor: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
@@ -96,6 +93,7 @@ def load_parameters(
     mesh: jax.sharding.Mesh,
     dtype: jnp.dtype,
     executables: Path | None = None,
+    names: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
     """Reads the weights from mapped files directly into their shards.
 
@@ -103,12 +101,15 @@ def load_parameters(
 
     Args:
         executables: folder of executables; it may contain the `stack_programs`.
+        names: of the parameters to load; None loads all.
 
     Returns:
         The stacked parameters by name, sharded as in the table, in `dtype`.
     """
     table = parameter_table(config)
+    table = {name: table[name] for name in table if names is None or name in names}
     programs = stack_programs(config, mesh, dtype)
+    programs = {name: programs[name] for name in programs if name in table}
     readers_of_rows: dict[str, RowReader] = {
         "stored": _stored_order,
         "rotary": functools.partial(_rotary_order, config.attention_head_dim),
@@ -186,9 +187,9 @@ def _load(
     for bounds, devices in holders.items():
         index = tuple(slice(*bound) for bound in bounds)
         if stacked:
-            shard = np.stack([read_rows(layer.mapped(), index[1:]) for layer in layers])
+            shard = np.stack([layer.part(index[1:], read_rows) for layer in layers])
         else:
-            shard = read_rows(layers[0].mapped(), index)
+            shard = layers[0].part(index, read_rows)
         shard = np.array(shard, dtype) if kept else np.ascontiguousarray(shard, dtype)
         placed += [jax.device_put(shard, device) for device in devices]
     array = jax.make_array_from_single_device_arrays(shape, sharding, placed)

@@ -12,6 +12,7 @@ from jobs import records
 from jobs.claims import Claims
 from jobs.records import STAGES, Job, StageRecord, read_batch, write_job, write_record
 from runtime.errors import InputError
+from runtime.files import checksum
 
 JOB = Job(
     id="0123456789ab",
@@ -128,4 +129,4 @@ def test_what_is_no_regular_file_is_no_record(tmp_path: Path):
     assert records.read_records(tmp_path, said.append) == {}
     assert len(said) == 2
     with pytest.raises(InputError, match="named pipe"):
-        records.checksum(tmp_path / "stage1_record.json")
+        checksum(tmp_path / "stage1_record.json")

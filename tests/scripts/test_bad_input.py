@@ -18,6 +18,7 @@ from cogvideox.model.folder import find_model
 from runtime.exit_codes import run_main
 from stages import denoise, sections
 from stages import files as stage_files
+from tests.lora_files import random_factors, write_lora
 from tests.tiny_models import save_tiny_model
 
 PROMPT = ["--prompt", "A red cat"]
@@ -131,6 +132,40 @@ def test_stage1_settings(arguments, said, models, tmp_path, capsys):
     where = ["--model_id", models / "good", "--output_dir", tmp_path / "out"]
     assert said in refusal(capsys, stage1, *where, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ("absent.safetensors", "--lora absent.safetensors: there is no such file"),
+        ("./absent", "--lora ./absent: there is no such file"),
+        ("~nobody-here/a", "nobody-here"),
+        ("=0.5", "names no file"),
+        ("good.safetensors=nan", "the weight must be from -100 to 100"),
+        ("good.safetensors=101", "the weight must be from -100 to 100"),
+        ("bad.safetensors", "proj_out.lora_A.weight: there is no up factor beside it"),
+        ("pickle.bin", "is a pickle, which can run code"),
+        (".", "holds 2 .safetensors files (bad.safetensors, good.safetensors); name one"),
+        ("empty", "holds 0 .safetensors files (none); name one"),
+        ("good.safetensors:1", "there is no such file"),
+        ("some..where:a.safetensors", "it is no hub id"),
+    ],
+)
+def test_loras(lora, said, files, models, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "loras"
+    good = random_factors(models / "good", ["proj_out"], 2)
+    write_lora(folder / "good.safetensors", good)
+    save_file({"proj_out.lora_A.weight": good["proj_out"][0]}, folder / "bad.safetensors")
+    (folder / "pickle.bin").write_bytes(b"PK\x03\x04 and more")
+    (folder / "empty").mkdir()
+    monkeypatch.chdir(folder)
+    assert said in refusal(capsys, stage2, "--input_dir", files, "--lora", lora)
+
+
+def test_one_lora_twice(files, models, capsys):
+    path = write_lora(files / "a.safetensors", random_factors(models / "good", ["proj_out"], 2))
+    twice = ["--lora", path, "--lora", f"{shutil.copy(path, files / 'b.safetensors')}=2"]
+    assert "is given twice" in refusal(capsys, stage2, "--input_dir", files, *twice)
 
 
 def test_imports_count_as_phase_start(finished):
