@@ -120,7 +120,9 @@ class BlockLists:
 
     def keep(self) -> jax.Array:
         """Return which keys each tile of queries sees: bool [rules, tiles, keys]."""
-        visited = jax.nn.one_hot(self.chunks, self.valid.shape[0], dtype=jnp.bool_).any(2)
+        entry = jax.nn.one_hot(self.chunks, self.valid.shape[0], dtype=jnp.bool_)
+        used = jnp.arange(entry.shape[2]) < jnp.asarray(self.lengths)[..., None]
+        visited = (entry & used[..., None]).any(2)
         return jnp.repeat(visited, self.chunk, axis=2) & self.valid_keys()
 
     def valid_keys(self) -> jax.Array:

@@ -13,7 +13,8 @@ from runtime.devices import start_jax
 from runtime.errors import InputError, RunError
 from runtime.progress import progress
 from stages import decode, denoise, files
-from stages.steps import programs_for
+from stages.speed import NamedSpeed, resolve
+from stages.steps import denoisers_of, programs_for
 
 if TYPE_CHECKING:
     from cogvideox.model.folder import ModelFolder
@@ -185,6 +186,10 @@ def _make_target(
     denoiser = denoise.make_denoiser(
         denoising, model, {}, latents, tokens, settings.guided, devices
     )
+    if 2 in options.stages:
+        for name in options.speed:
+            lossy = resolve(NamedSpeed(name), settings, model)
+            denoisers_of(denoiser, lossy, settings.num_inference_steps)  # raises ValueError
     decoding = decode.DecodeOptions(
         input_dir=Path(), dtype=options.dtype, decoder=options.decoder, dp=options.dp, tp=options.tp
     )

@@ -13,9 +13,10 @@ from runtime.progress import progress, working
 from runtime.versions import versions
 from stages import denoise, encode, files, sparse, speed
 from stages.calibrate import CalibrateOptions, denoise_options, embed_each, read_prompts
+from stages.steps import check_takes_lists, compile_steps, load_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
 
@@ -48,7 +49,7 @@ def run(options: CalibrateOptions, alpha: float) -> None:
         files.check_output_folder(options.output_dir, RULES_FILE)
         model, tokens = encode.check(encoding)
         checked = denoise.check(denoise_options(options), model, 1, tokens)
-        denoise.check_takes_lists(checked.denoiser)
+        check_takes_lists(checked.denoiser)
     print(f"{checked.settings.describe()}\nmesh {dict(checked.denoiser.mesh.shape)}")
     start = time.monotonic()
     with OpenFolder(options.output_dir) as watched:
@@ -117,7 +118,7 @@ def _measure(
     options: CalibrateOptions,
     checked: denoise.DenoisingRun,
     measured: Denoiser,
-    texts: list[Mapping[str, np.ndarray]],
+    texts: Sequence[Mapping[str, np.ndarray]],
 ) -> Iterator[np.ndarray]:
     """Runs the exact model; yields the errors at some steps of each video."""
     import numpy as np
@@ -125,7 +126,6 @@ def _measure(
     from cogvideox.denoising.block_errors import compile_errors
     from cogvideox.denoising.loop import place_positions, run_loop, to_devices, to_host
     from cogvideox.denoising.noise import NoiseSource
-    from stages.steps import compile_steps, load_steps
 
     total = len(checked.schedule.timesteps)
     first = min(round(total * sparse.DENSE_SHARE), total - 1)

@@ -117,23 +117,8 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
 
     devices, guided = jax.devices(), settings.guided
     denoiser = make_denoiser(options, model, stored, latents, tokens, guided, devices)
-    if lossy.sparse:
-        check_takes_lists(denoiser)
     denoisers = denoisers_of(denoiser, lossy, settings.num_inference_steps)
     return DenoisingRun(settings, padding, denoisers, schedule, lossy, preview, loras)
-
-
-def check_takes_lists(denoiser: Denoiser) -> None:
-    """Checks that attention can be sparse.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if not denoiser.backend.takes_lists:
-        raise ValueError(
-            f"--attention {denoiser.backend.name} on this device has no sparse attention: take "
-            "--sparse_attention none, or --attention reference, which is slow"
-        )
 
 
 def make_denoiser(

@@ -137,10 +137,10 @@ def _seconds_of_all_steps(
     for speed in SPEEDS:
         lossy = resolve(NamedSpeed(speed), settings, None)
         computed = lossy.mask.computed if lossy.mask else (True,) * steps
+        if lossy.sparse and not denoiser.backend.takes_lists:
+            continue
         parts = split_steps(steps, lossy.dense_steps, lossy.guided_steps)
         denoisers = denoisers_of(denoiser, lossy, steps)
-        if any(part.sparse and not denoiser.backend.takes_lists for part in parts):
-            continue
         total = 0.0
         for part, one in zip(parts, denoisers, strict=True):
             ungated = dataclasses.replace(denoiser, sparse=one.sparse)

@@ -32,15 +32,33 @@ def denoisers_of(exact: Denoiser, lossy: Lossy, steps: int) -> list[Denoiser]:
 
     Args:
         exact: without lossy options.
+
+    Raises:
+        ValueError: attention cannot be sparse on these devices.
     """
     from cogvideox.denoising.parts import split_steps
 
+    if lossy.sparse:
+        check_takes_lists(exact)
     guided = dataclasses.replace(exact, difference="keep") if lossy.guided_steps else exact
     found = []
     for part in split_steps(steps, lossy.dense_steps, lossy.guided_steps):
         one = dataclasses.replace(guided, sparse=lossy.sparse) if part.sparse else guided
         found.append(one.gated() if part.gated else one)
     return found
+
+
+def check_takes_lists(denoiser: Denoiser) -> None:
+    """Checks that attention can be sparse.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not denoiser.backend.takes_lists:
+        raise ValueError(
+            f"--attention {denoiser.backend.name} on this device has no sparse attention: take "
+            "--sparse_attention none, or --attention reference, which is slow"
+        )
 
 
 def programs_for(

@@ -5,6 +5,7 @@ Axis letters: L layers, N heads, R rules.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def _squares_of_step(
     denoiser: Denoiser,
     tokens: jax.Array,
     parameters: Mapping[str, jax.Array],
-    positions: Mapping[str, object],
+    positions: Mapping[str, Any],
     prompt_embeds: jax.Array,
     timestep: jax.Array,
 ) -> jax.Array:
@@ -87,10 +88,9 @@ def _squares_of_step(
     )
     samples = denoiser.own_samples(tokens, prompt_embeds)
     timesteps = jnp.full(samples.shape[0], timestep)
-    embedded, temb = call_torch(
-        *(_embed(module), dict(parameters), samples, prompt_embeds, timesteps),
-        positions.get("embedding"),
-    )
+    inputs = (samples, prompt_embeds, timesteps, positions.get("embedding"))
+    output = call_torch(_embed(module), dict(parameters), *inputs)
+    embedded, temb = cast(tuple[jax.Array, jax.Array], output)
     sparse = positions["sparse"]
     assert isinstance(sparse, SparseTables)
     stacked = {

@@ -54,7 +54,9 @@ def test_stage_2_takes_the_file(made, tmp_path, capsys):
     for options in ([rules, "--dense_steps=1"], []):
         stage2.run(stage2.parse_arguments([*where[: 3 if options else 2], *where[3:], *options]))
         latents.append(load_file(tmp_path / stage_files.LATENTS_FILE)["latents"])
-    assert "sparse attention: 88% of the blocks" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "sparse attention: 88% of the blocks" in said.out
+    assert "cannot keep the executable" not in said.out + said.err
     assert 1e-4 < np.abs(latents[0] - latents[1]).max()
 
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cogvideox.denoising.program import Denoiser
 from cogvideox.model.folder import ModelFolder, find_model
+from cogvideox.model.settings import LatentShape
+from cogvideox.transformer.backends import GpuBackend
 from cogvideox.transformer.block_rules import (
     ALL,
     DENSE,
@@ -18,8 +21,10 @@ from cogvideox.transformer.block_rules import (
 )
 from cogvideox.transformer.sparse_step import make_lists
 from cogvideox.transformer.tiling import choose_tiling
+from runtime.mesh import make_mesh
 from stages.sparse import density_of, named_rules
 from stages.speed import Lossy, read_lossy, resolve
+from stages.steps import denoisers_of
 from tests.stages.test_speed import Options, settings
 from tests.tiny_models import save_tiny_model
 
@@ -158,3 +163,14 @@ def test_the_cost_of_sparse_steps(model):
     assert density_of(lossy.sparse, two_frames, model) == 1
     # 2 frames and the text: text sees 3 chunks, a frame 2.
     assert density_of(alone, two_frames, model) == pytest.approx((3 + 2 + 2) / 9)
+
+
+def test_gpus_refuse_sparse_steps(model):
+    denoiser = Denoiser(
+        *(model.transformer, {}, LatentShape(1, 4, 8, 6, 10), 16, True, "bfloat16"),
+        *(make_mesh((1, 1, 1)), GpuBackend()),
+    )
+    lossy = resolve(Options("fast"), settings(), model)
+    with pytest.raises(ValueError, match="--attention cudnn on .* take --sparse_attention none"):
+        denoisers_of(denoiser, lossy, 50)
+    assert len(denoisers_of(denoiser, resolve(Options("near"), settings(), model), 50)) == 1
