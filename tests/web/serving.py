@@ -32,17 +32,28 @@ class Answer(NamedTuple):
 class Server:
     """A server process; `with` ends it."""
 
-    def __init__(self, model: Path, folder: Path, *more: str, log: Path | None = None):
-        """Args: more: arguments of serve.py beside the model, the folder and the port."""
+    def __init__(
+        self, model: Path, folder: Path, *more: str, log: Path | None = None, cwd: Path = ROOT
+    ):
+        """
+        Args:
+            more: arguments of serve.py beside the model, the folder and the port.
+            cwd: where the server starts.
+        """
         self.folder = folder
         self.log = log or folder.parent / f"{folder.name}.log"
         common = ["--dtype=float32", "--num_inference_steps=2", "--port=0", *ONE_DEVICE]
-        command = [sys.executable, "serve.py", f"--output_dir={folder}", f"--model_id={model}"]
+        command = [
+            sys.executable,
+            str(ROOT / "serve.py"),
+            f"--output_dir={folder}",
+            f"--model_id={model}",
+        ]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         start = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "a") as file:
             self.process = subprocess.Popen(
-                [*command, *common, *more], cwd=ROOT, env=environment, stdout=file, stderr=file
+                [*command, *common, *more], cwd=cwd, env=environment, stdout=file, stderr=file
             )
         while not (found := _SERVING.search(self.log.read_text()[start:])):
             assert self.process.poll() is None, self.log.read_text()
