@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from runtime.progress import working
 from stages import decode, denoise, encode, files
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cogvideox.text.encoder import TextEncoder
     from cogvideox.transformer.block_rules import SparseAttention
     from cogvideox.vae.decode import Decoder
+    from stages.preview import Previews
 
 
 # Denoising shows its steps.
@@ -144,14 +145,23 @@ class Session:
 
             encode.check(requests[0].encode)
             check_weights(self._model)
-        for shape, request in {request.shape: request for request in reversed(requests)}.items():
-            base = dataclasses.replace(request.denoise, lora=None, loras=())
-            run = denoise.check(base, self._model, 1, request.text_tokens)
-            self._runs[shape] = run
+        for request in {request.shape: request for request in reversed(requests)}.values():
+            run = self.check_denoising(request)
             decoding = dataclasses.replace(request.decode, input_dir=folder)
             decode.check(decoding, self._model, run.latents_shape, request.settings.fps)
         for choices in {tuple(request.denoise.lora_choices) for request in requests}:
             self._library.resolve(choices)
+
+    def check_denoising(self, request: VideoRequest) -> denoise.DenoisingRun:
+        """Checks what stage 2 checks before it loads weights; `prepare` needs it for the shape.
+
+        Raises:
+            ValueError: the request cannot be computed.
+        """
+        base = dataclasses.replace(request.denoise, lora=None, loras=())
+        run = denoise.check(base, self._model, 1, request.text_tokens)
+        self._runs[request.shape] = run
+        return run
 
     def mesh(self, shape: Shape) -> dict[str, int]:
         """The mesh of the transformer for a shape that `check` has passed."""
@@ -189,11 +199,14 @@ class Session:
                 dtype = getattr(torch, request.encode.dtype)
                 self._text_encoder = load_text_encoder(self._model, dtype)
 
-    def _encode(self, request: VideoRequest) -> None:
+    def embed(self, request: VideoRequest) -> dict[str, np.ndarray]:
+        """Encodes the prompts of a request after `prepare`; see `encode.embed`."""
         # One prompt at a time: the bits of an embedding depend on the size of its batch.
         assert self._text_encoder is not None
-        tensors = encode.embed(self._text_encoder, request.encode, request.text_tokens)
-        encode.save(tensors, request.encode, self._model, request.text_tokens)
+        return encode.embed(self._text_encoder, request.encode, request.text_tokens)
+
+    def _encode(self, request: VideoRequest) -> None:
+        encode.save(self.embed(request), request.encode, self._model, request.text_tokens)
 
     def _prepare_transformer(self, request: VideoRequest) -> None:
         shape = request.shape
@@ -233,33 +246,60 @@ class Session:
             print("\n".join(loras.describe() or ["no LoRA"]))
         self._weights = Weights(denoiser.mesh, parameters, loras)
 
-    def _denoise(self, request: VideoRequest) -> None:
-        from cogvideox.denoising.noise import NoiseSource
+    def run_of(self, request: VideoRequest) -> denoise.DenoisingRun:
+        """The run of stage 2 for a request, after `prepare`."""
         from cogvideox.denoising.scheduler import make_schedule
 
-        assert self._step is not None and self._weights is not None
         options = request.denoise
-        assert options.lossy is not None
-        run = dataclasses.replace(
+        assert options.lossy is not None and self._weights is not None
+        return dataclasses.replace(
             self._runs[request.shape],
             settings=request.settings,
             schedule=options.lossy.apply(make_schedule(request.settings, self._model.scheduler)),
             lossy=options.lossy,
             loras=self._weights.loras,
         )
+
+    def denoise_tensors(
+        self,
+        run: denoise.DenoisingRun,
+        tensors: Mapping[str, np.ndarray],
+        checkpoints: denoise.Checkpoints,
+        bar: denoise.Bar,
+        previews: Previews | None,
+    ) -> np.ndarray:
+        """Denoises embeddings after `prepare`; see `denoise.denoise`."""
+        from cogvideox.denoising.noise import NoiseSource
+
+        assert self._step is not None and self._weights is not None
+        (_, steps), parameters = self._step, self._weights.parameters
+        loaded = load_steps(run.denoisers, steps, parameters, tensors)
+        return denoise.denoise(run, loaded, checkpoints, NoiseSource(), bar, previews)
+
+    def _denoise(self, request: VideoRequest) -> None:
+        run, options = self.run_of(request), request.denoise
         embeddings, _ = denoise.open_embeddings(options.input_dir, options.model_id)
         tensors = files.read_tensors(embeddings)
         section = denoise.denoising_section(run, self._model, embeddings)
         every = options.checkpoint_every
         checkpoints = denoise.Checkpoints(options.output_dir, section, every, self._stop.is_set)
-        (_, steps), parameters = self._step, self._weights.parameters
-        loaded = load_steps(run.denoisers, steps, parameters, tensors)
         bar = functools.partial(self._show_steps, options.output_dir)
         with denoise.previews_of(run, options, options.output_dir, self._model) as previews:
-            latents = denoise.denoise(run, loaded, checkpoints, NoiseSource(), bar, previews)
+            latents = self.denoise_tensors(run, tensors, checkpoints, bar, previews)
         denoise.save(latents, section, options.input_dir, options.output_dir)
 
     def _prepare_decoder(self, request: VideoRequest) -> None:
+        options = request.decode
+        _, latents_file = decode.open_latents(options.input_dir)
+        shape = latents_file.shapes["latents"]
+        self.prepare_decoder(
+            request, shape, decode.pixel_dtype(decode.video_paths(options, shape[0]))
+        )
+
+    def prepare_decoder(
+        self, request: VideoRequest, shape: tuple[int, ...], output: Literal["uint8", "float32"]
+    ) -> None:
+        """Loads and compiles what decodes latents of a shape [B, C, T, H, W]."""
         options = request.decode
         if self._decoder is None:
             import jax
@@ -270,9 +310,6 @@ class Session:
                 decoder.load(self._model.path / "vae")
             self._decoder = mesh, decoder
         mesh, decoder = self._decoder
-        _, latents_file = decode.open_latents(options.input_dir)
-        shape = latents_file.shapes["latents"]
-        output = decode.pixel_dtype(decode.video_paths(options, shape[0]))
         if (shape, output) not in self._decoded:
             from runtime.executables import foresee
 
@@ -283,15 +320,22 @@ class Session:
                 decoder.compile(shape, output=output, executables=options.executables)
             self._decoded.add((shape, output))
 
+    def decode_latents(
+        self, latents: np.ndarray, output: Literal["uint8", "float32"]
+    ) -> Iterator[np.ndarray]:
+        """Yields frames [B, F, height, width, 3] in batches, after `prepare_decoder`."""
+        assert self._decoder is not None
+        return self._decoder[1].decode(latents, output=output)
+
     def _decode(self, request: VideoRequest) -> None:
         assert self._decoder is not None
-        (mesh, decoder), options = self._decoder, request.decode
+        (mesh, _), options = self._decoder, request.decode
         config, latents_file = decode.open_latents(options.input_dir)
         latents = files.read_tensors(latents_file)["latents"]
         videos = decode.video_paths(options, len(latents))
         section = decode.decoding_section(options, self._model, latents_file, videos, mesh)
         num_frames = decode.num_frames(self._model, latents.shape)
-        batches = decoder.decode(latents, output=decode.pixel_dtype(videos))
+        batches = self.decode_latents(latents, decode.pixel_dtype(videos))
         config = {**config, DECODE: section}
         decode.write_videos(self._until_aborted(batches), num_frames, videos, options, config)
 

@@ -91,6 +91,7 @@ def make_app(store: Store, worker: Worker | None, key: str | None, loopback: boo
         exception_handlers={ApiError: _refuse, HTTPException: _refuse_http, Exception: _defect},
         middleware=[Middleware(_Counting, metrics=api.counts)],
     )
+    app.router.redirect_slashes = False  # an answer is this server's, or an error
     return Access(app, entrance.keys, loopback)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from web.store import Store, Video
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MAX_CARDS = 500
+_STATUSES = ("done", "running", "pending", "interrupted", "failed")
 _EXAMPLES = {"toyworld": "a red circle moves left on a dark blue background"}
 _EXAMPLE = "A panda plays guitar in a bamboo forest"
 
@@ -33,8 +35,12 @@ def page(store: Store, videos: Sequence[Video]) -> str:
     frames = sorted({*steps, settings.num_frames})
     sizes = [f"{width}x{height}" for height, width in preset.sizes]
     size = f"{settings.width}x{settings.height}"
+    counts = Counter(card.status for card in cards)
+    choices = [(status, status, counts[status]) for status in _STATUSES]
     values |= {
         "refresh_seconds": 0,
+        "summary": [],
+        "choices": [("", "all", len(cards)), *choices],
         "style": Markup(values["style"]) + _read("page.css"),
         "script": Markup(values["script"]) + _read("page.js"),
         "example": _EXAMPLES.get(preset.name, _EXAMPLE),

@@ -24,6 +24,12 @@ function filter() {
     if (!wanted) card.querySelector("video")?.pause();
     count += wanted;
   }
+  for (const button of buttons) {
+    const own = button.dataset.status;
+    const count = cards.filter((card) => !own || card.dataset.status === own).length;
+    button.querySelector("b").textContent = count;
+    button.hidden = count === 0 && own !== "" && own !== status;
+  }
   shown.textContent = count === cards.length ? "" : `${count} shown`;
   none.hidden = count > 0 || cards.length === 0;
 }

@@ -33,12 +33,19 @@ class Server:
     """A server process; `with` ends it."""
 
     def __init__(
-        self, model: Path, folder: Path, *more: str, log: Path | None = None, cwd: Path = ROOT
+        self,
+        model: Path,
+        folder: Path,
+        *more: str,
+        log: Path | None = None,
+        cwd: Path = ROOT,
+        **environment: str,
     ):
         """
         Args:
             more: arguments of serve.py beside the model, the folder and the port.
             cwd: where the server starts.
+            environment: of the server, beside this process's.
         """
         self.folder = folder
         self.log = log or folder.parent / f"{folder.name}.log"
@@ -49,11 +56,15 @@ class Server:
             f"--output_dir={folder}",
             f"--model_id={model}",
         ]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         start = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "a") as file:
             self.process = subprocess.Popen(
-                [*command, *common, *more], cwd=cwd, env=environment, stdout=file, stderr=file
+                [*command, *common, *more],
+                cwd=cwd,
+                env=os.environ | environment,
+                stdout=file,
+                stderr=file,
             )
         while not (found := _SERVING.search(self.log.read_text()[start:])):
             assert self.process.poll() is None, self.log.read_text()

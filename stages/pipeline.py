@@ -1,0 +1,298 @@
+"""The stages as calls from Python: arrays in, arrays out, weights and programs kept loaded.
+
+    pipeline = Pipeline("zai-org/CogVideoX1.5-5B")
+    frames = pipeline.generate("A panda plays guitar in a bamboo forest", seed=7)
+
+The arrays are those that the stage scripts write into their files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stages import decode, encode, speed
+from stages.checkpoints import Checkpoints
+from stages.denoise import Bar
+from stages.denoise_options import DenoiseOptions
+from stages.preview import find_factors
+from stages.sections import DENOISE, ENCODE
+from stages.session import Session, VideoRequest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cogvideox.denoising.loop import LoopState
+    from cogvideox.video.preview import PreviewFactors
+
+Decoder = Literal["torchax", "flax"]
+_NOWHERE = Path()  # of requests that read and write no file
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """A prompt and a negative prompt, encoded.
+
+    Attributes:
+        prompt_embeds: [1, tokens, text_dim] in the pipeline's dtype.
+        negative_prompt_embeds: the same shape.
+    """
+
+    prompt_embeds: np.ndarray
+    negative_prompt_embeds: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of a video, by the names of the stages' options; None takes the model's value.
+
+    Attributes:
+        allow_unsupported: also compute sizes that the model was not trained for.
+        speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers:
+            lossy; see docs/speed.md.
+    """
+
+    seed: int = 42
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    use_dynamic_cfg: bool = False
+    scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    allow_unsupported: bool = False
+    speed: str = speed.EXACT
+    step_mask: str | None = None
+    mask_steps: int | None = None
+    guidance_until: float | None = None
+    sparse_attention: str | None = None
+    dense_steps: int | None = None
+    dense_layers: int | None = None
+
+
+class Step:
+    """A step of denoising that is done, as a progress callback sees it.
+
+    Attributes:
+        done: how many steps are done, from 1.
+        total: how many there are.
+    """
+
+    def __init__(self, state: LoopState, total: int, padding: int, factors: PreviewFactors | None):
+        self.done, self.total = state.steps, total
+        self._state, self._padding, self._factors = state, padding, factors
+
+    def preview(self) -> np.ndarray:
+        """What the video looks like so far: [T, H, W, 3] uint8, a pixel for 8x8 of the video.
+
+        Call it before the callback returns: the next step takes the arrays.
+
+        Raises:
+            ValueError: there are no factors for the model's VAE.
+        """
+        from cogvideox.denoising.loop import x0_to_host
+        from cogvideox.video.preview import pictures_of
+
+        if self._factors is None:
+            raise ValueError("the model has no factors of previews; see calibrate.py --preview")
+        latents = x0_to_host(self._state)[0, self._padding :].swapaxes(0, 1)
+        return pictures_of(latents, self._factors)
+
+
+Callback = Callable[[Step], None]
+
+
+class Pipeline:
+    """A model whose parts are loaded once, and whose programs are compiled once a shape.
+
+    What a call needs is loaded by the first one that needs it. One thread may call at a time.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        *,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        decoder: Decoder = "torchax",
+        attention: str = "auto",
+        dp: int | None = None,
+        sp: int | None = None,
+        tp: int | None = None,
+        executables: Path | None = None,
+    ):
+        """
+        Args:
+            model_id: a hub id, or a folder in diffusers layout.
+            dp, sp, tp: devices along each axis of the mesh; None takes as many as fit.
+            executables: a folder from compile_ahead.py.
+
+        Raises:
+            ValueError: there is no such model, or parts of it are missing.
+        """
+        from cogvideox.model.folder import MODEL_PARTS, find_model
+
+        self._model = find_model(model_id, MODEL_PARTS)
+        self._mesh = {"dp": dp, "sp": sp, "tp": tp}
+        self._common = {"model_id": model_id, "dtype": dtype, "executables": executables}
+        self._decoder, self._attention, self._dtype = decoder, attention, dtype
+        self._model_id = model_id
+        never = threading.Event()
+        self._session = Session(self._model, never, never, lambda *_, **__: ())
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of the model's videos."""
+        from cogvideox.model.presets import preset_for
+
+        return preset_for(self._model.transformer, self._model.vae.spatial_scale).fps
+
+    def encode(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        *,
+        max_sequence_length: int | None = None,
+    ) -> Embeddings:
+        """Encodes a prompt, as stage 1 does.
+
+        Args:
+            max_sequence_length: tokens; None takes the model's.
+
+        Raises:
+            ValueError: the prompt is empty, too long or not valid Unicode, or the model was not
+                trained for that many tokens.
+        """
+        options = encode.EncodeOptions(
+            prompt=[prompt],
+            model_id=self._model_id,
+            dtype=self._dtype,
+            output_dir=_NOWHERE,
+            negative_prompt=negative_prompt,
+            max_sequence_length=max_sequence_length,
+        )
+        _, tokens = encode.check(options)
+        request = dataclasses.replace(self._request(Settings(), tokens), encode=options)
+        self._session.prepare(ENCODE, request)
+        return Embeddings(**self._session.embed(request))
+
+    def denoise(
+        self,
+        embeddings: Embeddings,
+        settings: Settings | None = None,
+        *,
+        progress: Callback | None = None,
+    ) -> np.ndarray:
+        """Runs the transformer, as stage 2 does.
+
+        Args:
+            progress: called after each step; what it raises ends the run.
+
+        Returns:
+            Latents [1, C, T, H, W], unscaled, in the pipeline's dtype.
+
+        Raises:
+            ValueError: the model cannot compute the settings.
+        """
+        tensors = dataclasses.asdict(embeddings)
+        tokens = embeddings.prompt_embeds.shape[1]
+        request = self._request(settings or Settings(), tokens)
+        self._session.check_denoising(request)
+        self._session.prepare(DENOISE, request)
+        run = self._session.run_of(request)
+        checkpoints = Checkpoints(_NOWHERE, {"fingerprint": ""}, every=None)
+        bar = self._bar(progress, run.padding_frames)
+        return self._session.denoise_tensors(run, tensors, checkpoints, bar, None)
+
+    def decode(
+        self, latents: np.ndarray, *, output: Literal["uint8", "float32"] = "uint8"
+    ) -> np.ndarray:
+        """Decodes latents, as stage 3 does.
+
+        Args:
+            latents: [1, C, T, H, W], from `denoise`.
+            output: "float32" returns values in 0..1.
+
+        Returns:
+            Frames [F, height, width, 3].
+
+        Raises:
+            ValueError: the latents are not of this model's VAE.
+        """
+        import numpy as np
+
+        if latents.ndim != 5 or latents.shape[:2] != (1, self._model.vae.latent_channels):
+            raise ValueError(
+                f"latents are {list(latents.shape)}, not [1, {self._model.vae.latent_channels}, T, "
+                "H, W]"
+            )
+        request = self._request(Settings(), 1)
+        self._session.prepare_decoder(request, latents.shape, output)
+        return np.concatenate([batch[0] for batch in self._session.decode_latents(latents, output)])
+
+    def generate(
+        self,
+        prompt: str,
+        settings: Settings | None = None,
+        *,
+        negative_prompt: str = "",
+        progress: Callback | None = None,
+        output: Literal["uint8", "float32"] = "uint8",
+    ) -> np.ndarray:
+        """Makes a video: `encode`, `denoise` and `decode`, with their arguments and errors.
+
+        Returns:
+            Frames [F, height, width, 3].
+        """
+        embeddings = self.encode(prompt, negative_prompt)
+        return self.decode(self.denoise(embeddings, settings, progress=progress), output=output)
+
+    def _request(self, settings: Settings, tokens: int) -> VideoRequest:
+        from cogvideox.model.settings import DenoisingSettings, complete_settings
+
+        options = DenoiseOptions(
+            input_dir=_NOWHERE,
+            output_dir=_NOWHERE,
+            attention=self._attention,
+            **dataclasses.asdict(settings),
+            **self._common,
+            **self._mesh,
+        )
+        names = [field.name for field in dataclasses.fields(DenoisingSettings)]
+        wishes = {name: getattr(options, name) for name in names}
+        complete = complete_settings(wishes, self._model, any_size=settings.allow_unsupported)
+        lossy = speed.resolve(options, complete, self._model)
+        return VideoRequest(
+            settings=complete,
+            encode=encode.EncodeOptions([""], self._model_id, self._dtype, _NOWHERE),
+            denoise=dataclasses.replace(options, lossy=lossy),
+            decode=decode.DecodeOptions(
+                input_dir=_NOWHERE,
+                decoder=self._decoder,
+                dp=self._mesh["dp"],
+                tp=self._mesh["tp"],
+                **self._common,
+            ),
+            text_tokens=tokens,
+        )
+
+    def _bar(self, progress: Callback | None, padding: int) -> Bar:
+        """A bar that tells the callback of each step instead of drawing."""
+        factors = self._factors() if progress else None
+
+        def tell(states: Iterable[Any], *, total: int, initial: int, what: str) -> Iterator[Any]:
+            for state in states:
+                if progress:
+                    progress(Step(state, total, padding, factors))
+                yield state
+
+        return tell
+
+    def _factors(self) -> PreviewFactors | None:
+        options = DenoiseOptions(_NOWHERE, _NOWHERE, self._dtype, seed=0, preview_every=1)
+        try:
+            return find_factors(options, self._model)
+        except ValueError:
+            return None
