@@ -79,11 +79,13 @@ class Step:
     Attributes:
         done: how many steps are done, from 1.
         total: how many there are.
+        state: of the loop, on the devices; valid until the callback returns.
     """
 
     def __init__(self, state: LoopState, total: int, padding: int, factors: PreviewFactors | None):
         self.done, self.total = state.steps, total
-        self._state, self._padding, self._factors = state, padding, factors
+        self.state = state
+        self._padding, self._factors = padding, factors
 
     def preview(self) -> np.ndarray:
         """What the video looks like so far: [T, H, W, 3] uint8, a pixel for 8x8 of the video.
@@ -98,7 +100,7 @@ class Step:
 
         if self._factors is None:
             raise ValueError("the model has no factors of previews; see calibrate.py --preview")
-        latents = x0_to_host(self._state)[0, self._padding :].swapaxes(0, 1)
+        latents = x0_to_host(self.state)[0, self._padding :].swapaxes(0, 1)
         return pictures_of(latents, self._factors)
 
 

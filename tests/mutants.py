@@ -59,6 +59,8 @@ CHECKPOINTS = "tests/stages/test_checkpoints.py"
 TEST_MASKS = "tests/cogvideox/denoising/test_step_mask.py"
 TEST_CALIBRATION = "tests/cogvideox/denoising/test_calibration.py"
 CALIBRATE = "tests/stages/test_calibrate.py"
+ACCESS_TESTS = "tests/web/test_access.py"
+PREVIEWS = "tests/stages/test_preview.py"
 VAE = "tests/parity/test_vae_parity.py"
 VAE_DECODE = f"{VAE}::test_decode_equals_diffusers"
 VAE_SHARDS = "tests/cogvideox/vae/test_decode.py::test_every_width_over_devices_equals_one_device"
@@ -271,6 +273,22 @@ MUTANTS = (
            "    if len(text) > max_bytes:", "    if False:", (JSON,)),
     Mutant("NaN of JSON accepted", JSON_FILE,
            "parse_constant=_refuse, ", "", (JSON,)),
+    # The server and previews.
+    Mutant("key not asked for", "web/access.py",
+           'if scope["path"] not in _OPEN and not self._keys.admit(headers):', "if False:",
+           (f"{ACCESS_TESTS}::test_the_key_is_asked_for",)),
+    Mutant("pages of other sites may send", "web/access.py",
+           'if origin is not None and origin not in (f"http://{host}", f"https://{host}"):',
+           "if False:", (f"{ACCESS_TESTS}::test_pages_of_other_sites_change_nothing",)),
+    Mutant("queue without a limit", "web/store.py",
+           "if waiting >= self.max_queue:", "if False:",
+           (f"{ACCESS_TESTS}::test_a_full_queue_is_said",)),
+    Mutant("padding frames in previews", "stages/preview.py",
+           "x0_to_host(state)[:, self._padding :]", "x0_to_host(state)[:, 0:]",
+           (f"{PREVIEWS}::test_previews_show_x0_and_change_no_latent",)),
+    Mutant("first latent taken for four frames", "cogvideox/video/preview.py",
+           "single = latent_frames % 2", "single = 0",
+           (f"{PREVIEWS}::test_frames_are_averaged_over_what_a_latent_stands_for",)),
     # The attention kernel.
     Mutant("padding of a listed chunk weighed", "splash_attention/bodies.py",
            "end = jnp.where(key < valid, scores[first:], NO_SCORE)", "end = scores[first:]",

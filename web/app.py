@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 import traceback
 from collections.abc import AsyncIterator
@@ -36,12 +37,14 @@ from web.events import Events
 from web.metrics import CONTENT_TYPE, Metrics
 from web.page import card, login, page
 from web.store import Store, Video
+from web.uploads import decode_image
 from web.worker import Worker
 
 # The page has a policy of its own in its head.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 }
+_DECODERS = 2  # processes at once that decode uploads
 _MAX_LIST = 100
 _DEFAULT_LIST = 20
 # What `content` sends, by OpenAI's names.
@@ -101,6 +104,7 @@ class _Api:
     def __init__(self, store: Store, worker: Worker | None):
         self._store, self._worker = store, worker
         self.counts = Metrics()
+        self._decoders = asyncio.Semaphore(_DECODERS)
         self._events = Events(store, self._describe)
 
     def _describe(self, video: Video) -> dict[str, Any]:
@@ -108,6 +112,10 @@ class _Api:
 
     async def create(self, request: Request) -> Response:
         body = await read_video_body(request)
+        if body.reference is not None:
+            async with self._decoders:
+                image = await asyncio.to_thread(decode_image, body.reference)
+            body = dataclasses.replace(body, reference=image)
         video = await asyncio.to_thread(self._store.create, body)
         return JSONResponse(self._describe(video))
 

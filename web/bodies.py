@@ -47,7 +47,7 @@ class VideoBody:
     Attributes:
         settings: by the names of a job file's line.
         seconds: the wanted length.
-        reference: the bytes of an uploaded image.
+        reference: an uploaded image, as bytes of its file.
     """
 
     settings: dict[str, Any]
