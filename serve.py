@@ -61,6 +61,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="requests that may wait; more are refused with 429",
     )
     parser.add_argument(
+        "--lora_dir",
+        type=Path,
+        help="folder of LoRA files (*.safetensors) that requests may name, without the suffix",
+    )
+    parser.add_argument(
         "--no_worker", action="store_true", help="only accept; other processes make the videos"
     )
     _add_common(parser)

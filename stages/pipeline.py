@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,6 +53,7 @@ class Settings:
         allow_unsupported: also compute sizes that the model was not trained for.
         speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers:
             lossy; see docs/speed.md.
+        lora: files, each as FILE or FILE=WEIGHT; another choice compiles nothing.
     """
 
     seed: int = 42
@@ -68,6 +69,7 @@ class Settings:
     step_mask: str | None = None
     mask_steps: int | None = None
     guidance_until: float | None = None
+    lora: Sequence[str] = ()
     sparse_attention: str | None = None
     dense_steps: int | None = None
     dense_layers: int | None = None
@@ -137,8 +139,12 @@ class Pipeline:
         from cogvideox.model.folder import MODEL_PARTS, find_model
 
         self._model = find_model(model_id, MODEL_PARTS)
-        self._mesh = {"dp": dp, "sp": sp, "tp": tp}
-        self._common = {"model_id": model_id, "dtype": dtype, "executables": executables}
+        self._mesh: dict[str, Any] = {"dp": dp, "sp": sp, "tp": tp}
+        self._common: dict[str, Any] = {
+            "model_id": model_id,
+            "dtype": dtype,
+            "executables": executables,
+        }
         self._decoder, self._attention, self._dtype = decoder, attention, dtype
         self._model_id = model_id
         never = threading.Event()

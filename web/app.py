@@ -205,6 +205,7 @@ class _Api:
             "sizes": [f"{width}x{height}" for height, width in preset.sizes],
             "max_frames": preset.max_frames,
             "fps": preset.fps,
+            "loras": list(self._store.loras()),
         }
 
     async def health(self, request: Request) -> Response:

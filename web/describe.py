@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jobs.gallery import describe_steps
+from stages.lora import LoraChoice
 from web.store import Video
 
 _DENOISING_SHARE = 95  # percent of the progress; encoding takes little, decoding the rest
@@ -40,6 +42,7 @@ def describe(video: Video, model: str) -> dict[str, Any]:
         "scheduler": settings.scheduler,
         "seed": settings.seed,
         "speed": "exact" if not job.lossy.names else "; ".join(job.lossy.names),
+        "lora": ", ".join(map(_lora, job.loras)) or None,
         "queue_position": video.position,
         "activity": steps.what if steps else None,
         "preview": None
@@ -58,6 +61,12 @@ def describe_progress(video: Video) -> tuple[int, int, str]:
         return done, total, f"place {video.position} in the queue"
     steps = video.state.steps
     return done, total, describe_steps(steps) if steps else "starting"
+
+
+def _lora(choice: LoraChoice) -> str:
+    """NAME or NAME=WEIGHT, as a request has it."""
+    name = Path(choice.file).stem
+    return name if choice.weight == 1 else f"{name}={choice.weight:g}"
 
 
 def _steps(video: Video) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from starlette.responses import JSONResponse
 
@@ -43,9 +44,15 @@ def bad_field(parameter: str, message: str) -> ApiError:
     return ApiError(400, "invalid_value", f"{parameter}: {message}", parameter)
 
 
-def from_check(error: ValueError) -> ApiError:
-    """Turns the refusal of a command line's check into one that names the request's field."""
+def from_check(error: ValueError, folder: Path | None = None) -> ApiError:
+    """Turns the refusal of a command line's check into one that names the request's field.
+
+    Args:
+        folder: whose path is no client's business.
+    """
     text = " ".join(str(error).split())
+    if folder:
+        text = text.replace(f"{folder}/", "")
     named = _OPTION.search(text)
     field = named[1] if named else None
     if field in ("height", "width"):

@@ -44,6 +44,7 @@ def page(store: Store, videos: Sequence[Video]) -> str:
         "style": Markup(values["style"]) + _read("page.css"),
         "script": Markup(values["script"]) + _read("page.js"),
         "example": _EXAMPLES.get(preset.name, _EXAMPLE),
+        "loras": list(store.loras()),
         "sizes": list(dict.fromkeys([*sizes, size])),
         "lengths": [(count, f"{count / settings.fps:.1f}") for count in frames],
         "defaults": {

@@ -41,6 +41,7 @@ class ServeOptions:
         api_key_file: its first line is the key; None asks for none.
         allow_anyone: listen to other machines without a key.
         max_queue: requests that may wait.
+        lora_dir: holds the LoRA files that requests may name.
         no_worker: only accept; workers of other processes make the videos.
     """
 
@@ -52,6 +53,7 @@ class ServeOptions:
     allow_anyone: bool
     max_queue: int
     no_worker: bool
+    lora_dir: Path | None = None
 
 
 def run(options: ServeOptions, parse: Parse, worker_command: Sequence[str]) -> None:
@@ -75,11 +77,14 @@ def run(options: ServeOptions, parse: Parse, worker_command: Sequence[str]) -> N
         if unsafe:
             raise InputError(unsafe)
         files.check_output_folder(options.output_dir)
+        if options.lora_dir and not options.lora_dir.is_dir():
+            raise InputError(f"--lora_dir {options.lora_dir} is not a folder")
         model = find_model(options.model_id, MODEL_PARTS)
         listening = _listen(options.host, options.port)
         # A path of this machine is no client's business.
         name = Path(options.model_id).name if os.path.isdir(options.model_id) else options.model_id
-        store = Store(options.output_dir, model, name, parse, options.max_queue, wake)
+        limits = (options.max_queue, options.lora_dir)
+        store = Store(options.output_dir, model, name, parse, *limits, wake)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     worker = None
     if not options.no_worker:

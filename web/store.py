@@ -36,7 +36,7 @@ from jobs.service import delete_job, delete_leftovers
 from runtime.errors import InputError
 from runtime.files import WriteError, flush, write_json
 from stages.encode import check_prompts
-from stages.lora import LoraLibrary
+from stages.lora import LoraLibrary, parse_choice
 from stages.preview import PREVIEW_FILE
 from web.bodies import VideoBody
 from web.errors import ApiError, bad_field, from_check
@@ -45,6 +45,8 @@ _FRESH_SECONDS = 0.2
 _SCAN_SECONDS = 1.0  # between two looks for jobs that other processes add
 _ID = re.compile(r"video_([0-9a-f]{16})", re.ASCII)
 _MAX_SEED = 2**32
+# Without "=", which parts a name from its weight.
+_LORA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,99}", re.ASCII)
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 
@@ -96,6 +98,7 @@ class Store:
         name: str,
         parse: Parse,
         max_queue: int,
+        lora_dir: Path | None,
         wake: Callable[[], None],
     ):
         """
@@ -103,6 +106,7 @@ class Store:
             name: of the model, as clients see it.
             parse: checks the settings of a video.
             max_queue: requests that may wait.
+            lora_dir: holds the LoRA files that requests may name; None offers none.
             wake: tells the worker that there is something to do.
 
         Raises:
@@ -112,7 +116,7 @@ class Store:
             defaults: settings of a request that names none.
         """
         self.output_dir, self.model, self.name = output_dir, model, name
-        self.max_queue = max_queue
+        self.max_queue, self._lora_dir = max_queue, lora_dir
         self._parse, self._wake = parse, wake
         self._digest, self._library = model_digest(model), LoraLibrary(model)
         # Fails now if the server's own options make no video.
@@ -228,20 +232,34 @@ class Store:
             raise ApiError(
                 404, "model_not_found", f"model: this server has {self.name} only", "model"
             )
-        if body.lora is not None:
-            raise bad_field("lora", "this server offers none")
         if body.reference is not None:
             raise bad_field("input_reference", "this model makes videos of text alone")
         settings = dict(body.settings)
         settings.setdefault("seed", secrets.randbelow(_MAX_SEED))
         try:
+            if body.lora is not None:
+                settings["lora"] = [self._lora(body.lora)]
             if body.seconds is not None:
                 settings["num_frames"] = self._frames(body.seconds, settings)
             parsed = self._parsed(settings)
             job = make_job(Line(0, None, parsed), self.model, self._digest, self._library)
         except ValueError as error:
-            raise from_check(error) from error
+            raise from_check(error, self._lora_dir) from error
         return dataclasses.replace(job, accepted=time.time())
+
+    def loras(self) -> dict[str, Path]:
+        """The LoRA files that requests may name, by their names without the suffix."""
+        if self._lora_dir is None:
+            return {}
+        found = sorted(self._lora_dir.glob("*.safetensors"))
+        return {path.stem: path for path in found if _LORA_NAME.fullmatch(path.stem)}
+
+    def _lora(self, text: str) -> str:
+        """The command line's form of NAME or NAME=WEIGHT."""
+        choice, known = parse_choice(text), self.loras()
+        if choice.file not in known:
+            raise bad_field("lora", f"is none of: {', '.join(known) or 'this server offers none'}")
+        return f"{known[choice.file]}={choice.weight!r}"
 
     def _parsed(self, settings: JsonSettings) -> LineSettings:
         parsed = self._parse(settings)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import openai
 import pytest
+from safetensors.numpy import save_file
 
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
 from jobs.records import CONTACT_SHEET_FILE, read_batch
 from stages.files import VIDEO_FILE
+from tests.lora_files import block_modules, random_factors
 from tests.tiny_models import save_tiny_model
 from tests.web.serving import ONE_DEVICE, Server
 
@@ -26,20 +28,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"
 def model(tmp_path_factory) -> Path:
     """A model whose size is that of other tests, so that its programs are compiled once a run."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    return save_tiny_model(folder, sample_height=4, sample_width=6, sample_frames=5)
+    save_tiny_model(folder, sample_height=4, sample_width=6, sample_frames=5)
+    factors = random_factors(folder, block_modules("attn1.to_q"))
+    tensors = {}
+    for module, (down, up) in factors.items():
+        tensors[f"transformer.{module}.lora_A.weight"] = down
+        tensors[f"transformer.{module}.lora_B.weight"] = up
+    save_file(tensors, folder.parent / "style.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     """A server with a worker, for tests that need videos."""
-    with Server(model, tmp_path_factory.mktemp("served") / "videos") as server:
+    folder = tmp_path_factory.mktemp("served") / "videos"
+    with Server(model, folder, f"--lora_dir={model.parent}") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def idle(model, tmp_path_factory):
     """A server without a worker, for tests of requests."""
-    with Server(model, tmp_path_factory.mktemp("idle") / "videos", "--no_worker") as server:
+    folder = tmp_path_factory.mktemp("idle") / "videos"
+    with Server(model, folder, "--no_worker", f"--lora_dir={model.parent}") as server:
         yield server
 
 
@@ -173,6 +184,25 @@ def test_events_tell_each_step_until_the_end(server):
     assert "denoising" in {one["activity"] for one in told}
     done = [one["steps_done"] for one in told]
     assert done == sorted(done) and done[-1] == 200
+
+
+def test_a_lora_of_the_folder_is_used(server, video):
+    """A video of the same settings, but for the LoRA."""
+    made = server.create(PROMPT, seed=7, lora="style=0.5")
+    assert made["lora"] == "style=0.5" and made["id"] != video.id
+    server.wait(made["id"])
+    content = [
+        server.ask("GET", f"/v1/videos/{id_}/content").body for id_ in (made["id"], video.id)
+    ]
+    assert content[0] != content[1]
+    assert server.ask("GET", "/v1/models").json["data"][0]["loras"] == ["style"]
+
+
+@pytest.mark.parametrize("lora", ["kite", "../style", "style.safetensors", "style=x", "", "/etc/x"])
+def test_other_loras_are_refused(idle, lora):
+    answer = idle.ask("POST", "/v1/videos", {"prompt": PROMPT, "lora": lora})
+    assert (answer.status, answer.json["error"]["param"]) == (400, "lora"), answer.body
+    assert str(idle.folder.parent) not in answer.body.decode()
 
 
 def test_a_running_video_is_canceled(server):

@@ -98,6 +98,8 @@ form.addEventListener("submit", async (event) => {
   for (const [name, value] of new FormData(form)) {
     if (value !== "") body[name] = numbers.includes(name) ? Number(value) : value;
   }
+  if (body.lora) body.lora = `${body.lora}=${body.lora_weight}`;
+  delete body.lora_weight;
   submit.disabled = true;
   say({ message: "" });
   try {
@@ -123,8 +125,10 @@ async function reuse(id) {
   const answer = await fetch(`/v1/videos/${id}`);
   if (!answer.ok) return say(await errorOf(answer));
   const video = await answer.json();
+  const [lora, weight] = (video.lora ?? "").split("=");
+  const values = { ...video, lora, lora_weight: weight ?? "1" };
   for (const field of form.elements) {
-    if (field.name && field.name in video) field.value = video[field.name];
+    if (field.name && field.name in values) field.value = values[field.name];
   }
   if (form.elements.speed.selectedIndex < 0) form.elements.speed.value = "exact";
   form.elements.prompt.focus();
