@@ -18,6 +18,7 @@ from splash_attention.block_sizes import BlockSizes
 # that would take as long as filling and draining a body (137 and 300 bundles on v6e).
 _BODY = {"bf16": (64, 1), "int8_qk": (192, 2)}
 _LANES = 128
+SCALAR_MEMORY = 15 * 2**16  # bytes for lists; the compiler and the other tables get 64 KiB
 
 
 @jax.tree_util.register_dataclass
@@ -113,6 +114,12 @@ class BlockLists:
         """Return the kernel's tile sizes: all keys in one block."""
         group = self.chunk * self.unroll
         return BlockSizes(self.block_q, -(-self.keys // group) * group, self.chunk, self.unroll)
+
+    @property
+    def scalar_bytes(self) -> int:
+        """Bytes of a TPU core's scalar memory that the lists take; it has `SCALAR_MEMORY`."""
+        rules, tiles, entries = self.chunks.shape
+        return 4 * rules * (-(-tiles // 8) * 8) * (-(-entries // _LANES) * _LANES)
 
     def density(self) -> np.ndarray:
         """Return the share of (tile, chunk) pairs that each rule visits: [rules]."""

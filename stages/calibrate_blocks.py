@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cogvideox.denoising.program import Denoiser
     from cogvideox.model.folder import ModelFolder
+    from cogvideox.transformer.block_rules import Rule
 
 RULES_FILE = "block_rules.json"
 _PROBED = 3  # steps of each video, from the first that is sparse by default to the last
@@ -55,7 +56,7 @@ def run(options: CalibrateOptions, alpha: float) -> None:
     with OpenFolder(options.output_dir) as watched:
         texts = embed_each(encoding, model, tokens)
         found = _Found(checked.denoiser)
-        for errors in _measure(options, checked, found.measured, texts):
+        for errors in _measure(options, checked, found.groups, texts):
             found.add(errors)
         made = {"prompts": prompts, "seed": options.seed, "seconds": time.monotonic() - start}
         made = {**made, "dtype": options.dtype, "versions": versions()}
@@ -70,19 +71,26 @@ def run(options: CalibrateOptions, alpha: float) -> None:
 
 
 class _Found:
-    """The rules to choose from, the sparsest first, and the largest error of each: [L, N, R]."""
+    """The rules to choose from, and the largest error of each.
+
+    Attributes:
+        rules: by name, the sparsest first.
+        groups: denoisers that measure all of them in turn.
+    """
 
     def __init__(self, exact: Denoiser) -> None:
         from cogvideox.denoising.block_errors import measuring
 
         rules = sparse.named_rules()
         rules.pop("dense")
-        step = measuring(exact, list(rules.values())).sparse_step
-        assert step is not None
-        costs = step.lists.lengths.sum(1)
-        names = sorted(rules, key=lambda name: costs[1 + list(rules).index(name)])
+        costs = {}
+        for name, rule in rules.items():
+            step = measuring(exact, [rule]).sparse_step
+            assert step is not None
+            costs[name] = int(step.lists.lengths[1].sum())
+        names = sorted(rules, key=lambda name: costs[name])
         self.rules = {name: rules[name] for name in names}
-        self.measured = measuring(exact, list(self.rules.values()))
+        self.groups = _groups(exact, list(self.rules.values()))
         self._errors: np.ndarray | None = None
 
     def add(self, errors: np.ndarray) -> None:
@@ -114,10 +122,26 @@ class _Found:
         }
 
 
+def _groups(exact: Denoiser, rules: list[Rule]) -> list[Denoiser]:
+    """Splits the rules among denoisers: the lists of all may not fit a TPU's scalar memory."""
+    from cogvideox.denoising.block_errors import measuring
+
+    for size in range(len(rules), 0, -1):
+        groups = [measuring(exact, rules[i : i + size]) for i in range(0, len(rules), size)]
+        try:
+            _ = [group.sparse_step for group in groups]
+        except ValueError:
+            if size == 1:
+                raise
+        else:
+            return groups
+    raise AssertionError("there are rules")
+
+
 def _measure(
     options: CalibrateOptions,
     checked: denoise.DenoisingRun,
-    measured: Denoiser,
+    groups: Sequence[Denoiser],
     texts: Sequence[Mapping[str, np.ndarray]],
 ) -> Iterator[np.ndarray]:
     """Runs the exact model; yields the errors at some steps of each video."""
@@ -133,15 +157,19 @@ def _measure(
     with working("loading the transformer and its programs"):
         parameters = checked.denoiser.load(options.executables)
         steps = compile_steps(checked.denoisers, checked.schedule, options.executables)
-        measure, positions = compile_errors(measured), place_positions(measured)
+        programs = [(compile_errors(group), place_positions(group)) for group in groups]
     with progress(total=total * len(texts), what="calibrating") as bar:
         for index, embeddings in enumerate(texts):
             loaded = load_steps(checked.denoisers, steps, parameters, embeddings)
-            prompt_embeds = measured.prompt_embeds(embeddings)
+            prompt_embeds = groups[0].prompt_embeds(embeddings)
             seed = options.seed + index
             for state in run_loop(loaded, checked.schedule, seed, NoiseSource()):
                 bar.update(1)
                 if state.steps in probed:
-                    tokens, *_ = to_devices(measured, to_host(state))
+                    tokens, *_ = to_devices(groups[0], to_host(state))
                     timestep = np.int32(checked.schedule.timesteps[state.steps])
-                    yield measure(tokens, parameters, positions, prompt_embeds, timestep)
+                    found = [
+                        measure(tokens, parameters, positions, prompt_embeds, timestep)
+                        for measure, positions in programs
+                    ]
+                    yield np.concatenate(found, -1)

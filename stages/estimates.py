@@ -292,7 +292,7 @@ def _kernel_cycles(denoiser: Denoiser) -> float:
     if denoiser.sparse_step is None:
         attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE
     else:
-        attention = _sparse_cycles(denoiser.sparse_step, heads)
+        attention = sparse_cycles(denoiser.sparse_step, heads)
     attention *= _samples(denoiser)
     # Memory limits the four norms and, with sp, the two kernels that join and split its shards.
     kernels = 6 if denoiser.mesh.shape["sp"] > 1 else 4
@@ -300,7 +300,7 @@ def _kernel_cycles(denoiser: Denoiser) -> float:
     return attention + moved / chip.hbm_bytes_per_second * chip.clock_hz
 
 
-def _sparse_cycles(step: SparseStep, heads: int) -> float:
+def sparse_cycles(step: SparseStep, heads: int) -> float:
     """Cycles of sparse attention of one sample in a block, the mean of all blocks.
 
     Args:

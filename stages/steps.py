@@ -34,7 +34,7 @@ def denoisers_of(exact: Denoiser, lossy: Lossy, steps: int) -> list[Denoiser]:
         exact: without lossy options.
 
     Raises:
-        ValueError: attention cannot be sparse on these devices.
+        ValueError: attention cannot be sparse on these devices, or not by these rules.
     """
     from cogvideox.denoising.parts import split_steps
 
@@ -45,6 +45,8 @@ def denoisers_of(exact: Denoiser, lossy: Lossy, steps: int) -> list[Denoiser]:
     for part in split_steps(steps, lossy.dense_steps, lossy.guided_steps):
         one = dataclasses.replace(guided, sparse=lossy.sparse) if part.sparse else guided
         found.append(one.gated() if part.gated else one)
+        if part.sparse:
+            _ = found[-1].sparse_step  # raises ValueError
     return found
 
 

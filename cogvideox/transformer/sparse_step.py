@@ -14,6 +14,7 @@ from cogvideox.transformer.block_rules import Rule, SparseAttention
 from cogvideox.transformer.tiling import Tiling
 from cogvideox.transformer.tokens import TokenLayout
 from splash_attention import BlockLists
+from splash_attention.block_lists import SCALAR_MEMORY
 
 
 class SparseTables[Array](NamedTuple):
@@ -64,12 +65,18 @@ def make_sparse_step(
         sp: devices along sp; each gets as many heads of a device along tp.
 
     Raises:
-        ValueError: the rules are of a model with other layers or heads.
+        ValueError: the rules are of a model with other layers or heads, or too many.
     """
     assert layout.tiling is not None
     rules = sparse.table(config.num_layers, config.num_attention_heads)
     heads = np.bincount(rules.reshape(-1), minlength=len(sparse.all_rules))
     lists = make_lists(sparse.all_rules, layout.tiling, layout.padded, heads.tolist())
+    if lists.scalar_bytes > SCALAR_MEMORY:
+        raise ValueError(
+            f"the lists of {len(sparse.all_rules)} rules, of dense layers too, take "
+            f"{lists.scalar_bytes >> 10} KiB of a TPU core's scalar memory at this size; at most "
+            f"{SCALAR_MEMORY >> 10} KiB are possible, so use fewer rules"
+        )
     arrays = {name: np.asarray(getattr(lists, name)) for name in ("chunks", "lengths", "valid")}
     costs = arrays["lengths"].sum(1)[rules]
     of_devices = costs.reshape(len(rules), tp, sp, -1).sum(-1)

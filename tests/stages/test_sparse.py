@@ -19,9 +19,11 @@ from cogvideox.transformer.block_rules import (
     radial,
     spatial,
 )
-from cogvideox.transformer.sparse_step import make_lists
+from cogvideox.transformer.sparse_step import make_lists, make_sparse_step
 from cogvideox.transformer.tiling import choose_tiling
+from cogvideox.transformer.tokens import TokenLayout
 from runtime.mesh import make_mesh
+from stages import estimates
 from stages.sparse import density_of, named_rules
 from stages.speed import Lossy, read_lossy, resolve
 from stages.steps import denoisers_of
@@ -174,3 +176,40 @@ def test_gpus_refuse_sparse_steps(model):
     with pytest.raises(ValueError, match="--attention cudnn on .* take --sparse_attention none"):
         denoisers_of(denoiser, lossy, 50)
     assert len(denoisers_of(denoiser, resolve(Options("near"), settings(), model), 50)) == 1
+
+
+def test_what_the_programs_of_a_batch_depend_on(model):
+    fast = resolve(Options("fast"), settings(), model)
+    gated = resolve(Options("turbo"), settings(), model)
+    near = resolve(Options("fast", sparse_attention="near"), settings(), model)
+    late = dataclasses.replace(gated, dense_steps=30)  # dense steps with a gate among them
+    found = {lossy.decides_programs(50) for lossy in (fast, gated, near, late)}
+    assert len(found) == 4
+    later = dataclasses.replace(fast, dense_steps=20)
+    assert later.decides_programs(50) == fast.decides_programs(50)
+
+
+def test_more_rules_than_scalar_memory_holds(model):
+    """A v6e holds the lists of 2 rules at 161 frames, and not those of 4."""
+    config = dataclasses.replace(model.transformer, num_layers=42, num_attention_heads=48)
+    tiling = choose_tiling((21, 48, 85), 226)
+    layout = TokenLayout(LatentShape(1, 42, 16, 96, 170), 2, 2, 226, tiling.rows, tiling)
+    rules = named_rules()
+    make_sparse_step(SparseAttention((rules["fast"],), dense_layers=1), config, layout, 1, 4)
+    four = SparseAttention(tuple(rules[name] for name in ("fast", "near", "both", "dense")))
+    with pytest.raises(ValueError, match="lists of 4 rules, .* take 1056 KiB .* use fewer rules"):
+        make_sparse_step(four, config, layout, 1, 4)
+
+
+def test_cycles_of_a_sparse_step(model):
+    """Attention of a block on one chip of a v6e-8; the kernel's schedule says 8.6M cycles."""
+    config = dataclasses.replace(model.transformer, num_layers=42, num_attention_heads=48)
+    layout = TokenLayout(LatentShape(1, 22, 16, 96, 170), 2, 2, 226, padded=45568, tiling=PUBLISHED)
+    fast = SparseAttention((named_rules()["fast"],))
+    step = make_sparse_step(fast, config, layout, tp=1, sp=4)
+    assert step.tables.order is None  # one rule: chips work equally
+    assert estimates.sparse_cycles(step, 12) == pytest.approx(8.6e6, rel=0.03)
+    mixed = SparseAttention((fast.rules[0], DENSE), ((0,) * 24 + (1,) * 24,) * 42)
+    balanced = estimates.sparse_cycles(make_sparse_step(mixed, config, layout, tp=1, sp=4), 12)
+    half = estimates.sparse_cycles(make_sparse_step(mixed, config, layout, tp=4, sp=1), 12)
+    assert balanced < 0.7 * half  # tp keeps the heads where they are
