@@ -47,6 +47,10 @@ class Keys:
     def __init__(self, key: str | None):
         self._key = key.encode() if key else None
 
+    @property
+    def needed(self) -> bool:
+        return self._key is not None
+
     def match(self, text: str) -> bool:
         """Whether a text is the key; takes the same time for every wrong one of its length."""
         return self._key is not None and hmac.compare_digest(text.encode(), self._key)
@@ -97,7 +101,9 @@ class Access:
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         host = hosts[0] if len(hosts) == 1 else ""
-        if self._loopback and not is_loopback(_name(host)):
+        # With a key, a page of a rebound name has neither the key nor the cookie; and a proxy's
+        # name is as good as this machine's.
+        if self._loopback and not self._keys.needed and not is_loopback(_name(host)):
             raise ApiError(403, "wrong_host", "this server is reached by localhost only")
         if scope["method"] not in _SAFE:
             _check_origin(headers, host)

@@ -1,7 +1,10 @@
 """A real server makes videos for OpenAI's client, survives SIGKILL, and deletes what it should."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from jobs.records import CONTACT_SHEET_FILE, read_batch
 from stages.files import VIDEO_FILE
 from tests.lora_files import block_modules, random_factors
 from tests.tiny_models import save_tiny_model
-from tests.web.serving import ONE_DEVICE, Server
+from tests.web.serving import ONE_DEVICE, ROOT, Server
 
 PROMPT = "a red circle moves left on a dark blue background"
 
@@ -215,6 +218,21 @@ def test_a_running_video_is_canceled(server):
     while any(state.job.settings.seed == 4 for state in read_batch(server.folder)):
         time.sleep(0.05)
     assert not list(server.folder.glob(".deleted-*"))
+
+
+def test_a_worker_of_its_own_makes_what_a_server_accepted(model, idle):
+    made = idle.create(PROMPT, seed=11)
+    command = [sys.executable, str(ROOT / "serve.py"), "worker", f"--model_id={model}"]
+    command += [f"--output_dir={idle.folder}", "--dtype=float32", *ONE_DEVICE]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    worker = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        idle.wait(made["id"])
+        worker.terminate()
+        assert worker.wait(60) == 0
+    finally:
+        worker.kill()
+    assert idle.ask("DELETE", f"/v1/videos/{made['id']}").json["deleted"]
 
 
 def test_killed_and_started_again_it_goes_on(model, tmp_path):
