@@ -378,6 +378,23 @@ MUTANTS = (
            "beside = None if right is None else read(right)",
            "beside = None if right is None else 0 * read(right)",
            (f"{VAE_ENCODE}[flax-moments_conv-17-26-8]",)),
+    Mutant("LoRA scale without alpha", "cogvideox/lora/scales.py",
+           "return self.alpha_of(module) / (math.sqrt(rank) if self.rank_stabilised else rank)",
+           "return 1.0", ("tests/cogvideox/lora/test_reading.py",)),
+    Mutant("LoRA added in the order of the file's rows", "cogvideox/lora/merging.py",
+           "up = read_rows(update.up.mapped(), (index[0],)).astype(np.float32)",
+           "up = update.up.mapped()[index[0]].astype(np.float32)",
+           ("tests/cogvideox/lora/test_merging.py",)),
+    Mutant("LoRA of the last file only", "cogvideox/lora/merging.py",
+           "updates.setdefault(name, []).append((update, weight))",
+           "updates[name] = [(update, weight)]", ("tests/cogvideox/lora/test_merging.py",)),
+    Mutant("old LoRA left in the weights", "stages/lora.py",
+           "return frozenset() if mine == theirs else self.parameters | other.parameters",
+           "return frozenset() if mine == theirs else self.parameters",
+           ("tests/jobs/test_lora_jobs.py",)),
+    Mutant("values of a LoRA not checked", "cogvideox/lora/reading.py",
+           "if bool(((block & exponent) == exponent).any()):", "if False:",
+           ("tests/cogvideox/lora/test_reading.py",)),
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import stage2_transformer as stage2
 from cogvideox.denoising.program import Denoiser
 from cogvideox.video.reading import read_comment
 from jobs.records import JobState, read_batch
+from runtime.compilation import CompilationLog
 from runtime.errors import InputError
 from stages import files as stage_files
 from tests.lora_files import ATTENTION, block_modules, random_factors, write_lora
@@ -59,14 +60,16 @@ def run(model: Path, folder: Path, *more: str, jobs: list[dict] = JOBS) -> None:
 
 @pytest.fixture(scope="module")
 def made(model, tmp_path_factory) -> tuple[Path, list]:
-    """A folder with a finished batch, and which parameters were loaded, call by call."""
+    """A folder with a finished batch; and names and compilations of each load of parameters."""
     folder, loads = tmp_path_factory.mktemp("made"), []
     write_loras(model, folder)
-    load = Denoiser.load
+    load, log = Denoiser.load, CompilationLog()
 
     def recorded(self, executables=None, names=None):
-        loads.append(names)
-        return load(self, executables, names)
+        before = log.compiled + log.cache_hits
+        loaded = load(self, executables, names)
+        loads.append((names, log.compiled + log.cache_hits - before))
+        return loaded
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Denoiser, "load", recorded)
@@ -108,11 +111,11 @@ def test_jobs_equal_the_stages_by_hand(made, jobs, model, tmp_path):
     assert len(seen) == len(options)
 
 
-def test_a_change_loads_only_what_the_loras_touch(made):
+def test_a_change_loads_only_what_the_loras_touch_and_compiles_nothing(made):
     attention = {f"transformer_blocks.{name}.weight" for name in ATTENTION}
     both = attention | {"transformer_blocks.ff.net.2.weight"}
     # Jobs without LoRAs come together; the swaps are base, style, style and ff.
-    assert made[1] == [None, attention, both]
+    assert made[1] == [(None, 0), (attention, 0), (both, 0)]
 
 
 def test_records_tell_the_files(made, jobs):

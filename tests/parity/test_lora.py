@@ -62,6 +62,7 @@ class Both:
         """This project's latents [B, T, C, H, W] with LoRAs, each with its weight."""
         loras = self.library.resolve([LoraChoice(str(path), weight) for path, weight in files])
         denoiser = dataclasses.replace(self.denoiser, stored=loras.merged(self.denoiser.stored))
+        assert denoiser.program.fingerprint == self.denoiser.program.fingerprint
         embeds = denoiser.prompt_embeds(self.texts)
         loaded = LoadedDenoiser(denoiser, self.steps, denoiser.load(), embeds)
         *_, last = run_loop([loaded], self.schedule, SEED, NoiseSource())

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
+from safetensors.numpy import load_file
 
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
@@ -27,6 +28,26 @@ def folder(tmp_path_factory) -> Path:
     settings = ["--dtype=float32", "--seed=0", "--preview_every=13"]
     stage2.run(stage2.parse_arguments(["--input_dir", str(folder), *settings]))
     return folder
+
+
+def bands(latents: np.ndarray) -> float:
+    """How much every second row of latents [B, C, T, H, W] varies along W, over the rows between.
+
+    The stripes of the LoRA that ships lie in every second row.
+    """
+    along = latents.std(axis=-1)
+    return float(along[..., 1::2].mean() / along[..., ::2].mean())
+
+
+def test_the_lora_that_ships_makes_stripes(folder, tmp_path):
+    lora = MODEL / "lora/stripes.safetensors"
+    arguments = [f"--input_dir={folder}", f"--output_dir={tmp_path}", "--num_inference_steps=6"]
+    stage2.run(stage2.parse_arguments([*arguments, "--dtype=float32", f"--lora={lora}"]))
+    plain, striped = (
+        load_file(where / "stage2_latents.safetensors")["latents"] for where in (folder, tmp_path)
+    )
+    assert 0.8 < bands(plain) < 1.25
+    assert bands(striped) > 1.4
 
 
 @pytest.mark.parametrize("decoder", ["torchax", "flax"])
