@@ -112,7 +112,10 @@ def make_settings(arguments: argparse.Namespace, steps: int) -> Any:
 
 def flops(denoiser: Any) -> dict[str, float]:
     """Returns the floating-point operations of one step on all devices: attention and linear."""
-    return step_flops(denoiser.config, denoiser.layout.tokens, denoiser.samples)
+    work = step_flops(denoiser.config, denoiser.layout.tokens, denoiser.samples)
+    if denoiser.sparse_step:
+        work["attention"] *= denoiser.sparse_step.density()
+    return work
 
 
 def compile_for(arguments: argparse.Namespace) -> dict[str, Any]:
