@@ -72,6 +72,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=1,
         help="of --engine ray; they share the machine's accelerators",
     )
+    parser.add_argument(
+        "--inputs_dir",
+        type=Path,
+        help="folder that the images and videos of the jobs must lie in (default: that of the job "
+        "file, to which their paths are relative)",
+    )
     utils.add_text(parser)
     utils.add_denoising(parser)
     utils.add_video(parser)
@@ -160,6 +166,12 @@ def parse_rerun(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("video", type=Path, help="any video of this project")
     parser.add_argument(
         "--output_dir", type=Path, help="a new folder (default: VIDEO_rerun beside the video)"
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        help="the image or video that the video started from, if it has moved; its sha256 is "
+        "compared",
     )
     utils.add_model(parser, default=None)
     parser.add_argument(

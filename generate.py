@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import utils
+from command_line.condition import add_condition
 from jobs.jobfile import LineSettings, read_seeds, read_settings
 from runtime.errors import InputError
 from runtime.exit_codes import FAILED_JOBS, run_script
-from stages import decode, denoise, encode, generate
+from stages import condition, decode, denoise, encode, generate
 from stages.sections import STAGES
 
 
@@ -35,6 +36,7 @@ def make_parser(kind: type[utils.ArgumentParser] = utils.ArgumentParser) -> util
         "--config", type=Path, help="JSON file of arguments; those of the command line win"
     )
     utils.add_text(parser)
+    add_condition(parser)
     utils.add_denoising(parser)
     parser.add_argument(
         "--seeds", type=_seeds, help="a video for each: a range such as 1-4, or 3,7; not --seed"
@@ -123,7 +125,9 @@ def run(arguments: argparse.Namespace) -> None:
     utils.copy_trusted_executables(arguments)
     folder = arguments.output_dir
     generate.run(
-        utils.options(encode.EncodeOptions, arguments),
+        utils.options(
+            encode.EncodeOptions, arguments, condition=condition.options_of(vars(arguments))
+        ),
         utils.options(denoise.DenoiseOptions, arguments, input_dir=folder),
         utils.options(decode.DecodeOptions, arguments, input_dir=folder),
     )

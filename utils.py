@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from command_line.condition import add_condition
 from command_line.parser import ArgumentParser, RaisingParser, integer, number
 from runtime import processes
 from runtime.devices import PLATFORMS, insist_on
@@ -101,6 +102,12 @@ def add_denoising(parser: ArgumentParser) -> None:
         "--fps", type=integer(1, 240), help="frames per second (default: the model's)"
     )
     add_allow_unsupported(parser)
+    parser.add_argument(
+        "--strength",
+        type=number(0, 1),
+        help="of a run that starts from a video: the share of the steps that run; 1 keeps nothing "
+        "of it (default: 0.8)",
+    )
     add_attention(parser)
     add_speed(parser)
     add_previews(parser)
@@ -357,7 +364,7 @@ def line_parser[Settings](
         defaults: what settings are that a video leaves out.
     """
     parser = RaisingParser("", "")
-    for add in (add_prompt, add_text, add_denoising, add_video):
+    for add in (add_prompt, add_text, add_condition, add_denoising, add_video):
         add(parser)
 
     def parse(settings: Mapping[str, object]) -> Settings:

@@ -1,5 +1,7 @@
 """The transformer configurations of the published models, for benchmarks that need no weights."""
 
+import dataclasses
+
 from cogvideox.model.config import TransformerConfig
 
 TRANSFORMERS = {
@@ -17,3 +19,9 @@ TRANSFORMERS = {
     ),
     "CogVideoX-2b": TransformerConfig(num_layers=30, num_attention_heads=30),
 }
+TRANSFORMERS["CogVideoX1.5-5B-I2V"] = dataclasses.replace(
+    TRANSFORMERS["CogVideoX1.5-5B"], in_channels=32, ofs_embed_dim=512
+)
+TRANSFORMERS["CogVideoX-5b-I2V"] = dataclasses.replace(
+    TRANSFORMERS["CogVideoX-5b"], in_channels=32, use_learned_positional_embeddings=True
+)

@@ -334,7 +334,8 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
         compiled = time.perf_counter() - start
         loaded = load_steps(parts, steps, parameters, embeddings)
         stamps, state = [time.perf_counter()], None
-        for state in run_loop(loaded, planned, settings.seed, NoiseSource()):  # noqa: B007
+        inputs = (loaded, planned, settings.seed, NoiseSource())
+        for state in run_loop(*inputs, conditioning=black_image(denoiser)):  # noqa: B007
             stamps.append(time.perf_counter())
         return [b - a for a, b in itertools.pairwise(stamps)], state, compiled
 
@@ -368,6 +369,19 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
         other = np.load(arguments.compare)
         report["relative_difference"] = float(np.linalg.norm(final - other) / np.linalg.norm(other))
     return report
+
+
+def black_image(denoiser: Any) -> Any:
+    """Returns the conditioning of a black image for an image-to-video model, else None."""
+    import numpy as np
+
+    from cogvideox.denoising.conditioning import Conditioning
+
+    if not denoiser.config.image_to_video:
+        return None
+    _, _, channels, height, width = denoiser.latents.sizes
+    image = np.zeros((1, channels, 1, height, width), np.dtype("bfloat16"))
+    return Conditioning("image", image, image, 1.0)
 
 
 def compare_times(exact: list[float], times: list[float], lossy: Any) -> dict[str, Any]:

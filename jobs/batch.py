@@ -133,7 +133,7 @@ def read_jobs(options: BatchOptions, parse: Parse) -> tuple[ModelFolder, list[Jo
         InputError: some are wrong; every problem is printed first.
     """
     if options.jobs:
-        lines, problems = read_job_file(options.jobs, parse, options.seeds)
+        lines, problems = read_job_file(options.jobs, parse, options.seeds, options.inputs_dir)
     else:
         lines, problems = read_prompts(options.prompts, parse, options.seeds)
     model = find_model(options.model_id, MODEL_PARTS)

@@ -116,7 +116,7 @@ class Pace:
         if lossy.sparse:
             density = density_of(lossy.sparse, job.settings, self._model)
             sparse_cost -= (1 - density) * step["attention"] / total
-        return total * lossy.computed_steps(job.settings.num_inference_steps, sparse_cost)
+        return total * lossy.computed_steps(job.settings.executed_steps, sparse_cost)
 
 
 def job_bytes(job: Job, model: ModelFolder) -> int:

@@ -87,6 +87,7 @@ class Card:
     preview: str | None = None  # URL of a small animated picture of a running job
     video_id: str | None = None  # of the server's API; the page's buttons need it
     state: str | None = None  # the status by the server's API
+    input: str | None = None  # URL of the image that the video starts from
 
 
 UrlOf = Callable[[Path], str]  # of a file in a job's folder
@@ -239,6 +240,7 @@ def make_card(state: JobState, superseded: bool, url_of: UrlOf | None = None) ->
         "settings": stage_files.CONFIG_FILE,
     }
     paths = {label: state.folder / name for label, name in files.items()}
+    input_file = state.folder / stage_files.INPUT_FILE
     shown_superseded = superseded and state.status != "running"
     return Card(
         status="superseded" if shown_superseded else state.status,
@@ -257,6 +259,7 @@ def make_card(state: JobState, superseded: bool, url_of: UrlOf | None = None) ->
         if steps
         else None,
         preview=url_of(preview) if state.status == "running" and preview.is_file() else None,
+        input=url_of(input_file) if job.input and input_file.is_file() else None,
     )
 
 
@@ -313,6 +316,10 @@ def _facts(state: JobState) -> Iterator[tuple[str, str]]:
         yield "lossy", "; ".join(job.lossy.names)
     if job.loras:
         yield "LoRA", ", ".join(choice.shown for choice in job.loras)
+    if job.input:
+        yield job.input.kind, f"{Path(job.input.path).name}, {job.input.image_fit}"
+    if job.input and job.input.kind == "video":
+        yield "strength", _number(settings.strength)
     if job.negative_prompt:
         yield "negative prompt", job.negative_prompt
     yield "model", job.model_id + (f" @ {job.revision[:12]}" if job.revision else "")

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from cogvideox.model.folder import MODEL_PARTS, ModelFolder
 from cogvideox.model.settings import DenoisingSettings, complete_settings, text_tokens
 from jobs.jobfile import Line
-from jobs.records import Job
+from jobs.records import Job, JobInput
 from runtime.fingerprint import fingerprint
 from stages import files, speed
+from stages.condition import ConditionOptions, find_source
 from stages.lora import LoraLibrary, parse_choice
 from stages.sections import without_places
 
@@ -74,7 +75,18 @@ def make_job(line: Line, model: ModelFolder, digest: str, library: LoraLibrary) 
     own = line.settings
     names = (field.name for field in dataclasses.fields(DenoisingSettings))
     wishes = {name: getattr(own, name) for name in names}
-    settings = complete_settings(wishes, model, any_size=own.allow_unsupported)
+    given = None
+    if own.image or own.video:
+        names = {field.name for field in dataclasses.fields(ConditionOptions)} - {"sha256"}
+        given = ConditionOptions(**{name: getattr(own, name) for name in names})
+    elif own.size or own.encode_on:
+        raise ValueError("size auto and encode_on are for an image or a video")
+    source = find_source(given, model)
+    start = None if source is None else source.condition
+    if start is not None:
+        wishes |= {"height": start.height, "width": start.width}
+    any_size = own.allow_unsupported
+    settings = complete_settings(wishes, model, any_size=any_size, condition=start)
     decides = {
         "prompt": own.prompt,
         "negative_prompt": own.negative_prompt,
@@ -94,7 +106,7 @@ def make_job(line: Line, model: ModelFolder, digest: str, library: LoraLibrary) 
     name = line.name or _label(own.prompt)
     # The content of the model counts, its path does not.
     hashed = {k: v for k, v in decides.items() if k not in ("model_id", "revision")} | {
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.to_json(),
         "model": digest,
         "format": files.FORMAT_VERSION,
         "lora": without_places(decides["lora"]),
@@ -104,9 +116,12 @@ def make_job(line: Line, model: ModelFolder, digest: str, library: LoraLibrary) 
         del hashed["speed"]
     if not decides["lora"]:
         del hashed["lora"]
+    if source is not None:
+        hashed["condition"] = [source.options.kind, source.sha256, source.options.image_fit]
     return Job(
-        id=fingerprint(hashed, compact=True)[:_ID_LENGTH], name=name, line=line.number, **decides
-    )
+        id=fingerprint(hashed, compact=True)[:_ID_LENGTH], name=name, line=line.number, **decides,
+        input=None if source is None else JobInput.of(source),
+    )  # fmt: skip
 
 
 def _label(prompt: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from runtime.errors import InputError
 from runtime.files import open_regular
+from stages.condition import AUTO
 from stages.encode import check_prompts
 
 _MAX_FILE_BYTES = 64 << 20
@@ -36,9 +37,11 @@ TYPES: dict[str, type] = {
     **{"scheduler": str, "seed": int, "quality": int, "no_metadata": bool},
     **{"speed": str, "step_mask": str, "mask_steps": int, "guidance_until": float},
     **{"sparse_attention": str, "dense_steps": int, "dense_layers": int},
+    **{"image": str, "video": str, "image_fit": str, "size": str, "strength": float},
+    **{"encode_on": str, "encoder": str},
 }
 _TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-_KEYS = sorted([*TYPES, *_SHORT, "lora", "name", "seeds", "size"])
+_KEYS = sorted([*TYPES, *_SHORT, "lora", "name", "seeds"])
 
 
 Seeds = str | Sequence[int]
@@ -77,6 +80,13 @@ class LineSettings:
     dense_steps: int | None
     dense_layers: int | None
     lora: Sequence[str] | None
+    image: Path | None
+    video: Path | None
+    image_fit: str
+    size: str | None
+    encode_on: str | None
+    encoder: str
+    strength: float | None
 
 
 # Checks the values of a line and fills in defaults; raises ValueError.
@@ -97,7 +107,7 @@ class Line:
 
 
 def read_job_file(
-    path: Path, parse: Parse, seeds: Seeds | None = None
+    path: Path, parse: Parse, seeds: Seeds | None = None, inputs_dir: Path | None = None
 ) -> tuple[list[Line], list[tuple[int, str]]]:
     """Reads and checks every line of a job file.
 
@@ -105,6 +115,8 @@ def read_job_file(
         path: JSON lines if it ends in .jsonl or .ndjson, else one prompt per line.
         parse: checks the values of a line.
         seeds: of lines that name none.
+        inputs_dir: folder that images and videos must lie in; None takes that of the job file, to
+            which their paths are relative.
 
     Returns:
         The videos in order, and the problems, each with its line number.
@@ -118,6 +130,7 @@ def read_job_file(
         try:
             settings = read(_decode(raw))
             if settings is not None:
+                _place_inputs(settings, path.parent, inputs_dir or path.parent)
                 lines += _expand(number, settings, parse, seeds)
         except ValueError as error:
             problems.append((number, str(error)))
@@ -149,7 +162,7 @@ def read_settings(path: Path, known: Collection[str]) -> dict[str, Any]:
         InputError: the file cannot be read, or a key or a type is wrong.
     """
     try:
-        settings = _from_json(_decode(_read(path)), [*known, *_SHORT, "size"])
+        settings = _from_json(_decode(_read(path)), sorted({*known, *_SHORT, "size"}))
     except InputError:
         raise
     except ValueError as error:
@@ -158,6 +171,24 @@ def read_settings(path: Path, known: Collection[str]) -> dict[str, Any]:
         if not isinstance(value, str | int | float) and key not in ("seeds", "lora"):
             raise InputError(f"{path}: {key} is {json.dumps(value)[:80]}, not a single value")
     return settings
+
+
+def _place_inputs(settings: dict[str, Any], base: Path, allowed: Path) -> None:
+    """Makes the paths of a line's image or video absolute.
+
+    Raises:
+        ValueError: one lies outside of `allowed`, symbolic links followed.
+    """
+    for name in ("image", "video"):
+        if name in settings:
+            if "\0" in settings[name]:
+                raise ValueError(f"{name} contains a NUL character")
+            target = (base / settings[name]).resolve()
+            if not target.is_relative_to(allowed.resolve()):
+                raise ValueError(
+                    f"{name} {settings[name][:80]!r} lies outside of {allowed}; see --inputs_dir"
+                )
+            settings[name] = str(target)
 
 
 def _read(path: Path) -> bytes:
@@ -215,10 +246,10 @@ def _from_json(text: str, known: Sequence[str]) -> dict[str, Any]:
             if full in settings:
                 raise ValueError(f"{short} and {full} are the same setting")
             settings[full] = settings.pop(short)
-    if "size" in settings:
+    if settings.get("size", AUTO) != AUTO:
         match = isinstance(settings["size"], str) and _SIZE.fullmatch(settings.pop("size"))
         if not match:
-            raise ValueError('size is not "HEIGHTxWIDTH"')
+            raise ValueError('size is neither "HEIGHTxWIDTH" nor "auto"')
         if {"height", "width"} & settings.keys():
             raise ValueError("size says height and width already")
         settings |= {"height": int(match[1]), "width": int(match[2])}

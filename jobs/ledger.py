@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.records import OUTPUTS, STAGES, Job, StageRecord, read_records, warn
+from jobs.records import STAGES, Job, StageRecord, outputs, read_records, warn
 from runtime.errors import InputError
 from runtime.files import checksum
 from runtime.text import printable
@@ -57,7 +57,7 @@ class Ledger:
         if any(record.started >= self._forget_before for record in failed):
             return FAILED
         for stage in self._stages:
-            if not self._is_good(folder, stage, records):
+            if not self._is_good(job, folder, stage, records):
                 return stage
         if not config_is_good(folder, records):
             return CONFIG
@@ -67,7 +67,7 @@ class Ledger:
     def lacks(self, job: Job, stages: Sequence[str]) -> bool:
         """Whether files of these stages are missing or differ from their records."""
         folder, records = self._output_dir / job.folder, self.records(job)
-        return not all(self._is_good(folder, stage, records) for stage in stages)
+        return not all(self._is_good(job, folder, stage, records) for stage in stages)
 
     def records(self, job: Job) -> dict[str, StageRecord]:
         """Reads the records of a job; warns of each damaged one once."""
@@ -114,7 +114,7 @@ class Ledger:
             self._checksums[path] = version, checksum(path)
         return self._checksums[path][1]
 
-    def _is_good(self, folder: Path, stage: str, records: dict[str, StageRecord]) -> bool:
+    def _is_good(self, job: Job, folder: Path, stage: str, records: dict[str, StageRecord]) -> bool:
         """Whether a stage's files are the recorded ones, made from the files recorded now."""
         record = records.get(stage)
         if record is None or record.status != "done" or not is_whole(record.section):
@@ -125,7 +125,7 @@ class Ledger:
         if any(made.get(name) != value for name, value in record.inputs.items()):
             return False
         try:
-            return self.checksums(folder, OUTPUTS[stage]) == record.outputs
+            return self.checksums(folder, outputs(job, stage)) == record.outputs
         except (OSError, InputError):
             return False
 

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from cogvideox.model.settings import Condition
 from jobs.claims import DEFAULT_EXPIRY
-from jobs.records import Job
+from jobs.records import Job, JobInput
+from stages.condition import ConditionOptions
 from stages.decode import DecodeOptions
 from stages.denoise_options import DenoiseOptions
 from stages.encode import EncodeOptions
@@ -30,6 +32,7 @@ class BatchOptions:
         trust_executables: digest of `executables`, of which each worker of Ray makes its own copy.
         prompts: of the command line, instead of a job file.
         seeds: a range such as "1-4", or a list; for each prompt or line that names none itself.
+        inputs_dir: see `jobfile.read_job_file`.
     """
 
     jobs: Path | None
@@ -57,12 +60,16 @@ class BatchOptions:
     trust_executables: str | None = None
     prompts: Sequence[str] = ()
     seeds: str | Sequence[int] | None = None
+    inputs_dir: Path | None = None
 
     def request(self, job: Job) -> VideoRequest:
         """The options of each stage for one job; the stages read and write its folder."""
         folder = self.output_dir / job.folder
+        settings, start = job.settings, job.input
+        size = (settings.height, settings.width)
         return VideoRequest(
-            settings=job.settings,
+            settings=settings,
+            condition=start and Condition(start.kind, *size, start.frames),
             encode=EncodeOptions(
                 prompt=[job.prompt],
                 model_id=self.model_id,
@@ -70,6 +77,7 @@ class BatchOptions:
                 output_dir=folder,
                 negative_prompt=job.negative_prompt,
                 max_sequence_length=job.max_sequence_length,
+                condition=start and _condition_options(start, *size),
                 allow_unsupported=True,  # the job was checked when it was made
             ),
             denoise=DenoiseOptions(
@@ -104,3 +112,18 @@ class BatchOptions:
             ),
             text_tokens=job.max_sequence_length,
         )
+
+
+def _condition_options(start: JobInput, height: int, width: int) -> ConditionOptions:
+    path = Path(start.path)
+    return ConditionOptions(
+        image=path if start.kind == "image" else None,
+        video=path if start.kind == "video" else None,
+        image_fit=start.image_fit,
+        height=height,
+        width=width,
+        allow_unsupported=True,  # the job was checked when it was made
+        encode_on=start.encode_on,
+        encoder=start.encoder,
+        sha256=start.sha256,
+    )

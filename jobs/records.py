@@ -29,6 +29,7 @@ from runtime.files import write_json
 from runtime.text import printable
 from runtime.typed_json import from_json, read_object
 from stages import files
+from stages.condition import Source
 from stages.lora import LoraChoice, read_choices
 from stages.preview import PREVIEW_FILE
 from stages.sections import DECODE, DENOISE, ENCODE, STAGES
@@ -45,14 +46,37 @@ OUTPUTS = {
     DENOISE: (files.LATENTS_FILE,),
     DECODE: (files.VIDEO_FILE, CONTACT_SHEET_FILE),
 }
-INPUTS = {
+_INPUTS = {
     ENCODE: (),
     DENOISE: (files.EMBEDDINGS_FILE,),
     DECODE: (files.LATENTS_FILE,),
 }
+_OF_INPUT = (files.CONDITIONS_FILE, files.INPUT_FILE)  # also left by stage 1 of jobs with an input
 
 StageStatus = Literal["done", "failed", "interrupted"]
 JobStatus = Literal["done", "failed", "running", "interrupted", "pending"]
+
+
+@dataclasses.dataclass(frozen=True)
+class JobInput:
+    """The image or video that a job starts from; its size is that of the job."""
+
+    kind: Literal["image", "video"]
+    path: str
+    sha256: str
+    image_fit: Literal["stretch", "crop"]
+    frames: int
+    encode_on: Literal["cpu", "devices"] | None
+    encoder: str
+
+    @classmethod
+    def of(cls, source: Source) -> JobInput:
+        """Describes a checked image or video."""
+        options = source.options
+        return cls(
+            *(options.kind, str(options.path.resolve()), source.sha256, options.image_fit),
+            *(source.condition.frames, options.encode_on, options.encoder),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +98,7 @@ class Job:
     no_metadata: bool
     # "exact", or the lossy options in force; see speed.Lossy.
     speed: str | dict[str, Any] = dataclasses.field(default=EXACT, hash=False)
+    input: JobInput | None = None  # what the video starts from, besides the prompt
     accepted: float | None = None  # by a server, seconds since 1970; None for a line of a file
     lora: list[dict[str, Any]] = dataclasses.field(default_factory=list, hash=False)
 
@@ -102,8 +127,19 @@ class Job:
         s, lossy = self.settings, self.lossy
         return Shape(
             *(s.height, s.width, s.num_frames, s.guided, self.max_sequence_length),
-            *lossy.decides_programs(s.num_inference_steps),
+            *lossy.decides_programs(s.executed_steps),
         )
+
+
+def outputs(job: Job, stage: str) -> tuple[str, ...]:
+    """Returns the files that a stage leaves in a job's folder, besides its section."""
+    return (*OUTPUTS[stage], *(_OF_INPUT if job.input and stage == ENCODE else ()))
+
+
+def inputs(job: Job, stage: str) -> tuple[str, ...]:
+    """Returns the files of earlier stages that a stage reads."""
+    conditions = (files.CONDITIONS_FILE,) if job.input and stage == DENOISE else ()
+    return (*_INPUTS[stage], *conditions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +302,7 @@ def record_path(folder: Path, stage: str) -> Path:
 
 _FILES = frozenset((
     *(name for names in OUTPUTS.values() for name in names),
+    *_OF_INPUT,
     *(record_path(Path(), stage).name for stage in STAGES),
     *(files.CONFIG_FILE, JOB_FILE, CANCEL_FILE, STEPS_FILE, PREVIEW_FILE),
 ))  # fmt: skip

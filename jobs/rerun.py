@@ -17,6 +17,7 @@ from runtime.json_files import parse_json_object
 from runtime.text import printable
 from runtime.versions import versions
 from stages import files, generate, lora, speed
+from stages.condition import ConditionOptions, recorded
 from stages.decode import DecodeOptions
 from stages.denoise_options import DenoiseOptions
 from stages.encode import EncodeOptions
@@ -33,6 +34,7 @@ class RerunOptions:
         model_id: None takes the model that made the video.
         lora: files, or folders of files, that may be the LoRAs that made the video; the sha256
             decides. None looks only where they were, and beside the video.
+        input: the image or video that it started from, if that has moved.
     """
 
     video: Path
@@ -43,6 +45,7 @@ class RerunOptions:
     sp: int | None = None
     tp: int | None = None
     executables: Path | None = None
+    input: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +177,18 @@ def stage_options(
         output_dir=output_dir,
         negative_prompt=first["negative_prompt"],
         max_sequence_length=first["max_sequence_length"],
+        condition=_condition_options(first, options.input),
         allow_unsupported=True,  # they were computed once
     )
     denoising = DenoiseOptions(
         input_dir=output_dir,
         output_dir=output_dir,
         dtype=second["dtype"],
-        **{field.name: second[field.name] for field in dataclasses.fields(DenoisingSettings)},
+        **{
+            f.name: second[f.name]
+            for f in dataclasses.fields(DenoisingSettings)
+            if f.name in second
+        },
         allow_unsupported=True,  # they were computed once
         lossy=speed.read_lossy(second.get("speed", speed.EXACT)),
         loras=lora.locate(
@@ -205,6 +213,40 @@ def stage_options(
         executables=options.executables,
     )
     return encoding, denoising, decoding
+
+
+def _condition_options(section: Mapping[str, Any], moved: Path | None) -> ConditionOptions | None:
+    """The options of the image or video that stage 1 encoded; None if there was none.
+
+    Raises:
+        ValueError: the section does not say which file it was.
+    """
+    found = recorded(section)
+    if found is None:
+        return None
+    made_with, described = section["made_with"], section["conditions"]
+    path, encoder = made_with.get(found.kind), made_with.get("encoder")
+    where, fit = made_with.get("encoded_on"), described.get("image_fit")
+    known = isinstance(path, str) and encoder in ("torchax", "flax") and fit in ("stretch", "crop")
+    if not known or where not in ("cpu", "devices"):
+        raise ValueError(f"section {ENCODE} does not say how its {found.kind} was encoded")
+    file = moved or Path(path)
+    if not file.exists():
+        raise ValueError(
+            f"{file} is not there: the {found.kind} that the video started from (sha256 "
+            f"{str(described.get('sha256'))[:12]}); name its place with --input"
+        )
+    return ConditionOptions(
+        image=file if found.kind == "image" else None,
+        video=file if found.kind == "video" else None,
+        image_fit=fit,
+        height=found.height,
+        width=found.width,
+        allow_unsupported=True,  # it was encoded once
+        encode_on=where,
+        encoder=encoder,
+        sha256=str(described.get("sha256")),
+    )
 
 
 def _differences(provenance: Provenance, revision: str | None) -> list[tuple[str, str, str]]:

@@ -23,11 +23,11 @@ from jobs.ledger import CONFIG, DONE, FAILED, Counts, Ledger, config_is_good, re
 from jobs.mirror import Mirror
 from jobs.options import BatchOptions
 from jobs.records import (
-    INPUTS,
-    OUTPUTS,
     STAGES,
     Job,
     StageRecord,
+    inputs,
+    outputs,
     record_path,
     worker_name,
     write_job,
@@ -368,8 +368,8 @@ class Runner:
         return {
             "status": "done",
             "seconds": round(time.perf_counter() - start, 4),
-            "inputs": self.ledger.checksums(folder, INPUTS[stage]),
-            "outputs": self.ledger.checksums(folder, OUTPUTS[stage]),
+            "inputs": self.ledger.checksums(folder, inputs(job, stage)),
+            "outputs": self.ledger.checksums(folder, outputs(job, stage)),
             "section": files.read_config(folder)[stage],
         }
 

@@ -60,6 +60,9 @@ def from_json[Kind](kind: type[Kind], value: object) -> Kind:
 
 def _checked(name: str, value: Any, expected: Any) -> Any:
     """Returns a field's value, of the expected type."""
+    if get_origin(expected) in (Union, types.UnionType) and isinstance(value, Mapping):
+        kinds = [one for one in get_args(expected) if dataclasses.is_dataclass(one)]
+        expected = kinds[0] if kinds else expected
     if dataclasses.is_dataclass(expected) and isinstance(expected, type):
         try:
             return from_json(expected, value)

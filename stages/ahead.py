@@ -134,7 +134,7 @@ def make_targets(options: AheadOptions) -> list[Target]:
         ValueError: a size, mesh or attention cannot be computed.
     """
     from cogvideox.model.folder import find_model
-    from cogvideox.model.settings import complete_settings, text_tokens
+    from cogvideox.model.settings import complete_settings, likely_condition, text_tokens
 
     model = find_model(options.model_id, [])
     tokens = text_tokens(
@@ -145,7 +145,8 @@ def make_targets(options: AheadOptions) -> list[Target]:
         wishes: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames}
         wishes |= {"use_dynamic_cfg": False, "seed": 0}
         wishes |= {"guidance_scale": 1.0} if options.unguided else {}
-        settings.append(complete_settings(wishes, model, any_size=options.allow_unsupported))
+        start, any_size = likely_condition(model, height, width), options.allow_unsupported
+        settings.append(complete_settings(wishes, model, any_size=any_size, condition=start))
     devices = _devices(options)
     return [_make_target(options, model, tokens, one, devices) for one in settings]
 

@@ -296,7 +296,7 @@ def write_videos(
             for video in videos
         ]
         samplers = _encode(batches, num_frames, videos, temporaries, options, config)
-        _write_contact_sheets(samplers, sheets, config)
+        _write_contact_sheets(samplers, sheets, config, options.input_dir)
         merged = files.merged_config(folder, sections.DECODE, section, inherited=folder)
         merged[sections.DECODE] = with_digests(section, videos, temporaries)
         with reporting_disk_errors(folder / files.CONFIG_FILE):
@@ -342,7 +342,10 @@ def _encode(
 
 
 def _write_contact_sheets(
-    samplers: Sequence[FrameSampler], sheets: Sequence[Path], config: dict[str, Any]
+    samplers: Sequence[FrameSampler],
+    sheets: Sequence[Path],
+    config: dict[str, Any],
+    input_dir: Path,
 ) -> None:
     from cogvideox.model.settings import DenoisingSettings
     from cogvideox.video.contact_sheet import write_contact_sheet
@@ -350,9 +353,12 @@ def _write_contact_sheets(
     fps = config[sections.DECODE]["fps"]
     made = config[sections.DENOISE] | {"fps": fps}
     fields = dataclasses.fields(DenoisingSettings)
-    settings = DenoisingSettings(**{field.name: made[field.name] for field in fields})
+    settings = DenoisingSettings(**{field.name: made.get(field.name) for field in fields})
     lossy = speed.read_lossy(made.get("speed", speed.EXACT))
     loras = [choice.shown for choice in read_choices(made.get("lora"))]
+    picture = input_dir / files.INPUT_FILE
+    shown = config[sections.ENCODE].get("conditions") and picture.is_file()
+    start = picture if shown else None
     for sheet, sampler, prompt in zip(sheets, samplers, files.prompts(config), strict=True):
         caption = f"{prompt}\n{settings.describe()}"
         caption += f"\nLoRA: {', '.join(loras)}" if loras else ""
@@ -363,4 +369,5 @@ def _write_contact_sheets(
             indices=sampler.indices,
             fps=fps,
             caption=caption,
+            start=start,
         )

@@ -17,6 +17,7 @@ from runtime.open_folder import OpenFolder
 from runtime.progress import Timings, progress, working
 from stages import files, sections, speed
 from stages.checkpoints import Checkpoints
+from stages.condition import make_conditioning, open_conditions, recorded
 from stages.denoise_options import DenoiseOptions
 from stages.lora import LoraLibrary, Loras
 from stages.preview import Previews, find_factors
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from cogvideox.denoising.conditioning import Conditioning
     from cogvideox.denoising.loop import LoadedDenoiser
     from cogvideox.denoising.noise import NoiseSource
     from cogvideox.denoising.program import Denoiser
     from cogvideox.denoising.scheduler import Schedule
     from cogvideox.model.folder import ModelFolder
-    from cogvideox.model.settings import DenoisingSettings, LatentShape
+    from cogvideox.model.settings import Condition, DenoisingSettings, LatentShape
     from cogvideox.video.preview import PreviewFactors
     from runtime.jax_types import Device
     from runtime.tensor_files import StoredTensor
@@ -48,6 +50,7 @@ class DenoisingRun:
         loras: in the weights that the denoiser loads.
         denoisers: of each part of the schedule, see `cogvideox.denoising.parts`.
         preview: how previews are drawn; None draws none.
+        conditioning: the image or video that the run starts from, if any, once it is read.
     """
 
     settings: DenoisingSettings
@@ -57,6 +60,7 @@ class DenoisingRun:
     lossy: speed.Lossy
     preview: PreviewFactors | None = None
     loras: Loras = Loras()
+    conditioning: Conditioning | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -80,12 +84,19 @@ def drop_padding(latents: np.ndarray, padding_frames: int) -> np.ndarray:
     return latents[:, padding_frames:].swapaxes(1, 2)
 
 
-def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) -> DenoisingRun:
+def check(
+    options: DenoiseOptions,
+    model: ModelFolder,
+    batch: int,
+    tokens: int,
+    condition: Condition | None = None,
+) -> DenoisingRun:
     """Checks everything that needs no weights: sizes, steps, mesh, attention, weight headers.
 
     Args:
         batch: number of prompts.
         tokens: per prompt.
+        condition: the image or video of stage 1, if any.
 
     Raises:
         ValueError: an option cannot be computed; the message names the nearest value that can.
@@ -94,7 +105,8 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
 
     fields = dataclasses.fields(DenoisingSettings)
     wishes = {field.name: getattr(options, field.name) for field in fields}
-    settings = complete_settings(wishes, model, any_size=options.allow_unsupported)
+    any_size = options.allow_unsupported
+    settings = complete_settings(wishes, model, any_size=any_size, condition=condition)
     latents, padding = latent_shape(settings, model, batch)
     lossy = options.lossy or speed.resolve(options, settings, model)
     preview = find_factors(options, model)
@@ -117,7 +129,7 @@ def check(options: DenoiseOptions, model: ModelFolder, batch: int, tokens: int) 
 
     devices, guided = jax.devices(), settings.guided
     denoiser = make_denoiser(options, model, stored, latents, tokens, guided, devices)
-    denoisers = denoisers_of(denoiser, lossy, settings.num_inference_steps)
+    denoisers = denoisers_of(denoiser, lossy, settings.executed_steps)
     return DenoisingRun(settings, padding, denoisers, schedule, lossy, preview, loras)
 
 
@@ -177,7 +189,7 @@ def run(options: DenoiseOptions) -> None:
 
 def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
     timings, output_dir = Timings(), options.output_dir
-    inputs = [files.CONFIG_FILE, files.EMBEDDINGS_FILE]
+    inputs = [files.CONFIG_FILE, files.EMBEDDINGS_FILE, files.CONDITIONS_FILE]
     options = dataclasses.replace(
         options, input_dir=processes.folder_of_first(options.input_dir, inputs)
     )
@@ -195,7 +207,11 @@ def _run(options: DenoiseOptions, noise_source: NoiseSource) -> None:
         if options.profile:
             files.check_output_folder(options.profile)
         batch, tokens, _ = embeddings.shapes["prompt_embeds"]
-        checked = check(options, model, batch, tokens)
+        conditions = open_conditions(embeddings, model)
+        checked = check(options, model, batch, tokens, recorded(embeddings.section))
+        if conditions is not None:
+            conditioning = make_conditioning(conditions, model, options.dtype)
+            checked = dataclasses.replace(checked, conditioning=conditioning)
         tensors = reading.result()
     denoiser = checked.denoiser
     mesh, attention = dict(denoiser.mesh.shape), denoiser.backend.name
@@ -281,7 +297,7 @@ def denoising_section(
         {
             **sections.model_settings(model, sections.DENOISE),
             "embeddings": embeddings.section["fingerprint"],
-            **dataclasses.asdict(run.settings),
+            **run.settings.to_json(),
             "dtype": run.denoiser.dtype,
             "speed": run.lossy.to_json(),
             **run.loras.settings(),
@@ -342,7 +358,10 @@ def denoise(
         start = read_checkpoint(checkpoints.source, fingerprint, total=total, tensor_types=types)
     if start:
         print(f"resuming from {checkpoints.source}, {start.steps} of {total} steps done")
-    states = run_loop(loaded, run.schedule, run.settings.seed, noise_source, start)
+    states = run_loop(
+        *(loaded, run.schedule, run.settings.seed, noise_source, start),
+        conditioning=run.conditioning,
+    )
     saved = start.steps if start else 0
     try:
         for state in bar(states, total=total, initial=saved, what="denoising"):

@@ -23,7 +23,8 @@ class DenoiseOptions:
         checkpoint_every: steps between two saves of the loop's state; None saves none.
         speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers:
             see `speed.SpeedOptions`.
-        lossy: what these resolve to, if it is known.
+        strength: of video-to-video, the share of the steps that run.
+        lossy: what the options of speed resolve to, if it is known.
         lora: files, each as FILE or FILE=WEIGHT.
         loras: what these say, if it is known.
         dtype: "bfloat16" or "float32".
@@ -57,6 +58,7 @@ class DenoiseOptions:
     sparse_attention: str | None = None
     dense_steps: int | None = None
     dense_layers: int | None = None
+    strength: float | None = None
     lossy: speed.Lossy | None = None
     lora: Sequence[str] | None = None
     loras: Sequence[LoraChoice] | None = None

@@ -11,7 +11,7 @@ from runtime.errors import checking_input
 from runtime.open_folder import OpenFolder
 from runtime.progress import Timings, working
 from runtime.text import printable
-from stages import files, sections
+from stages import condition, files, sections
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,7 @@ class EncodeOptions:
         max_sequence_length: tokens per prompt; None takes the model's.
         allow_unsupported: also take a number that the model was not trained for.
         dtype: "bfloat16" or "float32".
+        condition: the image or video that the run starts from; None for text-to-video.
     """
 
     prompt: Sequence[str]
@@ -44,6 +45,7 @@ class EncodeOptions:
     negative_prompt: str = ""
     max_sequence_length: int | None = None
     allow_unsupported: bool = False
+    condition: condition.ConditionOptions | None = None
 
 
 def check_prompts(prompts: Sequence[str], negative_prompt: str) -> None:
@@ -73,12 +75,14 @@ def check(options: EncodeOptions) -> tuple[ModelFolder, int]:
         ValueError: the prompts, the output folder or the model cannot be used.
     """
     from cogvideox.model.folder import find_model, stored_tensors
-    from cogvideox.model.settings import text_tokens
+    from cogvideox.model.settings import check_supported, text_tokens
     from runtime.json_files import read_json_object
 
     check_prompts(options.prompt, options.negative_prompt)
     files.check_output_folder(options.output_dir, files.EMBEDDINGS_FILE, files.CONFIG_FILE)
-    model = find_model(options.model_id, ["tokenizer", "text_encoder"])
+    parts = [*sections.PARTS[sections.ENCODE], *(["vae"] if options.condition else [])]
+    model = find_model(options.model_id, parts)
+    check_supported(model)
     for part, known in _CLASSES.items():
         if model.component_class(part) not in known:
             raise ValueError(
@@ -96,8 +100,11 @@ def check(options: EncodeOptions) -> tuple[ModelFolder, int]:
 def run(options: EncodeOptions) -> None:
     """Runs stage 1: checks, loads the text encoder, encodes, and writes the embeddings."""
     timings = Timings()
+    condition.choose_device(options.condition)
     with timings.phase("start"), checking_input():
         model, tokens = check(options)
+        source = condition.find_source(options.condition, model)
+        pixels = None if source is None else source.read()
         with working("stage 1: importing torch and transformers"):
             import torch
 
@@ -106,14 +113,28 @@ def run(options: EncodeOptions) -> None:
 
     print("device: CPU, on which the text encoder always runs")
     with OpenFolder(options.output_dir) as folder:
+        encoded = None
+        if source is not None and pixels is not None:
+            # Before the text encoder is loaded, so that memory never holds both.
+            with timings.phase("encode"):
+                encoder = condition.load_encoder(source.options, model, options.dtype)
+                posterior = condition.encode(encoder, pixels, options.dtype)
+                encoded = condition.Encoded(source, pixels[0], posterior)
+                del encoder
         with timings.phase("load"), working("loading the text encoder"):
             text_encoder = load_text_encoder(model, getattr(torch, options.dtype))
         with timings.phase("run"), working("encoding"):
             tensors = embed(text_encoder, options, tokens)
         with timings.phase("save"):
-            path = save(tensors, options, model, tokens)
+            path = save(tensors, options, model, tokens, encoded)
         folder.check()
     print(f"{path}: {len(options.prompt)} prompt(s) of {tokens} tokens")
+    if source is not None:
+        found = source.condition
+        print(
+            f"{options.output_dir / files.CONDITIONS_FILE}: {found.kind} of {found.height}x"
+            f"{found.width}, {found.frames} frame(s)"
+        )
     timings.report(options.output_dir / "stage1_timings.json")
 
 
@@ -150,12 +171,21 @@ def embed(text_encoder: TextEncoder, options: EncodeOptions, tokens: int) -> dic
 
 
 def save(
-    tensors: dict[str, np.ndarray], options: EncodeOptions, model: ModelFolder, tokens: int
+    tensors: dict[str, np.ndarray],
+    options: EncodeOptions,
+    model: ModelFolder,
+    tokens: int,
+    encoded: condition.Encoded | None = None,
 ) -> Path:
-    """Writes the embeddings and this stage's section into `options.output_dir`."""
+    """Writes the embeddings and this stage's section into `options.output_dir`.
+
+    Args:
+        encoded: the image or video, if there is one.
+    """
     prompts = list(options.prompt)
     section = sections.make_section(
         {
+            **({"conditions": condition.describe(encoded.source, model)} if encoded else {}),
             **sections.model_settings(model, sections.ENCODE),
             "prompt": prompts if len(prompts) > 1 else prompts[0],
             "negative_prompt": options.negative_prompt,
@@ -163,9 +193,15 @@ def save(
             "dtype": options.dtype,
         },
         later_parts=sections.later_parts(model, sections.ENCODE),
+        **(condition.made_with(encoded.source) if encoded else {}),
     )
     path = options.output_dir / files.EMBEDDINGS_FILE
     files.check_finite(tensors, sections.ENCODE)
+    if encoded is not None:
+        files.check_finite(encoded.posterior, sections.ENCODE)
+        conditions = options.output_dir / files.CONDITIONS_FILE
+        files.write_stage_file(conditions, sections.ENCODE, encoded.posterior, section)
+        condition.save_preview(encoded.first_frame, options.output_dir)
     files.write_stage_file(path, sections.ENCODE, tensors, section)
     files.record_section(options.output_dir, sections.ENCODE, section, inherited=options.output_dir)
     return path

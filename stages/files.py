@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "2"
 CONFIG_FILE = "generation_config.json"
 EMBEDDINGS_FILE = "stage1_embeddings.safetensors"
+CONDITIONS_FILE = "stage1_conditions.safetensors"
+INPUT_FILE = "stage1_input.png"  # a small picture of the image or video of stage 1
 LATENTS_FILE = "stage2_latents.safetensors"
 OLD_CHECKPOINT_FILE = "stage2_checkpoint.safetensors"  # of batches, before names had the run
 _CHECKPOINT = re.compile(r"stage2_checkpoint-[0-9a-f]{12}\.safetensors", re.ASCII)

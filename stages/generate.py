@@ -6,7 +6,7 @@ import dataclasses
 
 from runtime import processes
 from runtime.errors import checking_input
-from stages import decode, denoise, encode, files
+from stages import condition, decode, denoise, encode, files
 
 
 def run(
@@ -27,7 +27,9 @@ def run(
         files.check_executables(denoising.executables)
         find_model(encoding.model_id, MODEL_PARTS)
         model, tokens = encode.check(encoding)
-        checked = denoise.check(denoising, model, len(encoding.prompt), tokens)
+        source = condition.find_source(encoding.condition, model)
+        found = source.condition if source else None
+        checked = denoise.check(denoising, model, len(encoding.prompt), tokens, found)
         decode.check(decoding, model, checked.latents_shape, decoding.fps or checked.settings.fps)
 
     if processes.is_first():

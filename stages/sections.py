@@ -44,6 +44,7 @@ _TYPES: dict[str, dict[str, tuple[type, ...]]] = {
         "prompt": (str, list),
         "negative_prompt": _TEXT,
         "max_sequence_length": _COUNT,
+        "conditions": (dict, type(None)),
     },
     DENOISE: {
         **_COMMON,
@@ -53,6 +54,7 @@ _TYPES: dict[str, dict[str, tuple[type, ...]]] = {
         "guidance_scale": _NUMBER,
         "use_dynamic_cfg": _TRUTH,
         "scheduler": _TEXT,
+        "strength": (*_NUMBER, type(None)),
     },
     DECODE: {
         **_COMMON,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from runtime.progress import working
-from stages import decode, denoise, encode, files
+from stages import condition, decode, denoise, encode, files
 from stages.lora import LoraLibrary, Loras
 from stages.sections import DECODE, DENOISE, ENCODE
 from stages.steps import CompiledSteps, compile_steps, foresee_steps, load_steps
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
     from cogvideox.denoising.program import Denoiser
     from cogvideox.model.folder import ModelFolder
-    from cogvideox.model.settings import DenoisingSettings
+    from cogvideox.model.settings import Condition, DenoisingSettings
     from cogvideox.text.encoder import TextEncoder
     from cogvideox.transformer.block_rules import SparseAttention
     from cogvideox.vae.decode import Decoder
+    from cogvideox.vae.encode import Encoder
     from stages.preview import Previews
 
 
@@ -74,6 +75,7 @@ class VideoRequest:
     denoise: denoise.DenoiseOptions
     decode: decode.DecodeOptions
     text_tokens: int
+    condition: Condition | None = None
 
     @property
     def shape(self) -> Shape:
@@ -81,7 +83,7 @@ class VideoRequest:
         assert lossy is not None
         return Shape(
             *(s.height, s.width, s.num_frames, s.guided, self.text_tokens),
-            *lossy.decides_programs(s.num_inference_steps),
+            *lossy.decides_programs(s.executed_steps),
         )
 
 
@@ -124,6 +126,7 @@ class Session:
         self._show_steps = show_steps
         self._show_activity = show_activity
         self._text_encoder: TextEncoder | None = None
+        self._encoder: tuple[tuple[bool, str], Encoder] | None = None
         self._runs: dict[Shape, denoise.DenoisingRun] = {}
         self._library = LoraLibrary(model)
         self._weights: Weights | None = None
@@ -159,7 +162,7 @@ class Session:
             ValueError: the request cannot be computed.
         """
         base = dataclasses.replace(request.denoise, lora=None, loras=())
-        run = denoise.check(base, self._model, 1, request.text_tokens)
+        run = denoise.check(base, self._model, 1, request.text_tokens, request.condition)
         self._runs[request.shape] = run
         return run
 
@@ -186,8 +189,8 @@ class Session:
         {ENCODE: self._encode, DENOISE: self._denoise, DECODE: self._decode}[stage](request)
 
     def release_text_encoder(self) -> None:
-        """Frees the memory of T5, 9.5 GB for the published models."""
-        self._text_encoder = None
+        """Frees the memory of T5, 9.5 GB for the published models, and of the VAE's encoder."""
+        self._text_encoder = self._encoder = None
 
     def _prepare_encoder(self, request: VideoRequest) -> None:
         if self._text_encoder is None:
@@ -206,7 +209,22 @@ class Session:
         return encode.embed(self._text_encoder, request.encode, request.text_tokens)
 
     def _encode(self, request: VideoRequest) -> None:
-        encode.save(self.embed(request), request.encode, self._model, request.text_tokens)
+        encoded = self._encode_input(request.encode)
+        tensors = self.embed(request)
+        encode.save(tensors, request.encode, self._model, request.text_tokens, encoded)
+
+    def _encode_input(self, options: encode.EncodeOptions) -> condition.Encoded | None:
+        """Encodes the image or video of a request, if there is one."""
+        source = condition.find_source(options.condition, self._model)
+        if source is None:
+            return None
+        key = (source.options.on_cpu, source.options.encoder)
+        if self._encoder is None or self._encoder[0] != key:
+            loaded = condition.load_encoder(source.options, self._model, options.dtype)
+            self._encoder = key, loaded
+        pixels = source.read()
+        posterior = condition.encode(self._encoder[1], pixels, options.dtype)
+        return condition.Encoded(source, pixels[0], posterior)
 
     def _prepare_transformer(self, request: VideoRequest) -> None:
         shape = request.shape
@@ -279,6 +297,11 @@ class Session:
     def _denoise(self, request: VideoRequest) -> None:
         run, options = self.run_of(request), request.denoise
         embeddings, _ = denoise.open_embeddings(options.input_dir, options.model_id)
+        conditions = condition.open_conditions(embeddings, self._model)
+        if conditions is not None:
+            dtype = run.denoiser.dtype
+            conditioning = condition.make_conditioning(conditions, self._model, dtype)
+            run = dataclasses.replace(run, conditioning=conditioning)
         tensors = files.read_tensors(embeddings)
         section = denoise.denoising_section(run, self._model, embeddings)
         every = options.checkpoint_every

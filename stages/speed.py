@@ -246,7 +246,7 @@ def resolve(options: SpeedOptions, settings: DenoisingSettings, model: ModelFold
         ValueError: an option does not fit the run or another option; a file is damaged, or a
             calibration is for another model, size, number of steps or scheduler.
     """
-    speed, steps = _SPEEDS[options.speed], settings.num_inference_steps
+    speed, steps = _SPEEDS[options.speed], settings.executed_steps
     until = options.guidance_until
     if until is not None and until < 1 and not settings.guided:
         raise ValueError(f"--guidance_until {until:g}: this run has no guidance")
@@ -268,7 +268,7 @@ def _resolve_sparse(
     options: SpeedOptions, speed: _Speed, settings: DenoisingSettings, model: ModelFolder | None
 ) -> tuple[SparseAttention | None, int | None]:
     """Returns what attention keeps, and from which step on; None if it keeps everything."""
-    name, steps = options.sparse_attention or speed.sparse_attention, settings.num_inference_steps
+    name, steps = options.sparse_attention or speed.sparse_attention, settings.executed_steps
     if name == "none":
         for option in ("dense_steps", "dense_layers"):
             if getattr(options, option) is not None:
@@ -297,7 +297,7 @@ def _resolve_mask(
     """Returns the mask, and whether it is calibrated for the model."""
     from cogvideox.denoising.step_mask import COMPUTED_SHARE, default_mask, unscaled_mask
 
-    name, steps = options.step_mask or speed.step_mask, settings.num_inference_steps
+    name, steps = options.step_mask or speed.step_mask, settings.executed_steps
     if name == "none":
         if options.mask_steps is not None:
             raise ValueError("--mask_steps is for --step_mask or --speed other than exact")

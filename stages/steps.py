@@ -78,7 +78,7 @@ def programs_for(
     for speed in speeds:
         lossy = resolve(NamedSpeed(speed), settings, None)
         residuals = programs_of_masks(lossy.mask is not None)
-        parts = denoisers_of(denoiser, lossy, settings.num_inference_steps)
+        parts = denoisers_of(denoiser, lossy, settings.executed_steps)
         programs = [part.step_program(residual) for part in parts for residual in residuals]
         found |= {program.manifest_name: program for program in programs}
     return [*found.values(), *denoiser.stack_programs]

@@ -64,6 +64,7 @@ PREVIEWS = "tests/stages/test_preview.py"
 VAE = "tests/parity/test_vae_parity.py"
 VAE_DECODE = f"{VAE}::test_decode_equals_diffusers"
 VAE_SHARDS = "tests/cogvideox/vae/test_decode.py::test_every_width_over_devices_equals_one_device"
+TRAPS_OF_CONDITIONS = "tests/parity/test_condition_traps.py"
 VAE_ENCODE = "tests/parity/test_vae_encoder.py::test_encode_equals_diffusers"
 VAE_PROGRAM = "tests/cogvideox/vae/test_decode_program.py"
 VAE_TPU = "tests/cogvideox/vae/test_tpu_layers.py"
@@ -374,6 +375,22 @@ MUTANTS = (
     Mutant("encoder with the decoder's epsilon", "cogvideox/vae/norm.py",
            "variance + norm.eps", "variance + 1e-6",
            (f"{VAE_ENCODE}[torchax-moments_conv-1-14-1]",)),
+    # Images and videos that a run starts from.
+    Mutant("image in the wrong latent frame", "cogvideox/denoising/conditioning.py",
+           "image[:, :1] = encoded", "image[:, -1:] = encoded",
+           (f"{TRAPS_OF_CONDITIONS}::test_the_image_is_the_first_latent_frame_of_every_video",)),
+    Mutant("noise drawn before the posterior's sample", "cogvideox/denoising/noise_process.py",
+           "for size in itertools.chain(before, itertools.repeat(shape)):",
+           "for size in itertools.chain([shape], before, itertools.repeat(shape)):",
+           (f"{TRAPS_OF_CONDITIONS}::test_the_image_is_the_first_latent_frame_of_every_video",)),
+    Mutant("strength rounded", "cogvideox/model/settings.py",
+           "return min(int(self.num_inference_steps * self.strength)",
+           "return min(round(self.num_inference_steps * self.strength)",
+           (f"{TRAPS_OF_CONDITIONS}::test_strength_cuts_the_product_off",)),
+    Mutant("guidance counts all steps", "cogvideox/denoising/scheduler.py",
+           "steps = settings.executed_steps  # unlike", "steps = settings.num_inference_steps  #",
+           (f"{TRAPS_OF_CONDITIONS}::test_the_first_step_that_runs_draws_once_and_guidance_counts_"
+            "the_steps_that_run",)),
     Mutant("column right of the frames not fetched", "cogvideox/vae/xla/resample.py",
            "beside = None if right is None else read(right)",
            "beside = None if right is None else 0 * read(right)",

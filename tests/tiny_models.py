@@ -35,14 +35,21 @@ def save_tiny_model(
     scheduler: type = diffusers.CogVideoXDPMScheduler,
     block_out_channels: tuple[int, ...] = (16, 16, 32, 32),
     seed: int = 0,
+    image_to_video: bool = False,
+    invert_scale_latents: bool = False,
     **transformer_config: object,
 ) -> Path:
     """Saves a random CogVideoX whose every part matters, in the layout of the published ones.
 
     Zero-initialised or near-constant parameters are drawn anew, so that a wrong shift, gate, norm
-    or bias shows in the output.
+    or bias shows in the output. Image-to-video models are like 1.5-5B-I2V with `ofs`, or like
+    5b-I2V with learned positions.
     """
     torch.manual_seed(seed)
+    if image_to_video and generation == "1.5":
+        transformer_config = {"ofs_embed_dim": 32, **transformer_config}
+    if image_to_video and generation == "1.0-rope":
+        transformer_config = {"use_learned_positional_embeddings": True, **transformer_config}
     tokenizer = make_tokenizer()
     text_encoder = transformers.T5EncoderModel(
         transformers.T5Config(
@@ -53,7 +60,7 @@ def save_tiny_model(
         num_attention_heads=num_attention_heads,
         attention_head_dim=attention_head_dim,
         num_layers=num_layers,
-        in_channels=8,
+        in_channels=16 if image_to_video else 8,
         out_channels=8,
         time_embed_dim=32,
         text_embed_dim=32,
@@ -70,13 +77,15 @@ def save_tiny_model(
         layers_per_block=1,
         norm_num_groups=8,
         scaling_factor=0.7 if generation == "1.5" else 1.15258426,
+        invert_scale_latents=invert_scale_latents,
     )
-    for module in (transformer, vae):
-        for name, parameter in module.named_parameters():
-            if parameter.ndim == 1:
-                noise = 0.1 * torch.randn_like(parameter)
-                parameter.data = noise + (1.0 if "norm" in name and "weight" in name else 0.0)
-    pipeline = diffusers.CogVideoXPipeline(
+    if transformer_config.get("use_learned_positional_embeddings"):
+        table = transformer.patch_embed.pos_embedding
+        table.data = 0.5 * torch.randn_like(table)
+    _draw_vectors(transformer)
+    _draw_vectors(vae)
+    kinds = diffusers.CogVideoXPipeline, diffusers.CogVideoXImageToVideoPipeline
+    pipeline = kinds[image_to_video](
         tokenizer,
         text_encoder,
         vae,
@@ -92,3 +101,10 @@ def save_tiny_model(
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def _draw_vectors(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1:
+            noise = 0.1 * torch.randn_like(parameter)
+            parameter.data = noise + (1.0 if "norm" in name and "weight" in name else 0.0)

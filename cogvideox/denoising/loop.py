@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cogvideox.denoising.conditioning import Conditioning, Start
 from cogvideox.denoising.loop_checkpoint import LoopCheckpoint, TensorTypes
 from cogvideox.denoising.noise import NoiseSource, drawn_ahead
 from cogvideox.denoising.parts import split_steps
@@ -63,6 +64,7 @@ class LoadedDenoiser:
         previous_x0: jax.Array,
         positions: Mapping[str, jax.Array | tuple[jax.Array, jax.Array]],
         noise: jax.Array,
+        image: tuple[jax.Array, ...],
         reused: Reusable[jax.Array],
         scalars: tuple,
     ) -> tuple[jax.Array, jax.Array, Reusable[jax.Array]]:
@@ -70,6 +72,7 @@ class LoadedDenoiser:
 
         Args:
             residual: what the step does with the residual.
+            image: the latents of the image, [B, S, C], of an image-to-video model; else empty.
             scalars: result of `Denoiser.step_scalars`.
 
         Returns:
@@ -78,7 +81,7 @@ class LoadedDenoiser:
         take = self.denoiser.arguments_of
         return self.steps[residual](
             *(tokens, previous_x0, take(residual, self.parameters), take(residual, positions)),
-            *(self.prompt_embeds, noise, reused, *scalars),
+            *(self.prompt_embeds, noise, image, reused, *scalars),
         )
 
 
@@ -136,6 +139,7 @@ def run_loop(
     start: LoopCheckpoint | None = None,
     *,
     uses: Sequence[Reuse] | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Iterator[LoopState]:
     """Runs the denoising loop.
 
@@ -146,6 +150,7 @@ def run_loop(
         start: a state of the same run to resume from; None starts from the initial noise.
         uses: what each step does with the residual; None takes what the schedule's mask needs.
             "keep" for all steps yields the residual of every step of an exact run.
+        conditioning: the image or video that the run starts from, if any.
 
     Yields:
         The state after each step, once the device has computed it. The next step donates its
@@ -153,9 +158,14 @@ def run_loop(
     """
     total = len(schedule.timesteps)
     uses = residual_uses(schedule) if uses is None else uses
-    latents, dtype = loaded[0].denoiser.latents.sizes, jnp.dtype(loaded[0].denoiser.dtype)
-    noises = noise_source.draw(seed, latents, dtype, schedule.noise_draws)
-    initial = LoopCheckpoint(0, next(noises), np.zeros(latents, np.float32))
+    shape, dtype = loaded[0].denoiser.latents, jnp.dtype(loaded[0].denoiser.dtype)
+    latents = shape.sizes
+    before = conditioning.draws(shape.batch) if conditioning else ()
+    noises = noise_source.draw(seed, latents, dtype, schedule.noise_draws, before)
+    first, image = (
+        conditioning.start(noises, shape, schedule) if conditioning else Start(next(noises))
+    )
+    initial = LoopCheckpoint(0, first, np.zeros(latents, np.float32))
     done = start or initial
     # Repeat the draws of earlier steps to restore the generator's state.
     remaining = enumerate(itertools.islice(noises, done.steps, None), done.steps)
@@ -169,7 +179,7 @@ def run_loop(
     with contextlib.closing(drawn_ahead(rows)) as rows_of_noise:
         for part, one in zip(parts, loaded, strict=True):
             state = None
-            for state in _run_part(one, schedule, uses, rows_of_noise, done, part.stop):
+            for state in _run_part(one, schedule, uses, rows_of_noise, image, done, part.stop):
                 yield state
             if state and part.stop < total:
                 # The next part has other rows or another mesh.
@@ -181,6 +191,7 @@ def _run_part(
     schedule: Schedule,
     uses: Sequence[Reuse],
     rows_of_noise: Iterator[np.ndarray],
+    image: np.ndarray | None,
     start: LoopCheckpoint,
     stop: int,
 ) -> Iterator[LoopState]:
@@ -188,6 +199,7 @@ def _run_part(
 
     Args:
         rows_of_noise: of each step, [B, S, C].
+        image: the image's latents [B, T, C, H, W], if any.
     """
     if start.steps >= stop:
         return
@@ -195,6 +207,7 @@ def _run_part(
     tokens, previous_x0, reusable = to_devices(denoiser, start)
     rows = denoiser.sharding(TOKENS)
     position_arrays = place_positions(denoiser)
+    images = () if image is None else (place(denoiser.layout.from_latents(image), rows),)
     noise = place(next(rows_of_noise), rows)
     for i in range(start.steps, stop):
         use = uses[i]
@@ -208,7 +221,7 @@ def _run_part(
             reusable.difference if denoiser.difference == "reuse" else None,
         )
         tokens, previous_x0, kept = loaded.step(
-            *(use, tokens, previous_x0, position_arrays, noise, reused, scalars)
+            *(use, tokens, previous_x0, position_arrays, noise, images, reused, scalars)
         )
         reusable = Reusable(
             *(old if new is None else new for new, old in zip(kept, reusable, strict=True))

@@ -4,6 +4,7 @@ Importing torch takes as long as everything else before the first step. So a sec
 import it in parallel and draw the noise.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -45,24 +46,32 @@ class NoiseSource:
             self._process = None
 
     def draw(
-        self, seed: int, shape: tuple[int, ...], dtype: np.dtype, draws: Sequence[int]
+        self,
+        seed: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        draws: Sequence[int],
+        before: Sequence[tuple[int, ...]] = (),
     ) -> Iterator[np.ndarray]:
         """Draws standard normal noise [B, T, C, H, W] in `dtype`, bfloat16 or float32.
 
         Args:
             draws: number of draws by diffusers in each step; the last draw is used.
+            before: shapes of draws before all others: those of posteriors.
 
         Yields:
-            The initial noise, then the noise of each step; zeros if the step adds none.
+            The draws of `before`, the initial noise, then the noise of each step; zeros if the step
+            adds none.
 
         Raises:
             RuntimeError: the second process has ended.
         """
         if self._process is None:
-            values = noise_process.torch_draws(seed, shape, dtype.name)
+            values = noise_process.torch_draws(seed, shape, dtype.name, before)
         else:
-            values = _received(self._process, seed, shape, dtype)
-        yield next(values)
+            values = _received(self._process, seed, shape, dtype, before)
+        for _ in range(len(before) + 1):
+            yield next(values)
         unused = np.zeros(shape, dtype)
         for count in draws:
             drawn = unused
@@ -92,15 +101,19 @@ def drawn_ahead(
 
 
 def _received(
-    process: subprocess.Popen[bytes], seed: int, shape: Sequence[int], dtype: np.dtype
+    process: subprocess.Popen[bytes],
+    seed: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    before: Sequence[tuple[int, ...]],
 ) -> Iterator[np.ndarray]:
     """Yields the noise that the second process draws."""
     assert process.stdin is not None and process.stdout is not None
-    request = json.dumps({"seed": seed, "shape": list(shape), "dtype": dtype.name})
+    request = json.dumps({"seed": seed, "shape": shape, "dtype": dtype.name, "before": before})
     process.stdin.write(request.encode() + b"\n")
     process.stdin.flush()
-    while True:
-        noise = np.empty(shape, dtype)
+    for size in itertools.chain(before, itertools.repeat(shape)):
+        noise = np.empty(size, dtype)
         # A buffered reader returns fewer bytes only at the end of the stream.
         if process.stdout.readinto(noise.view(np.uint8).reshape(-1)) < noise.nbytes:  # type: ignore[attr-defined]
             raise RuntimeError(f"the process that draws noise ended with code {process.wait()}")

@@ -5,6 +5,7 @@ To start fast, it imports only torch, numpy and the standard library.
 
 import contextlib
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,13 +13,19 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 
-def torch_draws(seed: int, shape: Sequence[int], dtype: str) -> Iterator[np.ndarray]:
-    """Yields standard normal noise from torch's CPU generator without end, as numpy arrays."""
+def torch_draws(
+    seed: int, shape: Sequence[int], dtype: str, before: Sequence[Sequence[int]] = ()
+) -> Iterator[np.ndarray]:
+    """Yields standard normal noise from torch's CPU generator without end, as numpy arrays.
+
+    Args:
+        before: shapes of the first draws; all others have `shape`.
+    """
     import torch  # takes seconds
 
     generator = torch.Generator("cpu").manual_seed(seed)
-    while True:
-        noise = torch.randn(shape, generator=generator, dtype=getattr(torch, dtype))
+    for size in itertools.chain(before, itertools.repeat(shape)):
+        noise = torch.randn(size, generator=generator, dtype=getattr(torch, dtype))
         if dtype == "bfloat16":
             import ml_dtypes
 

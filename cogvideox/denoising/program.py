@@ -124,7 +124,7 @@ class Denoiser:
     @cached_property
     def positions(self) -> PositionTables:
         """The positional tables (`tokens.positions`) and those of a sparse step, on the host."""
-        tables = positions(self.config, self.layout)
+        tables = positions(self.config, self.layout, self.stored)
         return tables | ({"sparse": self.sparse_step.tables} if self.sparse_step else {})
 
     def sharding(self, spec: P) -> NamedSharding:
@@ -254,18 +254,19 @@ class Denoiser:
             )
             for how in ("reuse", "keep")
         )
+        image = (tokens,) if self.config.image_to_video else ()
         scales = (1.0,) * self.branches if residual == "reuse" else ()
         scalars = self.step_scalars(0, 0.0, StepCoefficients(*[0.0] * 6), scales)
-        specs, reused_specs, kept_specs = (
+        specs, image_specs, reused_specs, kept_specs = (
             jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
-            for tree in (parameters, reused, kept)
+            for tree in (parameters, image, reused, kept)
         )
         step = jax.shard_map(
             partial(self._step, residual),
             mesh=self.mesh,
             in_specs=(
-                *(TOKENS, TOKENS, specs, position_specs, _BATCH, TOKENS, reused_specs),
-                *jax.tree.map(lambda _: P(), scalars),
+                *(TOKENS, TOKENS, specs, position_specs, _BATCH, TOKENS),
+                *(image_specs, reused_specs, *jax.tree.map(lambda _: P(), scalars)),
             ),
             out_specs=(TOKENS, TOKENS, kept_specs),
             check_vma=False,  # pallas_call does not declare which axes its output varies over
@@ -273,7 +274,8 @@ class Denoiser:
         # Pallas reads the chip it compiles for from the abstract mesh.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return jax.jit(step, donate_argnums=(0, 1)).lower(
-                *(tokens, x0, parameters, position_arrays, prompt_embeds, tokens, reused, *scalars)
+                *(tokens, x0, parameters, position_arrays, prompt_embeds, tokens),
+                *(image, reused, *scalars),
             )
 
     def _step(
@@ -285,6 +287,7 @@ class Denoiser:
         position_arrays: Mapping[str, jax.Array | tuple[jax.Array, jax.Array]],
         prompt_embeds: jax.Array,
         noise: jax.Array,
+        image: tuple[jax.Array, ...],
         reused: Reusable[jax.Array],
         timestep: jax.Array,
         guidance_scale: tuple[jax.Array, ...],
@@ -298,13 +301,15 @@ class Denoiser:
             previous_x0: the same in float32.
             prompt_embeds: [b, S_text, text_embed_dim], this device's samples; with guidance, the
                 negative prompts come before the prompts.
+            image: of an image-to-video model the latents of the image, [B, s, C]; else empty.
             reused: this device's part of what the step takes from earlier ones.
             residual_scales: factors of the reused residual, by branch.
 
         Returns:
             The next tokens and x0, [B, s, C], and what the step keeps for later ones.
         """
-        samples = self.own_samples(tokens, prompt_embeds)
+        samples = jnp.concatenate([tokens, *image], axis=-1) if image else tokens
+        samples = self.own_samples(samples, prompt_embeds)
         from cogvideox.transformer import model as transformer  # only to trace: it takes seconds
 
         output, made = transformer.predict(

@@ -74,6 +74,8 @@ class Schedule:
     Attributes:
         noise_draws: draws by diffusers in each step; the last one is used.
         mask: which steps run the transformer; None runs it in all.
+        start_alpha: cumulative alpha at the first timestep of video-to-video, for `add_noise`; None
+            starts from pure noise.
         guided_steps: the steps from this one on reuse the difference of guidance of the step
             before; None computes it in all.
         dense_steps: the steps from this one on attend sparsely; None attends densely in all.
@@ -86,6 +88,7 @@ class Schedule:
     mask: "StepMask | None" = None
     guided_steps: int | None = None
     dense_steps: int | None = None
+    start_alpha: float | None = None
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -121,6 +124,8 @@ def make_schedule(settings: DenoisingSettings, config: SchedulerConfig) -> Sched
     final = alphas.dtype.type(1) if config.set_alpha_to_one else alphas[0]
     timesteps = _timesteps(config, steps)
     stride = config.num_train_timesteps // steps
+    # Video-to-video runs the last steps, with the strides of all.
+    timesteps = timesteps[steps - settings.executed_steps :]
     coefficients, draws = [], []
     for i, timestep in enumerate(timesteps):
         previous = timestep - stride
@@ -140,7 +145,11 @@ def make_schedule(settings: DenoisingSettings, config: SchedulerConfig) -> Sched
         coefficients.append(StepCoefficients(*map(float, weights)))
         draws.append(drawn)
     scales = [_guidance_scale(settings, timestep) for timestep in timesteps]
-    return Schedule(tuple(timesteps), tuple(scales), tuple(coefficients), tuple(draws))
+    start_alpha = None if settings.strength is None else float(alphas[timesteps[0]])
+    return Schedule(
+        *(tuple(timesteps), tuple(scales), tuple(coefficients), tuple(draws)),
+        start_alpha=start_alpha,
+    )
 
 
 def _alphas(config: SchedulerConfig) -> np.ndarray:
@@ -224,6 +233,6 @@ def _guidance_scale(settings: DenoisingSettings, timestep: int) -> float:
     """
     if not settings.use_dynamic_cfg:
         return settings.guidance_scale
-    steps = settings.num_inference_steps
+    steps = settings.executed_steps  # unlike the strides
     phase = math.pi * ((steps - timestep) / steps) ** 5.0
     return 1 + settings.guidance_scale * ((1 - math.cos(phase)) / 2)

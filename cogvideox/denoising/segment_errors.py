@@ -211,7 +211,7 @@ class Measurement:
         )
         reused = Reusable(residual, None)
         tokens, previous_x0, kept = loaded.step(
-            *(use, *state, self._positions, self._noise(k), reused, scalars)
+            *(use, *state, self._positions, self._noise(k), (), reused, scalars)
         )
         return tokens, previous_x0, kept.residual
 

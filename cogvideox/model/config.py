@@ -146,6 +146,8 @@ class TransformerConfig(_JsonConfig):
                 f"timestep_activation_fn must be one of {', '.join(_TIMESTEP_ACTIVATIONS)}, "
                 f"not {self.timestep_activation_fn!r}"
             )
+        if self.use_learned_positional_embeddings and self.patch_size_t is not None:
+            raise ValueError("use_learned_positional_embeddings needs patch_size_t null")
         if self.use_rotary_positional_embeddings and self.attention_head_dim % 16:
             raise ValueError(
                 f"attention_head_dim must be a multiple of 16 for rotary positions, "
@@ -156,6 +158,11 @@ class TransformerConfig(_JsonConfig):
     def width(self) -> int:
         """E, the numbers of a token: all heads together."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the latents of an image are concatenated to the channels of the noisy ones."""
+        return self.in_channels == 2 * self.out_channels
 
 
 @dataclasses.dataclass(frozen=True)

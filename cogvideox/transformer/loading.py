@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from cogvideox.model.config import TransformerConfig
 from cogvideox.transformer.norms import rotary_halves
+from cogvideox.transformer.ofs import FOLDED_INTO, ofs_embedding
 from cogvideox.transformer.parameters import BLOCKS, parameter_table, stored_names
 from runtime import stopping
 from runtime.executables import find_or_compile
@@ -115,6 +116,9 @@ def load_parameters(
         "rotary": functools.partial(_rotary_order, config.attention_head_dim),
         "gated": _gated_order,
     }
+    if config.ofs_embed_dim:
+        ofs = ofs_embedding(config, stored)
+        readers_of_rows["ofs"] = lambda bias, index: bias[index].astype(np.float32) + ofs[index]
     loaded: dict[str, jax.Array] = {}
     on_the_way: collections.deque[tuple[str, list[Future]]] = collections.deque()
     with ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as compiler:
@@ -130,9 +134,10 @@ def load_parameters(
         for name in sorted(table, key=lambda name: -math.prod(table[name].shape)):
             parameter = table[name]
             sources = [stored[source] for source in stored_names(name, parameter)]
+            folded = config.ofs_embed_dim and name == FOLDED_INTO
             sharding, rows = (
                 NamedSharding(mesh, parameter.spec),
-                readers_of_rows[parameter.row_order],
+                readers_of_rows["ofs" if folded else parameter.row_order],
             )
             if name in programs:
                 sharding = NamedSharding(mesh, P(*parameter.spec[1:]))

@@ -40,7 +40,8 @@ class TokenTransformer(diffusers.CogVideoXTransformer3DModel):
     ) -> "TokenTransformer":
         """Builds the module on the meta device; `lists` makes its attention sparse."""
         with torch.device("meta"):
-            module = cls(**dataclasses.asdict(config)).eval()
+            # The weights of `ofs` are part of a bias; see `cogvideox.transformer.ofs`.
+            module = cls(**{**dataclasses.asdict(config), "ofs_embed_dim": None}).eval()
         block = Block(
             head_dim=config.attention_head_dim,
             norm_eps=config.norm_eps,

@@ -18,6 +18,8 @@ from cogvideox.transformer.activations import ACTIVATIONS, GATED
 from runtime.tensor_files import StoredTensor
 
 BLOCKS = "transformer_blocks."  # names in the table have no block number after it
+OFS = "ofs_embedding."
+LEARNED_POSITIONS = "patch_embed.pos_embedding"
 
 # torch's linear layers compute x @ W.T with W [out, in]. Column parallel splits the outputs (W's
 # first axis and the bias), row parallel the inputs (W's second axis). A column parallel layer
@@ -142,6 +144,27 @@ def stored_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def folded_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of stored tensors that are no parameters of the program, by name.
+
+    Those of `ofs` become part of a bias, see `ofs`; the learned positions are an argument beside
+    the weights, see `tokens.positions`.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.ofs_embed_dim:
+        size = config.ofs_embed_dim
+        for number in (1, 2):
+            shapes[f"{OFS}linear_{number}.weight"] = (size, size)
+            shapes[f"{OFS}linear_{number}.bias"] = (size,)
+    if config.use_learned_positional_embeddings:
+        patch = config.patch_size
+        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+        tokens = frames * (config.sample_height // patch) * (config.sample_width // patch)
+        rows = config.max_text_seq_length + tokens
+        shapes[LEARNED_POSITIONS] = (1, rows, config.width)
+    return shapes
+
+
 def abstract_parameters(
     config: TransformerConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -158,17 +181,18 @@ def check_weights(config: TransformerConfig, stored: Mapping[str, StoredTensor])
     """Checks the headers of the safetensors files against the config.
 
     Raises:
-        ValueError: the activation is unknown, the model is not text-to-video, or weights are
-            missing, extra or of the wrong shape; the message lists all of them.
+        ValueError: the activation is unknown, or weights are missing, extra or of the wrong shape;
+            the message lists all of them.
     """
     if config.activation_fn not in ACTIVATIONS:
         raise ValueError(
             f"the transformer's activation_fn is {config.activation_fn!r}; "
             f"known: {', '.join(ACTIVATIONS)}"
         )
-    if config.in_channels != config.out_channels:
+    if config.ofs_embed_dim not in (None, config.time_embed_dim):
         raise ValueError(
-            f"the transformer makes {config.out_channels} channels of {config.in_channels}; "
-            "text-to-video models have as many out as in"
+            f"the transformer's ofs_embed_dim is {config.ofs_embed_dim}; its embedding is added to "
+            f"one of time_embed_dim={config.time_embed_dim}"
         )
-    check_headers(stored, stored_shapes(config), what="the transformer")
+    shapes = stored_shapes(config) | folded_shapes(config)
+    check_headers(stored, shapes, what="the transformer")

@@ -9,7 +9,7 @@ eight-dimensional transposes would cost more to compile than all blocks together
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,9 @@ import numpy as np
 
 from cogvideox.model.config import TransformerConfig
 from cogvideox.model.settings import LatentShape
+from cogvideox.transformer.parameters import LEARNED_POSITIONS
 from cogvideox.transformer.tiling import Tiling
+from runtime.tensor_files import StoredTensor
 
 PositionTables = dict[str, Any]  # trees of arrays
 
@@ -102,22 +104,50 @@ class TokenLayout:
         return placed
 
 
-def positions(config: TransformerConfig, layout: TokenLayout) -> PositionTables:
-    """Computes the positional tables: rotary, or the sincos embedding of 1.0-2b.
+def _learned(
+    config: TransformerConfig, layout: TokenLayout, stored: Mapping[str, StoredTensor]
+) -> np.ndarray | None:
+    """Reads the learned positions of text and video, [tokens, E] float32; None without them.
+
+    Args:
+        stored: headers of the weights; without them, to compile ahead, the table is zero.
+    """
+    if not config.use_learned_positional_embeddings:
+        return None
+    table = stored.get(LEARNED_POSITIONS)
+    if table is None:
+        return np.zeros((layout.tokens, config.width), np.float32)
+    return np.asarray(table.mapped()[0], np.float32)
+
+
+def positions(
+    config: TransformerConfig, layout: TokenLayout, stored: Mapping[str, StoredTensor]
+) -> PositionTables:
+    """Computes the positional tables: rotary, the sincos embedding of 1.0-2b, or a learned one.
 
     The 1.5 tables are a slice from 0 of an unbounded grid, so they do not depend on the sample
     size in the config, which differs between published revisions. Text tokens are not rotated and
-    have no sincos embedding.
+    have no sincos embedding, but a learned one.
 
     Source: diffusers' models/embeddings.py, get_3d_rotary_pos_embed and get_3d_sincos_pos_embed,
     and get_resize_crop_region_for_grid of its CogVideoX pipeline; tests compare them.
 
+    Args:
+        stored: headers of the weights, which hold a learned table; see `_learned`.
+
     Returns:
-        {"rotary": (cos, sin) [D / 2, S] float32} or {"embedding": [S, E] float32}; S includes
+        "rotary": (cos, sin) [D / 2, S] float32, "embedding": [S, E] float32, or both; S includes
         padding.
     """
+    tables: PositionTables = {}
+    learned = _learned(config, layout, stored)
+    if learned is not None:
+        tables["embedding"] = layout.place(learned[layout.text :], axis=0)
+        tables["embedding"][: layout.text] = learned[: layout.text]
+    elif not config.use_rotary_positional_embeddings:
+        tables["embedding"] = layout.place(_sincos(config, layout.grid), axis=0)
     if not config.use_rotary_positional_embeddings:
-        return {"embedding": layout.place(_sincos(config, layout.grid), axis=0)}
+        return tables
     frames, *grid = layout.grid
     points = [np.arange(size, dtype=np.float32) for size in layout.grid]
     if config.patch_size_t is None:
@@ -140,7 +170,7 @@ def positions(config: TransformerConfig, layout: TokenLayout) -> PositionTables:
         return np.concatenate(parts).reshape(-1, math.prod(layout.grid))
 
     cos, sin = table(np.cos), table(np.sin)
-    return {"rotary": (layout.place(cos, 1, text_value=1), layout.place(sin, 1))}
+    return {"rotary": (layout.place(cos, 1, text_value=1), layout.place(sin, 1)), **tables}
 
 
 def _crop(config: TransformerConfig, grid: Sequence[int]) -> list[tuple[int, int]]:

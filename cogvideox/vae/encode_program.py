@@ -36,17 +36,6 @@ def frame_batches(frames: int) -> list[tuple[int, int]]:
     return [(0, first)] + [(start, start + FRAMES_PER_BATCH) for start in starts]
 
 
-def latent_frames(frames: int, config: VaeConfig) -> int:
-    """Returns the number of latent frames of `frames` frames, batch by batch."""
-
-    def halved(count: int) -> int:
-        for _ in range(config.time_levels):
-            count = (count + 1) // 2
-        return count
-
-    return sum(halved(end - start) for start, end in frame_batches(frames))
-
-
 @dataclasses.dataclass(frozen=True)
 class EncodeProgram:
     """An encoder on a mesh, before compilation.

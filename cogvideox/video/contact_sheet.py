@@ -74,7 +74,13 @@ class FrameSampler:
 
 
 def write_contact_sheet(
-    path: Path, frames: np.ndarray, *, indices: Sequence[int], fps: int, caption: str
+    path: Path,
+    frames: np.ndarray,
+    *,
+    indices: Sequence[int],
+    fps: int,
+    caption: str,
+    start: Path | None = None,
 ) -> None:
     """Draws frames in a grid over a caption and writes a PNG to `path`.
 
@@ -85,12 +91,20 @@ def write_contact_sheet(
         fps: frames a second.
         caption: any text, wrapped to the sheet. The first line, meant for the prompt, is drawn
             larger. Characters that no installed font has are drawn as boxes, with a warning.
+        start: picture that the video starts from, drawn before the frames.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype.name != "uint8":
         raise ValueError(f"frames must be uint8 [n, height, width, 3], got {frames.shape}")
     if len(frames) == 0 or len(indices) != len(frames):
         raise ValueError(f"{len(frames)} frames and {len(indices)} frame numbers")
     labels = [f"frame {index}   {index / fps:.2f} s" for index in indices]
+    if start is not None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(start) as picture:
+            resized = picture.convert("RGB").resize(frames.shape[2:0:-1], Image.Resampling.BICUBIC)
+        frames, labels = np.concatenate([np.asarray(resized)[None], frames]), ["input", *labels]
     sheet = _draw_sheet(frames, labels, caption)
     sheet.save(path, format="PNG")
 

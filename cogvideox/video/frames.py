@@ -205,9 +205,11 @@ def _read_animation(video: Video) -> Frames:
 @contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
     """Turns what Pillow raises for a damaged file into one ValueError."""
+    from PIL import Image
+
     try:
         yield
-    except (OSError, EOFError, SyntaxError, ValueError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is damaged or not what its suffix says: {error}") from error
 
 

@@ -176,7 +176,7 @@ def test_slice_positions_ignore_the_configs_sample_size(sample):
         sample_width=sample[1],
     )
     layout = tokens.TokenLayout(LatentShape(1, 6, 16, 8, 10), 2, 2, text=7, padded=70)
-    cos, sin = (table[:, :67] for table in tokens.positions(config, layout)["rotary"])
+    cos, sin = (table[:, :67] for table in tokens.positions(config, layout, {})["rotary"])
     theirs = diffusers.models.embeddings.get_3d_rotary_pos_embed(
         64, None, (4, 5), 3, grid_type="slice", max_size=(sample[0] // 2, sample[1] // 2)
     )
@@ -241,14 +241,14 @@ def test_positions_of_1_0_equal_diffusers(size):
     rotary = dataclasses.replace(config, use_rotary_positional_embeddings=True)
     crop = get_resize_crop_region_for_grid((height, width), 20, 15)
     theirs = diffusers.models.embeddings.get_3d_rotary_pos_embed(64, crop, (height, width), frames)
-    for ours, table in zip(tokens.positions(rotary, layout)["rotary"], theirs, strict=True):
+    for ours, table in zip(tokens.positions(rotary, layout, {})["rotary"], theirs, strict=True):
         # Angles of up to 24 rad are rounded to 2e-6.
         ours = np.repeat(ours[:, 5:-3].T, 2, axis=1)
         np.testing.assert_allclose(ours, table, rtol=0, atol=2e-6)
     theirs = diffusers.models.embeddings.get_3d_sincos_pos_embed(
         1920, (width, height), frames, 1.875
     )
-    ours = tokens.positions(config, layout)["embedding"]
+    ours = tokens.positions(config, layout, {})["embedding"]
     assert not ours[:5].any() and not ours[-3:].any()
     # Both in float64 and then rounded.
     np.testing.assert_allclose(ours[5:-3], theirs.flatten(0, 1), rtol=0, atol=1e-7)

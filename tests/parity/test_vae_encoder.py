@@ -11,9 +11,8 @@ import pytest
 import torch
 from jax.sharding import Mesh
 
-from cogvideox.model.config import VaeConfig
 from cogvideox.vae.encode import load_encoder
-from cogvideox.vae.encode_program import frame_batches, latent_frames
+from cogvideox.vae.encode_program import frame_batches
 from tests.cogvideox.vae.vae_models import random_vae
 
 TOLERANCE = 2e-5
@@ -115,10 +114,3 @@ def test_frame_batches():
     assert frame_batches(9) == [(0, 9)]
     assert frame_batches(15) == [(0, 15)]
     assert frame_batches(25) == [(0, 9), (9, 17), (17, 25)]
-
-
-def test_latent_frames():
-    config = VaeConfig(temporal_compression_ratio=4)
-    assert [latent_frames(n, config) for n in (1, 2, 4, 5, 16, 77, 80, 81)] == [
-        *(1, 1, 1, 2, 4, 20, 20, 21)
-    ]

@@ -439,7 +439,7 @@ def test_configs_from_before_a_key_existed(models, tmp_path):
 
 def test_image_to_video_model(models, files, tmp_path, capsys):
     config = with_weights(models, files, tmp_path, lambda w: None).with_name("config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"ofs_embed_dim": 32}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 16}))
     assert "image-to-video" in refusal(capsys, stage2, "--input_dir", files)
 
 

@@ -69,8 +69,8 @@ def interrupt(folder: Path, output_dir: Path, monkeypatch, after: int, *more: st
     """Interrupts a run after this many steps; returns its checkpoint."""
     run_loop = loop.run_loop
 
-    def interrupted(*arguments):
-        for state in run_loop(*arguments):
+    def interrupted(*arguments, **keywords):
+        for state in run_loop(*arguments, **keywords):
             if state.steps > after:
                 raise Stopped(signal.SIGINT)
             yield state

@@ -77,7 +77,7 @@ def test_rows_without_a_patch_stay_zero():
     prompts = made.prompt_embeds({name: normal((1, 3, 8)) for name in texts})
     scalars = made.step_scalars(5, 2.0, StepCoefficients(*[0.5] * 6))
     results = made.lower().compile()(
-        *(tokens, previous_x0, parameters, positions, prompts, noise, Reusable(), *scalars)
+        *(tokens, previous_x0, parameters, positions, prompts, noise, (), Reusable(), *scalars)
     )[:2]
     for rows in map(np.asarray, results):
         assert not rows[:, :3].any() and not rows[:, 7:].any()
