@@ -35,6 +35,7 @@ class Watched:
 
     def __init__(self, browser: Browser, url: str, **context: Any):
         self.page: Page = browser.new_context(**context).new_page()
+        self.page.set_default_timeout(120_000)
         self.errors: list[str] = []
         self.others: list[str] = []
         self.dialogs: list[str] = []
