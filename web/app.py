@@ -36,8 +36,9 @@ from web.errors import ApiError, bad_field
 from web.events import Events
 from web.metrics import CONTENT_TYPE, Metrics
 from web.page import card, login, page
-from web.store import Store, Video
+from web.store import Store
 from web.uploads import decode_image
+from web.video import Video
 from web.worker import Worker
 
 # The page has a policy of its own in its head.
@@ -71,6 +72,7 @@ def make_app(store: Store, worker: Worker | None, key: str | None, loopback: boo
         Route("/v1/videos/{id}", api.get, methods=["GET"]),
         Route("/v1/videos/{id}", api.delete, methods=["DELETE"]),
         Route("/v1/videos/{id}/content", api.content, methods=["GET"]),
+        Route("/v1/videos/{id}/input", api.input, methods=["GET"]),
         Route("/v1/videos/{id}/preview", api.preview, methods=["GET"]),
         Route("/v1/videos/{id}/events", api.events_of_one, methods=["GET"]),
         Route("/v1/events", api.events_of_all, methods=["GET"]),
@@ -162,6 +164,10 @@ class _Api:
         name, kind = _VARIANTS[variant]
         return _file(video.state.folder / name, kind, f"{video.id}{Path(name).suffix}")
 
+    async def input(self, request: Request) -> Response:
+        video = await self._video(request)
+        return _file(video.state.folder / files.INPUT_FILE, "image/png", f"{video.id}_input.png")
+
     async def preview(self, request: Request) -> Response:
         video = await self._video(request)
         try:
@@ -205,6 +211,7 @@ class _Api:
             "sizes": [f"{width}x{height}" for height, width in preset.sizes],
             "max_frames": preset.max_frames,
             "fps": preset.fps,
+            "input_reference": self._store.model.transformer.image_to_video,
             "loras": list(self._store.loras()),
         }
 

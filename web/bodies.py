@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from jobs.jobfile import TYPES, check_type
 from runtime.errors import InputError
 from runtime.json_files import parse_json_object
+from stages.condition import AUTO
 from web.errors import ApiError, bad_field
 
 # Two prompts of 20,000 characters, each escaped as twelve.
@@ -31,7 +32,7 @@ _JSON_DEPTH = 4
 _OWN = ("prompt", "size", "seconds", "model", "input_reference", "lora")
 SETTINGS = (
     *("negative_prompt", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed"),
-    *("use_dynamic_cfg", "scheduler", "speed"),
+    *("use_dynamic_cfg", "scheduler", "speed", "image_fit"),
 )
 FIELDS = (*_OWN, *SETTINGS)
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
@@ -191,8 +192,10 @@ def _checked(fields: Mapping[str, Any]) -> VideoBody:
     return VideoBody(settings, _text(given, "model"), seconds, reference, _text(given, "lora"))
 
 
-def _size(value: Any) -> dict[str, int]:
-    """OpenAI's "WIDTHxHEIGHT"."""
+def _size(value: Any) -> dict[str, int | str]:
+    """OpenAI's "WIDTHxHEIGHT", or "auto" for a size that fits the image."""
+    if value == AUTO:
+        return {"size": AUTO}
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if not match:
         raise bad_field("size", 'is not "WIDTHxHEIGHT", such as "1360x768"')

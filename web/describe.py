@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.gallery import describe_steps
 from stages.lora import LoraChoice
-from web.store import Video
+from web.video import Video
 
 _DENOISING_SHARE = 95  # percent of the progress; encoding takes little, decoding the rest
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from starlette.responses import JSONResponse
 
 _OPTION = re.compile(r"(?<![\w-])--([a-z][a-z_]*)")
+_IMAGE = re.compile(r"--image\b( FILE)?")
 _ALLOW = re.compile(r";? ?--allow_unsupported.*$|, or allow any with --allow_unsupported.*$")
 
 
@@ -44,15 +45,16 @@ def bad_field(parameter: str, message: str) -> ApiError:
     return ApiError(400, "invalid_value", f"{parameter}: {message}", parameter)
 
 
-def from_check(error: ValueError, folder: Path | None = None) -> ApiError:
+def from_check(error: ValueError, *folders: Path | None) -> ApiError:
     """Turns the refusal of a command line's check into one that names the request's field.
 
     Args:
-        folder: whose path is no client's business.
+        folders: whose paths are no client's business.
     """
     text = " ".join(str(error).split())
-    if folder:
+    for folder in filter(None, folders):
         text = text.replace(f"{folder}/", "")
+    text = _IMAGE.sub("--input_reference", text)
     named = _OPTION.search(text)
     field = named[1] if named else None
     if field in ("height", "width"):

@@ -11,7 +11,8 @@ from typing import Any
 from starlette.requests import Request
 
 from web.errors import ApiError
-from web.store import Store, Video
+from web.store import Store
+from web.video import Video
 
 _POLL_SECONDS = 0.25
 _PING_SECONDS = 15.0

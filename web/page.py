@@ -16,7 +16,8 @@ from jobs.records import CONTACT_SHEET_FILE
 from stages import files
 from stages.preview import PREVIEW_FILE
 from web.describe import describe_progress
-from web.store import Store, Video
+from web.store import Store
+from web.video import Video
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MAX_CARDS = 500
@@ -44,6 +45,7 @@ def page(store: Store, videos: Sequence[Video]) -> str:
         "style": Markup(values["style"]) + _read("page.css"),
         "script": Markup(values["script"]) + _read("page.js"),
         "example": _EXAMPLES.get(preset.name, _EXAMPLE),
+        "takes_image": store.model.transformer.image_to_video,
         "loras": list(store.loras()),
         "sizes": list(dict.fromkeys([*sizes, size])),
         "lengths": [(count, f"{count / settings.fps:.1f}") for count in frames],
@@ -80,6 +82,7 @@ def make_video_card(video: Video) -> Card:
             files.VIDEO_FILE: f"{start}/content",
             CONTACT_SHEET_FILE: f"{start}/content?variant=spritesheet",
             PREVIEW_FILE: f"{start}/preview?v={video.preview}",
+            files.INPUT_FILE: f"{start}/input",
         }.get(path.name, start)
 
     progress = None

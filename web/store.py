@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 from cogvideox.model.folder import ModelFolder
 from cogvideox.model.presets import Preset, preset_for
+from cogvideox.model.settings import DenoisingSettings, complete_settings, likely_condition
 from jobs.claims import Claims
 from jobs.estimate import Pace
 from jobs.identity import make_job, model_digest
@@ -26,7 +26,6 @@ from jobs.jobfile import JsonSettings, Line, LineSettings, Parse
 from jobs.records import (
     CANCEL_FILE,
     Job,
-    JobState,
     read_job,
     read_state,
     record_path,
@@ -40,6 +39,8 @@ from stages.lora import LoraLibrary, parse_choice
 from stages.preview import PREVIEW_FILE
 from web.bodies import VideoBody
 from web.errors import ApiError, bad_field, from_check
+from web.uploads import Uploads
+from web.video import Video, video_id
 
 _FRESH_SECONDS = 0.2
 _SCAN_SECONDS = 1.0  # between two looks for jobs that other processes add
@@ -47,45 +48,6 @@ _ID = re.compile(r"video_([0-9a-f]{16})", re.ASCII)
 _MAX_SEED = 2**32
 # Without "=", which parts a name from its weight.
 _LORA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,99}", re.ASCII)
-
-Status = Literal["queued", "in_progress", "completed", "failed"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Video:
-    """A job as it was when it was read.
-
-    Attributes:
-        preview: changes with the preview; None if there is none.
-        position: in the queue, from 1; None if it is not queued.
-        seconds_left: until it is done; None if nothing is known.
-    """
-
-    state: JobState
-    created: float
-    completed: float | None
-    preview: int | None = None
-    position: int | None = None
-    seconds_left: float | None = None
-
-    @property
-    def id(self) -> str:
-        return video_id(self.state.job)
-
-    @property
-    def status(self) -> Status:
-        kinds: dict[str, Status] = {
-            "done": "completed", "failed": "failed", "running": "in_progress"
-        }  # fmt: skip
-        return kinds.get(self.state.status, "queued")
-
-    @property
-    def ended(self) -> bool:
-        return self.status in ("completed", "failed")
-
-
-def video_id(job: Job) -> str:
-    return f"video_{job.id}"
 
 
 class Store:
@@ -118,10 +80,10 @@ class Store:
         self.output_dir, self.model, self.name = output_dir, model, name
         self.max_queue, self._lora_dir = max_queue, lora_dir
         self._parse, self._wake = parse, wake
+        self._uploads = Uploads(output_dir)
         self._digest, self._library = model_digest(model), LoraLibrary(model)
         # Fails now if the server's own options make no video.
-        wishes = self._parsed({"prompt": "any"})
-        self.defaults = make_job(Line(0, None, wishes), model, self._digest, self._library).settings
+        self.defaults = self._default_settings()
         self._lock = threading.RLock()
         self._videos: dict[str, Video] = {}  # by id; those that have ended are not read again
         self._ids: dict[str, str] = {}  # by the name of the folder
@@ -176,7 +138,11 @@ class Store:
                 )  # fmt: skip
             if known and known.status != "failed":
                 return known
-            self._check_room()
+            try:
+                self._check_room()
+            except ApiError:
+                self._drop_upload(Path(job.input.path) if job.input else None)
+                raise
             with _disk_errors():
                 if known:
                     for stage in known.state.records:
@@ -232,10 +198,11 @@ class Store:
             raise ApiError(
                 404, "model_not_found", f"model: this server has {self.name} only", "model"
             )
-        if body.reference is not None:
-            raise bad_field("input_reference", "this model makes videos of text alone")
         settings = dict(body.settings)
         settings.setdefault("seed", secrets.randbelow(_MAX_SEED))
+        upload = self._uploads.keep(body.reference) if body.reference is not None else None
+        if upload:
+            settings["image"] = str(upload)
         try:
             if body.lora is not None:
                 settings["lora"] = [self._lora(body.lora)]
@@ -243,9 +210,29 @@ class Store:
                 settings["num_frames"] = self._frames(body.seconds, settings)
             parsed = self._parsed(settings)
             job = make_job(Line(0, None, parsed), self.model, self._digest, self._library)
-        except ValueError as error:
-            raise from_check(error, self._lora_dir) from error
+        except (ApiError, ValueError) as error:
+            with self._lock:
+                self._drop_upload(upload)
+            if isinstance(error, ApiError):
+                raise
+            raise from_check(error, self._lora_dir, upload and upload.parent) from error
         return dataclasses.replace(job, accepted=time.time())
+
+    def _default_settings(self) -> DenoisingSettings:
+        wishes = self._parsed({"prompt": "any"})
+        names = [field.name for field in dataclasses.fields(DenoisingSettings)]
+        return complete_settings(
+            {name: getattr(wishes, name) for name in names},
+            self.model,
+            any_size=wishes.allow_unsupported,
+            condition=likely_condition(self.model, wishes.height, wishes.width),
+        )
+
+    def _drop_upload(self, upload: Path | None) -> None:
+        """Deletes an upload that no video starts from."""
+        used = {v.state.job.input.path for v in self._videos.values() if v.state.job.input}
+        if upload and str(upload.resolve()) not in used:
+            self._uploads.delete(upload)
 
     def loras(self) -> dict[str, Path]:
         """The LoRA files that requests may name, by their names without the suffix."""
@@ -322,6 +309,9 @@ class Store:
         video = self._videos.pop(id_, None)
         if video:
             self._ids.pop(video.state.folder.name, None)
+            start = video.state.job.input
+            if start:
+                self._drop_upload(Path(start.path))
         self._canceled.discard(id_)
 
     def _read(self, job: Job, folder: Path) -> Video:

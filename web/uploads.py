@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
+from runtime.files import atomic_path
 from runtime.text import printable
 from web.errors import ApiError, bad_field
 
 _SCRIPT = Path(__file__).parent / "image_process.py"
 _SECONDS = 15
 _MAX_PNG_BYTES = 96 << 20  # RGBA of the most pixels
+
+
+class Uploads:
+    """The images that clients sent, each by its checksum, in a hidden folder beside the jobs'."""
+
+    def __init__(self, output_dir: Path):
+        self._folder = output_dir.absolute() / ".uploads"
+
+    def keep(self, data: bytes) -> Path:
+        """Writes an image of `decode_image`, unless just that is there."""
+        path = self._folder / f"{hashlib.sha256(data).hexdigest()}.png"
+        if not path.exists():
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(data)
+        return path
+
+    def delete(self, path: Path) -> None:
+        """Deletes an upload; other files stay."""
+        if path.parent == self._folder:
+            path.unlink(missing_ok=True)
 
 
 def decode_image(data: bytes) -> bytes:

@@ -92,6 +92,17 @@ async function errorOf(answer) {
   }
 }
 
+// JSON, or with an image a form.
+function send(body) {
+  if (!body.input_reference) {
+    const headers = { "Content-Type": "application/json" };
+    return fetch("/v1/videos", { method: "POST", headers, body: JSON.stringify(body) });
+  }
+  const fields = new FormData();
+  for (const [name, value] of Object.entries(body)) fields.append(name, value);
+  return fetch("/v1/videos", { method: "POST", body: fields });
+}
+
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
   const body = {};
@@ -103,11 +114,7 @@ form.addEventListener("submit", async (event) => {
   submit.disabled = true;
   say({ message: "" });
   try {
-    const answer = await fetch("/v1/videos", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-    });
+    const answer = await send(body);
     if (!answer.ok) return say(await errorOf(answer));
     const video = await answer.json();
     await update(video);
@@ -128,7 +135,7 @@ async function reuse(id) {
   const [lora, weight] = (video.lora ?? "").split("=");
   const values = { ...video, lora, lora_weight: weight ?? "1" };
   for (const field of form.elements) {
-    if (field.name && field.name in values) field.value = values[field.name];
+    if (field.name && field.type !== "file" && field.name in values) field.value = values[field.name];
   }
   if (form.elements.speed.selectedIndex < 0) form.elements.speed.value = "exact";
   form.elements.prompt.focus();
