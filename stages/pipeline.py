@@ -134,11 +134,13 @@ class Pipeline:
             executables: a folder from compile_ahead.py.
 
         Raises:
-            ValueError: there is no such model, or parts of it are missing.
+            ValueError: there is no such model, parts of it are missing, or it needs an image.
         """
         from cogvideox.model.folder import MODEL_PARTS, find_model
+        from cogvideox.model.settings import check_condition
 
         self._model = find_model(model_id, MODEL_PARTS)
+        check_condition(self._model, None)
         self._mesh: dict[str, Any] = {"dp": dp, "sp": sp, "tp": tp}
         self._common: dict[str, Any] = {
             "model_id": model_id,

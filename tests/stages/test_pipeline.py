@@ -83,6 +83,12 @@ def test_a_callback_ends_a_run(pipeline):
         pipeline.generate(PROMPT, SETTINGS, progress=stop)
 
 
+def test_an_image_to_video_model_is_refused(tmp_path):
+    model = save_tiny_model(tmp_path / "model", image_to_video=True)
+    with pytest.raises(ValueError, match="image-to-video model"):
+        Pipeline(str(model))
+
+
 def test_bad_arguments(pipeline):
     with pytest.raises(ValueError, match="no such folder"):
         Pipeline("./no/such/model")
