@@ -2,6 +2,7 @@
 
 import string
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -41,9 +42,8 @@ def save_tiny_model(
 ) -> Path:
     """Saves a random CogVideoX whose every part matters, in the layout of the published ones.
 
-    Zero-initialised or near-constant parameters are drawn anew, so that a wrong shift, gate, norm
-    or bias shows in the output. Image-to-video models are like 1.5-5B-I2V with `ofs`, or like
-    5b-I2V with learned positions.
+    Near-constant parameters are drawn anew, so that a wrong shift, gate, norm or bias shows in the
+    output. Image-to-video models are like 1.5-5B-I2V with `ofs`, or 5b-I2V with learned positions.
     """
     torch.manual_seed(seed)
     if image_to_video and generation == "1.5":
@@ -73,6 +73,7 @@ def save_tiny_model(
     )
     vae = diffusers.AutoencoderKLCogVideoX(
         block_out_channels=block_out_channels,
+        **_block_types(len(block_out_channels)),
         latent_channels=8,
         layers_per_block=1,
         norm_num_groups=8,
@@ -101,6 +102,13 @@ def save_tiny_model(
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def _block_types(levels: int) -> dict[str, Any]:
+    return {
+        "down_block_types": ("CogVideoXDownBlock3D",) * levels,
+        "up_block_types": ("CogVideoXUpBlock3D",) * levels,
+    }
 
 
 def _draw_vectors(module: torch.nn.Module) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # GIF stores delays in 1/100 s, WebP in 1/1000 s, so their frame rates are not exact.
 _CLOCKS = {".gif": 0.01, ".webp": 0.001}
+_FLOATS = ("float16", "float32", "float64")
 _PNG_MODES = ("RGB", "RGBA", "L", "P")  # 8 bits a channel; alpha is ignored
 
 
@@ -225,7 +226,7 @@ def _open_array(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is damaged or not a .npy file: {error}") from error
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
         raise ValueError(f"{path} is not a video: shape {list(array.shape)}, not [F, H, W, 3]")
-    if array.dtype.name not in ("uint8", "float32"):
+    if array.dtype.name not in ("uint8", *_FLOATS):
         raise ValueError(f"{path} holds {array.dtype.name}; use uint8, or float32 in 0..1")
     return array
 
@@ -234,7 +235,8 @@ def _read_array(video: Video) -> Frames:
     import numpy as np
 
     for index, frame in enumerate(_open_array(video.path)):
-        if frame.dtype == np.float32:
+        if frame.dtype.name in _FLOATS:
+            frame = frame.astype(np.float32)
             try:
                 check_range(frame)
             except ValueError as error:

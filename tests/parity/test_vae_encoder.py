@@ -79,7 +79,6 @@ def models(tmp_path_factory):
         ("flax", "four_levels", 1, 24, 2),
         ("torchax", "eight_frames", 6, 8, 1),
         ("flax", "moments_conv", 17, 26, 8),
-        ("torchax", "moments_conv", 22, 6, 1),
         ("torchax", "moments_conv", 1, 14, 1),
     ],
 )
