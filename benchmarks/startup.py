@@ -223,8 +223,12 @@ def write_embeddings(model: Path, folder: Path) -> None:
     names = ("prompt_embeds", "negative_prompt_embeds")
     tensors = {name: rng.standard_normal(shape, np.float32) for name in names}
     stage = "stage1_text_encoder"
-    settings = {"model_id": str(model), "revision": None, "prompt": "noise"}
-    section = sections.make_section(settings)
+    section = sections.make_section(
+        {
+            **{"model_id": str(model), "revision": None, "model": {}, "dtype": "bfloat16"},
+            **{"prompt": "noise", "negative_prompt": "", "max_sequence_length": shape[1]},
+        }
+    )
     stage_files.write_stage_file(folder / stage_files.EMBEDDINGS_FILE, stage, tensors, section)
     stage_files.record_section(folder, stage, section, inherited=folder)
 
