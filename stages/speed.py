@@ -282,9 +282,11 @@ def _resolve_sparse(
             f"--dense_steps {dense_steps} leaves no sparse step of {steps}; take 0 to {steps - 1}, "
             "or --sparse_attention none"
         )
-    layers = sparse_files.DENSE_LAYERS if options.dense_layers is None else options.dense_layers
-    if model is not None and layers >= model.transformer.num_layers:
-        most = model.transformer.num_layers - 1
+    most = math.inf if model is None else model.transformer.num_layers - 1
+    layers = options.dense_layers
+    if layers is None:
+        layers = int(min(sparse_files.DENSE_LAYERS, most))
+    elif layers > most:
         raise ValueError(f"--dense_layers {layers} leaves no sparse layer; take at most {most}")
     if dense_steps >= steps:
         return None, None  # too few steps for the default

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -63,6 +64,13 @@ def test_options(options, rule, dense_steps, dense_layers, model):
     assert (lossy.dense_steps, lossy.sparse.dense_layers) == (dense_steps, dense_layers)
     assert f"sparse attention after step {dense_steps}" in lossy.describe()
     assert read_lossy(json.loads(json.dumps(lossy.to_json()))) == lossy
+
+
+def test_a_model_of_one_layer_has_a_sparse_one(model):
+    config = dataclasses.replace(model.transformer, num_layers=1)
+    fresh = dataclasses.replace(model)  # has no cached config
+    with mock.patch.object(ModelFolder, "transformer", config):
+        assert resolve(Options("fast"), settings(), fresh).sparse.dense_layers == 0
 
 
 def test_densities_of_named_rules():
