@@ -223,22 +223,8 @@ def test_a_running_video_is_canceled(server):
     assert not [path for path in server.folder.iterdir() if path.name.endswith(made["id"][6:])]
 
 
-def test_a_worker_of_its_own_makes_what_a_server_accepted(model, idle):
-    made = idle.create(PROMPT, seed=11)
-    command = [sys.executable, str(ROOT / "serve.py"), "worker", f"--model_id={model}"]
-    command += [f"--output_dir={idle.folder}", "--dtype=float32", *ONE_DEVICE]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    worker = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        idle.wait(made["id"])
-        worker.terminate()
-        assert worker.wait(60) == 0
-    finally:
-        worker.kill()
-    assert idle.ask("DELETE", f"/v1/videos/{made['id']}").json["deleted"]
-
-
 def test_killed_and_started_again_it_goes_on(model, tmp_path):
+    """The second server only accepts; a worker of its own makes what is left."""
     folder = tmp_path / "videos"
     with Server(model, folder, "--checkpoint_every=1") as server:
         long = server.create(num_inference_steps=100, seed=5)
@@ -246,7 +232,16 @@ def test_killed_and_started_again_it_goes_on(model, tmp_path):
         while server.wait(long["id"], "in_progress")["steps_done"] < 2:
             time.sleep(0.02)
         server.kill()
-    with Server(model, folder, "--checkpoint_every=1") as server:
-        done = [server.wait(one["id"]) for one in (long, short)]
-        assert "resuming from" in server.log.read_text()
+    command = [sys.executable, str(ROOT / "serve.py"), "worker", f"--model_id={model}"]
+    command += [f"--output_dir={folder}", "--dtype=float32", "--checkpoint_every=1", *ONE_DEVICE]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with Server(model, folder, "--no_worker") as server, open(tmp_path / "log", "w") as log:
+        worker = subprocess.Popen(command, env=environment, stdout=log)
+        try:
+            done = [server.wait(one["id"]) for one in (long, short)]
+            worker.terminate()
+            assert worker.wait(60) == 0
+        finally:
+            worker.kill()
+    assert "resuming from" in (tmp_path / "log").read_text()
     assert [one["created_at"] for one in done] == [long["created_at"], short["created_at"]]
