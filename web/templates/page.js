@@ -41,7 +41,10 @@ function fetchCard(id) {
   return fetching;
 }
 
+const discarded = new Set(); // ids
+
 async function update(video) {
+  if (discarded.has(video.id)) return;
   let card = cardOf(video.id);
   if (card?.dataset.state !== video.status) {
     if (card && ["completed", "failed"].includes(video.status)) {
@@ -71,7 +74,11 @@ function remove(id) {
 
 const events = new EventSource("/v1/events");
 events.addEventListener("video", (event) => update(JSON.parse(event.data)));
-events.addEventListener("deleted", (event) => remove(JSON.parse(event.data).id));
+events.addEventListener("deleted", (event) => {
+  const { id } = JSON.parse(event.data);
+  discarded.delete(id);
+  remove(id);
+});
 events.addEventListener("error", () => {
   announce.textContent = "The connection was lost; trying again.";
 });
@@ -144,9 +151,15 @@ async function reuse(id) {
 
 async function discard(id, label) {
   if (!confirm(`${label} this video? Its files are deleted.`)) return;
-  const answer = await fetch(`/v1/videos/${id}`, { method: "DELETE" });
-  if (!answer.ok && answer.status !== 404) return say(await errorOf(answer));
+  // The card goes first, so that it asks for no preview of what is gone.
+  discarded.add(id);
   remove(id);
+  const answer = await fetch(`/v1/videos/${id}`, { method: "DELETE" });
+  if (!answer.ok && answer.status !== 404) {
+    discarded.delete(id);
+    await fetchCard(id);
+    return say(await errorOf(answer));
+  }
   announce.textContent = "Deleted.";
   form.elements.prompt.focus();
 }
