@@ -227,7 +227,7 @@ def _open_array(path: Path) -> np.ndarray:
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
         raise ValueError(f"{path} is not a video: shape {list(array.shape)}, not [F, H, W, 3]")
     if array.dtype.name not in ("uint8", *_FLOATS):
-        raise ValueError(f"{path} holds {array.dtype.name}; use uint8, or float32 in 0..1")
+        raise ValueError(f"{path} holds {array.dtype.name}; use uint8, or floats in 0..1")
     return array
 
 

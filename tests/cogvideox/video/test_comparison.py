@@ -156,7 +156,7 @@ def damaged(folder, tmp_path):
         yield tmp_path / name
     for name, array in {
         "image.npy": np.zeros((4, 4, 3), np.float32),
-        "double.npy": np.zeros((2, 32, 32, 3)),
+        "integer.npy": np.zeros((2, 32, 32, 3), np.int16),
         "none.npy": np.zeros((0, 32, 32, 3), np.uint8),
         "pickle.npy": np.array([None]),
     }.items():
