@@ -227,7 +227,8 @@ def test_killed_and_started_again_it_goes_on(model, tmp_path):
     """The second server only accepts; a worker of its own makes what is left."""
     folder = tmp_path / "videos"
     with Server(model, folder, "--checkpoint_every=1") as server:
-        long = server.create(num_inference_steps=100, seed=5)
+        # It takes seconds, and a worker ends a moment after its server.
+        long = server.create(num_inference_steps=500, seed=5)
         short = server.create(seed=6)
         while server.wait(long["id"], "in_progress")["steps_done"] < 2:
             time.sleep(0.02)
