@@ -14,7 +14,7 @@ def add_condition(parser: ArgumentParser) -> None:
         "--video",
         type=Path,
         help="video that a text-to-video model starts from: .mp4, .gif, .webp, .npy (uint8 or "
-        "float32 [F, height, width, 3]), or a folder of PNG frames",
+        "floats in 0..1, [F, height, width, 3]), or a folder of PNG frames",
     )
     parser.add_argument(
         "--image_fit",

@@ -170,15 +170,7 @@ def run(options: CalibrateOptions) -> None:
     """Measures, and writes calibration.json and the plot."""
     with working("calibrate: importing JAX, starting the devices"), checking_input():
         prompts = read_prompts(options.prompts)
-        encoding = encode.EncodeOptions(
-            prompt=prompts,
-            model_id=options.model_id,
-            dtype=options.dtype,
-            output_dir=options.output_dir,
-            negative_prompt=options.negative_prompt,
-            max_sequence_length=options.max_sequence_length,
-            allow_unsupported=options.allow_unsupported,
-        )
+        encoding = encode_options(options, prompts)
         files.check_executables(options.executables)
         files.check_output_folder(options.output_dir, CALIBRATION_FILE, PROGRESS_FILE)
         if options.plot:
@@ -201,6 +193,18 @@ def run(options: CalibrateOptions) -> None:
 
         plot(options.plot, calibration)
         print(f"{options.plot}: ratios and masks")
+
+
+def encode_options(options: CalibrateOptions, prompts: list[str]) -> encode.EncodeOptions:
+    return encode.EncodeOptions(
+        prompt=prompts,
+        model_id=options.model_id,
+        dtype=options.dtype,
+        output_dir=options.output_dir,
+        negative_prompt=options.negative_prompt,
+        max_sequence_length=options.max_sequence_length,
+        allow_unsupported=options.allow_unsupported,
+    )
 
 
 def denoise_options(options: CalibrateOptions) -> denoise.DenoiseOptions:

@@ -12,7 +12,13 @@ from runtime.open_folder import OpenFolder
 from runtime.progress import progress, working
 from runtime.versions import versions
 from stages import denoise, encode, files, sparse, speed
-from stages.calibrate import CalibrateOptions, denoise_options, embed_each, read_prompts
+from stages.calibrate import (
+    CalibrateOptions,
+    denoise_options,
+    embed_each,
+    encode_options,
+    read_prompts,
+)
 from stages.steps import check_takes_lists, compile_steps, load_steps
 
 if TYPE_CHECKING:
@@ -37,15 +43,7 @@ def run(options: CalibrateOptions, alpha: float) -> None:
     """
     with working("calibrate: importing JAX, starting the devices"), checking_input():
         prompts = read_prompts(options.prompts)
-        encoding = encode.EncodeOptions(
-            prompt=prompts,
-            model_id=options.model_id,
-            dtype=options.dtype,
-            output_dir=options.output_dir,
-            negative_prompt=options.negative_prompt,
-            max_sequence_length=options.max_sequence_length,
-            allow_unsupported=options.allow_unsupported,
-        )
+        encoding = encode_options(options, prompts)
         files.check_executables(options.executables)
         files.check_output_folder(options.output_dir, RULES_FILE)
         model, tokens = encode.check(encoding)
