@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import utils
+from command_line.engine import add_engine
 from jobs.claims import DEFAULT_EXPIRY
 from jobs.jobfile import LineSettings
 from runtime.errors import InputError
@@ -60,18 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="keep a copy there, and fetch missing files from there: gs://bucket/night, or any "
         "other URL that fsspec knows",
     )
-    parser.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="local works in this process; ray on every machine of a Ray cluster",
-    )
-    parser.add_argument(
-        "--workers_per_node",
-        type=utils.integer(1),
-        default=1,
-        help="of --engine ray; they share the machine's accelerators",
-    )
+    add_engine(parser)
     parser.add_argument(
         "--inputs_dir",
         type=Path,

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import utils
+from command_line.engine import add_engine
 from command_line.parser import ArgumentParser, integer
 from jobs.jobfile import LineSettings
 from runtime.exit_codes import run_script
@@ -31,6 +32,7 @@ def _add_common(parser: ArgumentParser) -> None:
     utils.add_dtype(parser)
     utils.add_platform(parser)
     utils.add_executables(parser)
+    add_engine(parser)
     parser.set_defaults(checkpoint_every=_CHECKPOINT_EVERY, preview_every=_PREVIEW_EVERY)
 
 
@@ -84,7 +86,8 @@ def run(arguments: argparse.Namespace, words: list[str]) -> None:
 def parse_worker(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
         "Makes the videos that servers accept into a folder, until it is stopped.",
-        "  python serve.py worker --output_dir served",
+        "  python serve.py worker --output_dir served\n"
+        "  python serve.py worker --output_dir served --engine ray",
     )
     parser.prog += " worker"
     _add_common(parser)
@@ -92,13 +95,14 @@ def parse_worker(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def work(arguments: argparse.Namespace, with_server: bool) -> None:
-    from jobs import service
+    from jobs import serving
     from jobs.options import BatchOptions
 
-    utils.choose_platform(arguments)
-    utils.copy_trusted_executables(arguments)
+    if arguments.engine == "local":  # Ray's workers do it on their machines
+        utils.choose_platform(arguments)
+        utils.copy_trusted_executables(arguments)
     options = utils.options(BatchOptions, arguments, jobs=None, stages=STAGES)
-    service.run(options, sys.stdin if with_server else None)
+    serving.run(options, sys.stdin if with_server else None)
 
 
 def main() -> None:

@@ -8,17 +8,14 @@ worker that holds it, after the running step.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
 
-from cogvideox.model.folder import MODEL_PARTS, ModelFolder, find_model
+from cogvideox.model.folder import ModelFolder
 from jobs.claims import Claim
 from jobs.ledger import CONFIG, DONE, FAILED
 from jobs.options import BatchOptions
@@ -27,12 +24,10 @@ from jobs.records import CANCEL_FILE, JOB_FILE, STAGES, Job, read_job
 from jobs.runner import Runner
 from jobs.steps import show_activity, show_steps
 from runtime.devices import start_jax
-from runtime.errors import InputError, checking_input
+from runtime.errors import InputError
 from runtime.progress import working
 from runtime.text import printable
-from stages import files
 from stages.denoise import StoppedBetweenSteps
-from stages.preview import find_factors
 from stages.session import Session, Shape
 
 ENCODE, DENOISE, DECODE = STAGES
@@ -225,50 +220,3 @@ def _until_canceled[State](
             yield state
             if (folder / CANCEL_FILE).exists():
                 raise StoppedBetweenSteps
-
-
-def run(options: BatchOptions, parent: TextIO | None) -> None:
-    """Serves a folder until SIGTERM or SIGINT, or until the parent process is gone.
-
-    Args:
-        parent: a line on it says that a job has come, its end that the parent is gone; None for a
-            worker without a parent.
-
-    Raises:
-        InputError: there is no such model.
-        RunError: the disk is full, or the folder was removed.
-    """
-    with checking_input():
-        files.check_output_folder(options.output_dir)
-        model = find_model(options.model_id, MODEL_PARTS)
-        options = _with_previews_if_it_can(options, model)
-    stop, wake = threading.Event(), threading.Event()
-
-    def on_signal(number: int, _: object) -> None:
-        stop.set()
-        wake.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    if parent:
-        threading.Thread(target=_listen, args=(parent, wake), daemon=True).start()
-    Service(model, options, stop, wake).run()
-
-
-def _with_previews_if_it_can(options: BatchOptions, model: ModelFolder) -> BatchOptions:
-    """Turns previews off for a model without factors, unless the user named some."""
-    try:
-        find_factors(options, model)
-    except ValueError as error:
-        if options.preview_factors:
-            raise
-        print(f"without previews: {error}")
-        return dataclasses.replace(options, preview_every=None)
-    return options
-
-
-def _listen(parent: TextIO, wake: threading.Event) -> None:
-    for _ in parent:
-        wake.set()
-    # The accelerator must be free for the next server's worker; the records say what is done.
-    os._exit(1)

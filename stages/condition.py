@@ -151,14 +151,15 @@ def find_source(options: ConditionOptions | None, model: ModelFolder) -> Source 
     Raises:
         ValueError: the model needs another one, or it cannot be read or encoded.
     """
-    from cogvideox.model.presets import preset_for
     from cogvideox.model.settings import Condition, check_condition, complete_settings
-    from cogvideox.vae.weights import stored_weights
-    from cogvideox.video.inputs import count_frames, read_image
 
     if options is None:
         check_condition(model, None)
         return None
+    from cogvideox.model.presets import preset_for
+    from cogvideox.vae.weights import stored_weights  # imports JAX: 0.7 s that a text does without
+    from cogvideox.video.inputs import count_frames, read_image
+
     check_options(options)
     if not options.path.exists():
         raise InputError(f"--{options.kind} {options.path}: there is no such file")

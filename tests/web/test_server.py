@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -246,3 +247,16 @@ def test_killed_and_started_again_it_goes_on(model, tmp_path):
             worker.kill()
     assert "resuming from" in (tmp_path / "log").read_text()
     assert [one["created_at"] for one in done] == [long["created_at"], short["created_at"]]
+
+
+def test_workers_of_a_ray_cluster(model, server, video, tmp_path):
+    """They make the same video, and end with the server."""
+    with Server(model, tmp_path / "videos", "--engine=ray") as ray_server:
+        made = ray_server.create(PROMPT, size="48x32", seed=7)
+        ray_server.wait(made["id"])
+        content = [
+            one.ask("GET", f"/v1/videos/{id_}/content").body
+            for one, id_ in ((ray_server, made["id"]), (server, video.id))
+        ]
+    assert ray_server.process.returncode == 128 + signal.SIGTERM
+    assert content[0] == content[1]
