@@ -1,7 +1,7 @@
 """The stages as calls from Python: arrays in, arrays out, weights and programs kept loaded.
 
     pipeline = Pipeline("zai-org/CogVideoX1.5-5B")
-    frames = pipeline.generate("A panda plays guitar in a bamboo forest", seed=7)
+    frames = pipeline.generate("A panda plays guitar in a bamboo forest", Settings(seed=7))
 
 The arrays are those that the stage scripts write into their files.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stages import decode, encode, speed
 from stages.checkpoints import Checkpoints
+from stages.condition import ConditionOptions
 from stages.denoise import Bar
 from stages.denoise_options import DenoiseOptions
 from stages.preview import find_factors
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cogvideox.denoising.loop import LoopState
+    from cogvideox.model.settings import Condition
     from cogvideox.video.preview import PreviewFactors
 
 Decoder = Literal["torchax", "flax"]
@@ -46,10 +48,25 @@ class Embeddings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """An image or a video that a run starts from, encoded.
+
+    Attributes:
+        condition: its kind, size and number of frames.
+        mean, std: of the posterior, [1, C, T, H, W] in the pipeline's dtype.
+    """
+
+    condition: Condition
+    mean: np.ndarray
+    std: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of a video, by the names of the stages' options; None takes the model's value.
 
     Attributes:
+        strength: of a run that starts from a video: the share of the steps that run.
         allow_unsupported: also compute sizes that the model was not trained for.
         speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers:
             lossy; see docs/speed.md.
@@ -64,6 +81,7 @@ class Settings:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
+    strength: float | None = None
     allow_unsupported: bool = False
     speed: str = speed.EXACT
     step_mask: str | None = None
@@ -134,13 +152,13 @@ class Pipeline:
             executables: a folder from compile_ahead.py.
 
         Raises:
-            ValueError: there is no such model, parts of it are missing, or it needs an image.
+            ValueError: there is no such model, parts of it are missing, or it is not supported.
         """
         from cogvideox.model.folder import MODEL_PARTS, find_model
-        from cogvideox.model.settings import check_condition
+        from cogvideox.model.settings import check_supported
 
         self._model = find_model(model_id, MODEL_PARTS)
-        check_condition(self._model, None)
+        check_supported(self._model)
         self._mesh: dict[str, Any] = {"dp": dp, "sp": sp, "tp": tp}
         self._common: dict[str, Any] = {
             "model_id": model_id,
@@ -175,43 +193,89 @@ class Pipeline:
             ValueError: the prompt is empty, too long or not valid Unicode, or the model was not
                 trained for that many tokens.
         """
-        options = encode.EncodeOptions(
-            prompt=[prompt],
-            model_id=self._model_id,
-            dtype=self._dtype,
-            output_dir=_NOWHERE,
+        options = dataclasses.replace(
+            self._encode_options(prompt),
             negative_prompt=negative_prompt,
             max_sequence_length=max_sequence_length,
         )
         _, tokens = encode.check(options)
-        request = dataclasses.replace(self._request(Settings(), tokens), encode=options)
+        request = self._request(Settings(), tokens, self._any_condition())
+        request = dataclasses.replace(request, encode=options)
         self._session.prepare(ENCODE, request)
         return Embeddings(**self._session.embed(request))
+
+    def start_from(
+        self,
+        *,
+        image: Path | str | None = None,
+        video: Path | str | None = None,
+        image_fit: Literal["stretch", "crop"] = "stretch",
+        height: int | None = None,
+        width: int | None = None,
+        size: Literal["auto"] | None = None,
+        allow_unsupported: bool = False,
+        encode_on: Literal["cpu", "devices"] | None = None,
+    ) -> Start:
+        """Encodes an image or a video, as stage 1 does; see docs/image_and_video.md.
+
+        Args:
+            image, video: one of them: a file, or for a video also a folder of PNG frames.
+            height, width, size: None takes the model's; size "auto" its nearest in shape.
+
+        Raises:
+            ValueError: the model needs another one, or it cannot be read or encoded.
+        """
+        chosen = ConditionOptions(
+            image=None if image is None else Path(image),
+            video=None if video is None else Path(video),
+            image_fit=image_fit,
+            height=height,
+            width=width,
+            size=size,
+            allow_unsupported=allow_unsupported,
+            encode_on=encode_on,
+            encoder=self._decoder,
+        )
+        if image is None and video is None:
+            raise ValueError("give an image or a video to start from")
+        options = dataclasses.replace(self._encode_options("-"), condition=chosen)
+        encoded = self._session.encode_input(options)
+        assert encoded is not None
+        return Start(encoded.source.condition, **encoded.posterior)
 
     def denoise(
         self,
         embeddings: Embeddings,
         settings: Settings | None = None,
         *,
+        start: Start | None = None,
         progress: Callback | None = None,
     ) -> np.ndarray:
         """Runs the transformer, as stage 2 does.
 
         Args:
+            start: from `start_from`; image-to-video models need one, of an image.
             progress: called after each step; what it raises ends the run.
 
         Returns:
             Latents [1, C, T, H, W], unscaled, in the pipeline's dtype.
 
         Raises:
-            ValueError: the model cannot compute the settings.
+            ValueError: the model cannot compute the settings, or needs another start.
         """
+        from cogvideox.denoising.conditioning import Conditioning
+
         tensors = dataclasses.asdict(embeddings)
         tokens = embeddings.prompt_embeds.shape[1]
-        request = self._request(settings or Settings(), tokens)
+        condition = None if start is None else start.condition
+        request = self._request(settings or Settings(), tokens, condition)
         self._session.check_denoising(request)
         self._session.prepare(DENOISE, request)
         run = self._session.run_of(request)
+        if start is not None:
+            kind, vae = start.condition.kind, self._model.vae
+            conditioning = Conditioning.of(kind, start.mean, start.std, vae)
+            run = dataclasses.replace(run, conditioning=conditioning)
         checkpoints = Checkpoints(_NOWHERE, {"fingerprint": ""}, every=None)
         bar = self._bar(progress, run.padding_frames)
         return self._session.denoise_tensors(run, tensors, checkpoints, bar, None)
@@ -238,7 +302,7 @@ class Pipeline:
                 f"latents are {list(latents.shape)}, not [1, {self._model.vae.latent_channels}, T, "
                 "H, W]"
             )
-        request = self._request(Settings(), 1)
+        request = self._request(Settings(), 1, self._any_condition())
         self._session.prepare_decoder(request, latents.shape, output)
         return np.concatenate([batch[0] for batch in self._session.decode_latents(latents, output)])
 
@@ -248,6 +312,7 @@ class Pipeline:
         settings: Settings | None = None,
         *,
         negative_prompt: str = "",
+        start: Start | None = None,
         progress: Callback | None = None,
         output: Literal["uint8", "float32"] = "uint8",
     ) -> np.ndarray:
@@ -257,9 +322,21 @@ class Pipeline:
             Frames [F, height, width, 3].
         """
         embeddings = self.encode(prompt, negative_prompt)
-        return self.decode(self.denoise(embeddings, settings, progress=progress), output=output)
+        latents = self.denoise(embeddings, settings, start=start, progress=progress)
+        return self.decode(latents, output=output)
 
-    def _request(self, settings: Settings, tokens: int) -> VideoRequest:
+    def _encode_options(self, prompt: str) -> encode.EncodeOptions:
+        return encode.EncodeOptions([prompt], self._model_id, self._dtype, _NOWHERE)
+
+    def _any_condition(self) -> Condition | None:
+        """A condition that the model takes, for calls to which it makes no difference."""
+        from cogvideox.model.settings import likely_condition
+
+        return likely_condition(self._model, None, None)
+
+    def _request(
+        self, settings: Settings, tokens: int, condition: Condition | None
+    ) -> VideoRequest:
         from cogvideox.model.settings import DenoisingSettings, complete_settings
 
         options = DenoiseOptions(
@@ -272,11 +349,13 @@ class Pipeline:
         )
         names = [field.name for field in dataclasses.fields(DenoisingSettings)]
         wishes = {name: getattr(options, name) for name in names}
-        complete = complete_settings(wishes, self._model, any_size=settings.allow_unsupported)
+        complete = complete_settings(
+            wishes, self._model, any_size=settings.allow_unsupported, condition=condition
+        )
         lossy = speed.resolve(options, complete, self._model)
         return VideoRequest(
             settings=complete,
-            encode=encode.EncodeOptions([""], self._model_id, self._dtype, _NOWHERE),
+            encode=self._encode_options("-"),
             denoise=dataclasses.replace(options, lossy=lossy),
             decode=decode.DecodeOptions(
                 input_dir=_NOWHERE,
@@ -286,6 +365,7 @@ class Pipeline:
                 **self._common,
             ),
             text_tokens=tokens,
+            condition=condition,
         )
 
     def _bar(self, progress: Callback | None, padding: int) -> Bar:

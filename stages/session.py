@@ -209,12 +209,16 @@ class Session:
         return encode.embed(self._text_encoder, request.encode, request.text_tokens)
 
     def _encode(self, request: VideoRequest) -> None:
-        encoded = self._encode_input(request.encode)
+        encoded = self.encode_input(request.encode)
         tensors = self.embed(request)
         encode.save(tensors, request.encode, self._model, request.text_tokens, encoded)
 
-    def _encode_input(self, options: encode.EncodeOptions) -> condition.Encoded | None:
-        """Encodes the image or video of a request, if there is one."""
+    def encode_input(self, options: encode.EncodeOptions) -> condition.Encoded | None:
+        """Encodes the image or video that a request names; None if it names none.
+
+        Raises:
+            ValueError: the model needs another one, or it cannot be read or encoded.
+        """
         source = condition.find_source(options.condition, self._model)
         if source is None:
             return None

@@ -64,6 +64,7 @@ PREVIEWS = "tests/stages/test_preview.py"
 VAE = "tests/parity/test_vae_parity.py"
 VAE_DECODE = f"{VAE}::test_decode_equals_diffusers"
 VAE_SHARDS = "tests/cogvideox/vae/test_decode.py::test_every_width_over_devices_equals_one_device"
+FROM_PYTHON = "tests/stages/test_pipeline_from_python.py"
 TRAPS_OF_CONDITIONS = "tests/parity/test_condition_traps.py"
 VAE_ENCODE = "tests/parity/test_vae_encoder.py::test_encode_equals_diffusers"
 VAE_PROGRAM = "tests/cogvideox/vae/test_decode_program.py"
@@ -380,6 +381,12 @@ MUTANTS = (
            "variance + norm.eps", "variance + 1e-6",
            (f"{VAE_ENCODE}[torchax-moments_conv-1-14-1]",)),
     # Images and videos that a run starts from.
+    Mutant("start from Python left out", "stages/pipeline.py",
+           "run = dataclasses.replace(run, conditioning=conditioning)",
+           "run = dataclasses.replace(run)", (f"{FROM_PYTHON}::test_starts_from_a_video",)),
+    Mutant("fit from Python left out", "stages/pipeline.py",
+           "image_fit=image_fit,", 'image_fit="stretch",',
+           (f"{FROM_PYTHON}::test_starts_from_an_image_as_the_stages_do",)),
     Mutant("image in the wrong latent frame", "cogvideox/denoising/conditioning.py",
            "image[:, :1] = encoded", "image[:, -1:] = encoded",
            (f"{TRAPS_OF_CONDITIONS}::test_the_image_is_the_first_latent_frame_of_every_video",)),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 import stage1_text_encoder as stage1
@@ -84,10 +85,48 @@ def test_a_callback_ends_a_run(pipeline):
         pipeline.generate(PROMPT, SETTINGS, progress=stop)
 
 
-def test_an_image_to_video_model_is_refused(tmp_path):
-    model = save_tiny_model(tmp_path / "model", image_to_video=True)
-    with pytest.raises(ValueError, match="image-to-video model"):
-        Pipeline(str(model))
+def test_starts_from_an_image_as_the_stages_do(tmp_path):
+    model = save_tiny_model(
+        tmp_path / "model", sample_height=4, sample_width=6, sample_frames=5, image_to_video=True
+    )
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(picture)
+    common = ["--dtype=float32", f"--output_dir={tmp_path}"]
+    stage1.run(stage1.parse_arguments(
+        [f"--prompt={PROMPT}", f"--model_id={model}", f"--image={picture}", "--image_fit=crop",
+         *common]
+    ))  # fmt: skip
+    stage2.run(stage2.parse_arguments(
+        [f"--input_dir={tmp_path}", "--num_inference_steps=3", "--seed=5", *ONE_DEVICE, *common]
+    ))  # fmt: skip
+    pipeline = Pipeline(str(model), dtype="float32", dp=1, sp=1, tp=1)
+    start = pipeline.start_from(image=str(picture), image_fit="crop")
+    for name, stored in load_file(tmp_path / stage_files.CONDITIONS_FILE).items():
+        np.testing.assert_array_equal(getattr(start, name), stored)
+    embeddings = pipeline.encode(PROMPT)
+    latents = pipeline.denoise(embeddings, SETTINGS, start=start)
+    stored = load_file(tmp_path / stage_files.LATENTS_FILE)
+    np.testing.assert_array_equal(latents, stored["latents"])
+    with pytest.raises(ValueError, match="give stage 1 an image"):
+        pipeline.denoise(embeddings, SETTINGS)
+    with pytest.raises(ValueError, match="for --video, not for --image"):
+        pipeline.denoise(embeddings, Settings(strength=0.5), start=start)
+    with pytest.raises(ValueError, match="an image or a video"):
+        pipeline.start_from()
+
+
+def test_starts_from_a_video(pipeline, tmp_path):
+    file = tmp_path / "video.npy"
+    np.save(file, np.random.default_rng(1).integers(0, 256, (5, 32, 48, 3), np.uint8))
+    start = pipeline.start_from(video=file, encode_on="cpu")
+    settings = Settings(seed=5, num_inference_steps=3, strength=0.7)
+    seen = []
+    embeddings = pipeline.encode(PROMPT)
+    latents = pipeline.denoise(
+        embeddings, settings, start=start, progress=lambda step: seen.append(step.total)
+    )
+    assert seen == [2, 2] and latents.shape == start.mean.shape
+    assert not np.array_equal(latents, pipeline.denoise(embeddings, SETTINGS))
 
 
 def test_bad_arguments(pipeline):
