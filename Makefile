@@ -1,4 +1,4 @@
-# make setup | demo | serve | test | quick | check | mutants. Everything lives in .venv.
+# make setup | demo | demo-image | serve | test | quick | check | mutants. Everything lives in .venv.
 #
 #   make setup                       for TPUs, and for planning on a Linux machine without one
 #   make setup ACCELERATOR=cuda      for NVIDIA GPUs
@@ -17,16 +17,18 @@ TORCH_INDEX ?=
 # Workers of the test suite.
 WORKERS ?= 2
 PROMPT ?= a red circle moves left on a dark blue background
+IMAGE ?= models/toyworld-i2v/samples/red_circle.png
 DEMO_DIR ?= stage_outputs/demo
+DEMO_IMAGE_DIR ?= stage_outputs/demo_image
 SERVE_DIR ?= stage_outputs/served
 PORT ?= 8000
-export PROMPT
+export PROMPT IMAGE
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: setup demo serve test quick check mutants
+.PHONY: setup demo demo-image serve test quick check mutants
 
 setup: $(VENV)/.installed-$(ACCELERATOR)
 
@@ -49,6 +51,11 @@ demo: setup
 		--prompt "$$PROMPT" --dtype float32 --output_dir $(DEMO_DIR)
 	@JAX_PLATFORMS=cpu $(RUN) stage2_transformer.py --input_dir $(DEMO_DIR) --dtype float32
 	@JAX_PLATFORMS=cpu $(RUN) stage3_vae_decoder.py --input_dir $(DEMO_DIR) --dtype float32
+
+demo-image: setup
+	@mkdir -p $(DEMO_IMAGE_DIR)
+	@JAX_PLATFORMS=cpu $(RUN) generate.py --model_id models/toyworld-i2v \
+		--prompt "$$PROMPT" --image "$$IMAGE" --dtype float32 --output_dir $(DEMO_IMAGE_DIR)
 
 # The small model on http://127.0.0.1:$(PORT).
 serve: setup

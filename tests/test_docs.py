@@ -16,6 +16,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     ROOT / "models/toyworld/README.md",
+    ROOT / "models/toyworld-i2v/README.md",
     ROOT / "splash_attention/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
@@ -33,7 +34,7 @@ _INLINE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _COMMAND = re.compile(r"\bpython3? (-m [\w.]+|[\w./]+\.py)([^\n#'`&|]*)")
 _FLAG = re.compile(r"(?<![\w=-])--[a-z][\w-]*")
-_MAKE = re.compile(r"^(?:[A-Z_]+=\S+ )*make (\w+)", re.MULTILINE)
+_MAKE = re.compile(r"^(?:[A-Z_]+=\S+ )*make ([\w-]+)", re.MULTILINE)
 _TOKEN = re.compile(r"[\w.*-]+(?:/[\w.*-]*)*")
 
 
@@ -117,7 +118,7 @@ def test_links_and_files_exist(document: Path):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_make_targets_exist(document: Path):
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     named = {name for code in code_of(document) for name in _MAKE.findall(code)}
     assert named <= targets
 

@@ -151,6 +151,30 @@ def make_transformer() -> CogVideoXTransformer3DModel:
     return transformer
 
 
+def expand_transformer(text: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
+    """Makes an image-to-video transformer that starts as a text-to-video one.
+
+    As CogVideoX1.5-5B-I2V it takes the picture's latents as further channels and has an `ofs`
+    embedding. The columns of those channels and the end of that embedding start as zero.
+    """
+    config = {name: value for name, value in text.config.items() if name[0] != "_"} | {
+        "in_channels": 2 * LATENT_CHANNELS,
+        "ofs_embed_dim": text.config["time_embed_dim"],
+    }
+    transformer = CogVideoXTransformer3DModel.from_config(config)
+    assert isinstance(transformer, CogVideoXTransformer3DModel)
+    weights = text.state_dict()
+    columns = weights["patch_embed.proj.weight"]  # channels are the outermost part of a patch
+    weights["patch_embed.proj.weight"] = torch.cat([columns, torch.zeros_like(columns)], dim=1)
+    missing, unexpected = transformer.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.startswith("ofs_embedding.") for name in missing), missing
+    assert transformer.ofs_embedding is not None
+    last = transformer.ofs_embedding.linear_2
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    return transformer
+
+
 def make_scheduler() -> CogVideoXDPMScheduler:
     """Makes the noise scheduler that CogVideoX 1.5 publishes."""
     return CogVideoXDPMScheduler(

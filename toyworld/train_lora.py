@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from toyworld import parts
 from toyworld.captions import all_things, draw_scene, full_caption
-from toyworld.train import encode_texts
+from toyworld.train_text import encode_texts
 from toyworld.train_vae import to_model
 from toyworld.world import BACKGROUNDS, HEIGHT, Scenes, render, scenes_of
 

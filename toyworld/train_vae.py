@@ -156,14 +156,30 @@ def _draw_and_learn(
 
 @torch.no_grad()
 def encode_videos(
-    scenes: list[Scene], vae: AutoencoderKLCogVideoX, device: torch.device, seed: int
-) -> torch.Tensor:
-    """Renders and encodes scenes: unscaled latents [B, T, C, H, W] in bfloat16, on the device."""
+    scenes: list[Scene],
+    vae: AutoencoderKLCogVideoX,
+    device: torch.device,
+    seed: int,
+    pictures: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Renders and encodes scenes, in bfloat16 on the device; nothing is scaled.
+
+    Args:
+        pictures: also encode the first frames alone, of scenes whose start leaves the motion open.
+
+    Returns:
+        Latents [B, T, C, H, W], and mean and deviation of the first frames' posteriors
+        [B, 2, C, H, W] or None.
+    """
     generator = torch.Generator().manual_seed(seed)
-    chunks = []
+    latents, posteriors = [], []
     for first in range(0, len(scenes), 64):
-        batch = scenes_of(scenes[first : first + 64], generator).to(device)
+        batch = scenes_of(scenes[first : first + 64], generator, open_start=pictures).to(device)
+        video = to_model(render(batch))
         with torch.autocast(device.type, torch.bfloat16):
-            latents = vae.encode(to_model(render(batch)), return_dict=False)[0].mode()
-        chunks.append(latents.transpose(1, 2).to(torch.bfloat16))
-    return torch.cat(chunks)
+            latents.append(vae.encode(video, return_dict=False)[0].mode().transpose(1, 2))
+            if pictures:
+                posterior = vae.encode(video[:, :, :1], return_dict=False)[0]
+                posteriors.append(torch.stack([posterior.mean, posterior.std], dim=1)[:, :, :, 0])
+    encoded = torch.cat(latents).to(torch.bfloat16)
+    return encoded, torch.cat(posteriors).to(torch.bfloat16) if pictures else None

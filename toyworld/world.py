@@ -105,11 +105,17 @@ class Scenes:
         ]
 
 
-def scenes_of(described: list[Scene], generator: torch.Generator) -> Scenes:
+def scenes_of(
+    described: list[Scene], generator: torch.Generator, *, open_start: bool = False
+) -> Scenes:
     """Draws positions, sizes and speeds for B described scenes of one or two things.
 
     A lone thing has the whole frame; of two things the first gets the left or the right half, by
     chance, and the second the other, so they never touch.
+
+    Args:
+        open_start: draw shorter ways and other sizes, so that the first frame says less about the
+            motion: most sizes may move, and grow or shrink.
     """
     backgrounds, colors = list(BACKGROUNDS), list(COLORS)
     # An absent second thing gets the first one's indices; `present` keeps it from being drawn.
@@ -124,12 +130,33 @@ def scenes_of(described: list[Scene], generator: torch.Generator) -> Scenes:
     )
     present = torch.tensor([[True, len(scene.things) == 2] for scene in described])
     background = torch.tensor([backgrounds.index(scene.background) for scene in described])
-    start, end = _trajectories(index[..., 2], present.all(dim=1), generator)
+    start, end = _trajectories(index[..., 2], present.all(dim=1), generator, open_start)
     return Scenes(background, index[..., 0], index[..., 1], index[..., 2], present, start, end)
 
 
+# Ranges of a lone thing and of each of two: radius of a thing that moves, the small radius of one
+# that grows or shrinks, how many times it grows, and the pixels of the way across and down. With
+# an open start (True), a radius of the first frame fits nearly every motion.
+_RANGES = {
+    False: (
+        ((11.0, 17.0), (9.0, 12.0)),
+        ((7.0, 10.0), (6.0, 7.5)),
+        ((2.0, 2.5), (2.0, 2.3)),
+        ((32.0, 64.0), (22.0, 34.0)),
+        ((26.0, 40.0), (26.0, 40.0)),
+    ),
+    True: (
+        ((8.0, 17.0), (7.0, 12.0)),
+        ((7.0, 13.0), (6.5, 9.0)),
+        ((1.7, 2.1), (1.7, 2.1)),
+        ((24.0, 60.0), (20.0, 34.0)),
+        ((18.0, 36.0), (18.0, 36.0)),
+    ),
+}
+
+
 def _trajectories(
-    motion: torch.Tensor, crowded: torch.Tensor, generator: torch.Generator
+    motion: torch.Tensor, crowded: torch.Tensor, generator: torch.Generator, open_start: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws start, end [B, O, 3] for motions [B, O]; `crowded` [B] marks scenes of two things."""
     B, num_things = motion.shape
@@ -138,15 +165,21 @@ def _trajectories(
         return low + (high - low) * torch.rand(B, num_things, generator=generator)
 
     two = crowded[:, None]
-    still = uniform(torch.where(two, 9.0, 11.0), torch.where(two, 12.0, 17.0))
-    small = uniform(torch.where(two, 6.0, 7.0), torch.where(two, 7.5, 10.0))
-    large = small * uniform(2.0, torch.where(two, 2.3, 2.5))
+    still_range, small_range, growth, run_x_range, run_y_range = _RANGES[open_start]
+
+    def uniform_of(alone: tuple[float, float], crowd: tuple[float, float]) -> torch.Tensor:
+        low, high = (torch.where(two, b, a) for a, b in zip(alone, crowd, strict=True))
+        return uniform(low, high)
+
+    still = uniform_of(*still_range)
+    small = uniform_of(*small_range)
+    large = small * uniform_of(*growth)
     grows, shrinks = motion == MOTIONS.index("grow"), motion == MOTIONS.index("shrink")
     r_start = torch.where(grows, small, torch.where(shrinks, large, still))
     r_end = torch.where(grows, large, torch.where(shrinks, small, still))
 
-    run_x = uniform(torch.where(two, 22.0, 32.0), torch.where(two, 34.0, 64.0))
-    run_y = uniform(26.0, 40.0)
+    run_x = uniform_of(*run_x_range)
+    run_y = uniform_of(*run_y_range)
     right, left = motion == MOTIONS.index("right"), motion == MOTIONS.index("left")
     down, up = motion == MOTIONS.index("down"), motion == MOTIONS.index("up")
     dx = run_x * (right.float() - left.float())

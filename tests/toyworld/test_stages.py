@@ -74,3 +74,26 @@ def check_previews(folder: Path, video: Path) -> None:
         wanted = small_frames(frames, len(seen), 8)
         errors.append(mean_squared_error(np.stack(seen) / 255, wanted))
     assert psnr(float(np.mean(errors))) > 20
+
+
+def test_a_picture_moves_as_each_caption_says(tmp_path):
+    """One picture, four captions: only the caption can tell the motion."""
+    model, where = MODEL.with_name("toyworld-i2v"), f"--output_dir={tmp_path}"
+    picture = model / "samples/red_circle.png"
+    motions = {"moves left": "left", "rises": "up", "falls": "down", "shrinks": "shrink"}
+    texts = [f"--prompt=a red circle {words} on a dark blue background" for words in motions]
+    arguments = [f"--model_id={model}", f"--image={picture}", where, "--dtype=float32"]
+    stage1.run(stage1.parse_arguments([*arguments, *texts]))
+    folder = f"--input_dir={tmp_path}"
+    settings = ["--num_inference_steps=10", "--dtype=float32", "--seed=1"]
+    stage2.run(stage2.parse_arguments([folder, where, *settings]))
+    video = tmp_path / "video.npy"
+    arguments = [folder, "--output_video", str(video), "--dtype=float32"]
+    stage3.run(stage3.parse_arguments(arguments), "torchax")
+    with Image.open(picture) as image:
+        given = np.asarray(image) / np.float32(255)
+    for i, motion in enumerate(motions.values()):
+        frames = np.load(video.with_stem(f"video-{i}"))
+        truth = {"color": "red", "shape": "circle", "motion": motion, "background": "dark blue"}
+        assert largest_of(read_video(frames)) == truth | {"count": "1"}
+        assert psnr(mean_squared_error(frames[:1], given[None])) > 35

@@ -41,17 +41,21 @@ def test_every_shape_has_the_area_of_its_circle_and_its_centroid_in_the_middle(s
     [("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1), ("grow", 2, 1)]
     + [("shrink", 2, -1)],
 )
-def test_a_motion_changes_one_thing_in_one_direction(motion, axis, sign):
-    scenes = scenes_of([a_scene(motion)] * 50, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("open_start", [False, True])
+def test_a_motion_changes_one_thing_in_one_direction(motion, axis, sign, open_start):
+    generator = torch.Generator().manual_seed(0)
+    scenes = scenes_of([a_scene(motion)] * 50, generator, open_start=open_start)
     change = scenes.end[:, 0] - scenes.start[:, 0]
     assert (change[:, axis] * sign > 0).all()
     assert (change[:, [other for other in range(3) if other != axis]] == 0).all()
 
 
-def test_things_stay_inside_their_frame_and_apart():
+@pytest.mark.parametrize("open_start", [False, True])
+def test_things_stay_inside_their_frame_and_apart(open_start):
     rng = random.Random(0)
     described = [draw_scene(rng, all_things(False), two=i % 2 == 0) for i in range(40)]
-    video = render(scenes_of(described, torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    video = render(scenes_of(described, generator, open_start=open_start))
     backgrounds = torch.tensor([BACKGROUNDS[scene.background] for scene in described])
     stands_out = (video - backgrounds[:, None, None, None, :]).abs().amax(dim=-1) > 1e-6
     border = [stands_out[:, :, 0], stands_out[:, :, -1], stands_out[..., 0], stands_out[..., -1]]
