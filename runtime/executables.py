@@ -107,7 +107,7 @@ class Built:
 
 
 def compile_all(programs: Sequence[Program], threads: int) -> list[Built]:
-    """Lowers the programs in order, then compiles them on `threads` threads.
+    """Lowers the programs in order, and compiles them on `threads` threads meanwhile.
 
     Raises:
         Stopping: the process was asked to end.
@@ -120,15 +120,16 @@ def compile_all(programs: Sequence[Program], threads: int) -> list[Built]:
         seconds = time.perf_counter() - start
         return Built(executable, seconds, cache_hits_of_this_thread() > hits)
 
-    lowered = []
-    for program in programs:
-        stopping.check()
-        with _ONE_TRACES:
-            lowered.append(program.lower())
-    options = [program.fields.get("compiler_options") for program in programs]
-    # The compiler releases Python's global lock.
+    # The compiler releases Python's global lock, so it works while the next program is lowered.
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(compile_one, lowered, options))
+        compiling = []
+        for program in programs:
+            stopping.check()
+            with _ONE_TRACES:
+                lowered = program.lower()
+            options = program.fields.get("compiler_options")
+            compiling.append(pool.submit(compile_one, lowered, options))
+        return [one.result() for one in compiling]
 
 
 def compile_into(programs: Sequence[Program], folder: Path, *, threads: int = 1) -> list[str]:

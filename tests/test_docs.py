@@ -1,12 +1,11 @@
 """The documents name only files, links, flags and targets that exist; the README stays short."""
 
-import functools
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -60,18 +59,38 @@ def commands_of(document: Path) -> Iterator[tuple[tuple[str, ...], str]]:
                 yield tuple(program.split()), arguments
 
 
-@functools.cache
-def flags_of(program: tuple[str, ...]) -> frozenset[str]:
-    """The flags that a program's --help lists, each with underscores."""
+# Prints the text of --help of each program, in one process: most of the time is imports.
+_HELP = """
+import contextlib, io, json, runpy, sys
+helps = []
+for program in json.loads(sys.argv.pop()):
+    module = program[0] == "-m"
+    sys.argv = [*program[module:], "--help"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        if module:
+            runpy.run_module(program[1], run_name="__main__")
+        else:
+            sys.path.insert(0, program[0].rpartition("/")[0])
+            runpy.run_path(program[0], run_name="__main__")
+    helps.append(printed.getvalue())
+print(json.dumps(helps))
+"""
+
+
+def flags_of(programs: Sequence[tuple[str, ...]]) -> list[frozenset[str]]:
+    """The flags that each program's --help lists, with underscores."""
     done = subprocess.run(
-        [sys.executable, *program, "--help"],
+        [sys.executable, "-c", _HELP, json.dumps(programs)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, f"{' '.join(program)} --help: {done.stderr}"
-    return frozenset(flag.replace("-", "_") for flag in _FLAG.findall(done.stdout))
+    assert done.returncode == 0, done.stderr
+    helps = json.loads(done.stdout)
+    assert all("usage:" in text for text in helps), dict(zip(programs, helps, strict=True))
+    return [frozenset(flag.replace("-", "_") for flag in _FLAG.findall(text)) for text in helps]
 
 
 def heading_links(document: Path) -> set[str]:
@@ -124,26 +143,27 @@ def test_make_targets_exist(document: Path):
 
 
 @pytest.fixture(scope="module")
-def every_flag() -> set[str]:
+def flags() -> dict[tuple[str, ...], frozenset[str]]:
     """The flags of every script and of every program that the documents run."""
     programs = {(script,) for script in SCRIPTS}
     programs |= {("batch.py", command) for command in ("status", "rerun", "prune")}
     programs.add(("serve.py", "worker"))
     programs |= {program for document in DOCUMENTS for program, _ in commands_of(document)}
-    with ThreadPoolExecutor(2) as pool:
-        return set().union(*pool.map(flags_of, sorted(programs)))
+    ordered = sorted(programs)
+    return dict(zip(ordered, flags_of(ordered), strict=True))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_flags_exist(document: Path, every_flag: set[str]):
+def test_flags_exist(document: Path, flags: dict[tuple[str, ...], frozenset[str]]):
     unknown = []
     for program, arguments in commands_of(document):
-        known = set(flags_of(program))
+        known = set(flags[program])
         if program == ("-m", "tests.tpu_path") and arguments.split():
-            known |= flags_of((STAGES[arguments.split()[0]],))
+            known |= flags[(STAGES[arguments.split()[0]],)]
         for flag in _FLAG.findall(arguments):
             if flag.replace("-", "_") not in known:
                 unknown.append(f"{' '.join(program)} {flag}")
+    every_flag = frozenset().union(*flags.values())
     # Flags in the text stand without their script.
     for code in code_of(document):
         if code.startswith("--") and code.split()[0].replace("-", "_") not in every_flag:

@@ -11,7 +11,6 @@ import pytest
 from runtime import devices
 from runtime.devices import describe_devices, insist_on
 from runtime.errors import InputError
-from tests.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,19 +74,6 @@ def run(script: str, *arguments: object, code: int = 0) -> subprocess.CompletedP
     )
     assert done.returncode == code, done.stderr
     return done
-
-
-def test_every_stage_names_its_device(tmp_path):
-    model = save_tiny_model(tmp_path / "model")
-    folder = ("--input_dir", tmp_path, "--dtype=float32", "--platform=cpu")
-    size = ("--height=64", "--width=80", "--num_frames=17", "--num_inference_steps=1")
-    texts = ("--prompt", "A red cat", "--model_id", model, "--output_dir", tmp_path)
-    outputs = [
-        run("stage1_text_encoder.py", *texts, "--dtype=float32"),
-        run("stage2_transformer.py", *folder, *size),
-        run("stage3_vae_decoder.py", *folder),
-    ]
-    assert all(out.stdout.count("device: CPU") == 1 for out in outputs)
 
 
 @pytest.mark.skipif(devices.has_devices("tpu"), reason="this machine has a TPU")

@@ -69,7 +69,7 @@ def test_reference_equals_a_mask_written_out():
             np.testing.assert_allclose(got[head, query], expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("dtype", "precision", "tolerance"),
     [("float32", "bf16", FLOAT32), ("bfloat16", "bf16", BFLOAT16), ("bfloat16", "int8_qk", INT8)],

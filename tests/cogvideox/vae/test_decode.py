@@ -35,7 +35,6 @@ def decode(decoder, latents: np.ndarray, output: str = "float32") -> np.ndarray:
     ("name", "shape", "width", "frames"),
     [
         ("vae_flax", (2, 4), 170, 3),
-        ("vae_flax", (1, 8), 160, 2),
         ("vae_torchax", (1, 8), 90, 4),
         ("vae_flax", (2, 4), 85, 5),
         ("vae_torchax", (4, 2), 13, 3),
@@ -62,16 +61,24 @@ def test_both_decoders_agree_in_bfloat16_and_stay_near_float32(folder):
     assert np.sqrt(np.mean(np.square(found[0] - exact))) < 0.02
 
 
-def test_length_does_not_matter_to_compilation(folder):
+def test_length_does_not_matter_to_compilation(folder, monkeypatch):
+    monkeypatch.setattr(
+        "cogvideox.vae.decode.find_or_compile",
+        lambda programs, *_, **__: [object() for _ in programs],
+    )
     decoder = load_decoder("vae_flax", folder, mesh_of(1, 1), jnp.float32)
     programs = decoder.compile(random_latents(5, 4).shape, output="uint8")
     assert decoder.compile(random_latents(9, 4).shape, output="uint8") is programs
     assert decoder.compile(random_latents(4, 4).shape, output="uint8") is not programs
 
 
-def test_frames_come_batch_by_batch_and_one_batch_ahead(folder, monkeypatch):
-    decoder = load_decoder("vae_flax", folder, mesh_of(1, 1), jnp.float32)
-    latents = random_latents(7, 2)
+@pytest.fixture(scope="module")
+def decoder(folder):
+    return load_decoder("vae_flax", folder, mesh_of(1, 2), jnp.float32)
+
+
+def test_frames_come_batch_by_batch_and_one_batch_ahead(decoder, monkeypatch):
+    latents = random_latents(7, 3)
     programs = decoder.compile(latents.shape, output="uint8")
     started = []
 
@@ -85,11 +92,10 @@ def test_frames_come_batch_by_batch_and_one_batch_ahead(folder, monkeypatch):
     seen = []
     for batch in frames:
         seen.append((batch.shape, len(started)))
-    assert seen == [((1, 5, 8, 8, 3), 2), ((1, 4, 8, 8, 3), 3), ((1, 4, 8, 8, 3), 3)]
+    assert seen == [((1, 5, 8, 12, 3), 2), ((1, 4, 8, 12, 3), 3), ((1, 4, 8, 12, 3), 3)]
 
 
-def test_values_that_are_not_finite_are_an_error_that_names_the_frames(folder):
-    decoder = load_decoder("vae_flax", folder, mesh_of(1, 2), jnp.float32)
+def test_values_that_are_not_finite_are_an_error_that_names_the_frames(decoder):
     latents = random_latents(5, 3)
     latents[0, 0, 4, 0, 2] = np.nan
     frames = decoder.decode(latents, output="uint8")
