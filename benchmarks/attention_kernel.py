@@ -336,12 +336,20 @@ def report(line: dict[str, Any], json_follows: bool) -> None:
 def measure_here(kernels: list[str], shapes: Sequence[tuple[int, ...]], as_json: bool) -> int:
     """Print the timings on this machine's GPU."""
     rows = []
+    whole = [kernel for kernel in kernels if kernel != attention_on_gpu.SPARSE]
     for shape in shapes:
-        for line in attention_on_gpu.rows(kernels, *shape):
+        lines = attention_on_gpu.rows(whole, *shape) if whole else []
+        if attention_on_gpu.SPARSE in kernels and shape == shapes[0]:
+            of_densities = [sparse_lists(density, shape[1], "bf16") for density in DENSITIES]
+            lines += attention_on_gpu.sparse_rows(of_densities, *shape)
+        for line in lines:
             rows.append(line)
+            other = f"{line['of_cudnn'] or 0:6.3f} of cuDNN"
+            if "density" in line:
+                other = f"{line['of_dense']:6.3f} of dense at density {line['density']}"
             print(
                 f"{line['kernel']:16} {'x'.join(map(str, shape)):14} {line['milliseconds']:9.3f} ms"
-                f" {line['teraflops']:6.1f} TFLOP/s {line['of_cudnn'] or 0:6.3f} of cuDNN  error "
+                f" {line['teraflops']:6.1f} TFLOP/s {other}  error "
                 + " ".join(f"{error:.2e}" for error in line["relative_l2_error"].values()),
                 file=sys.stderr if as_json else sys.stdout,
                 flush=True,
@@ -357,7 +365,7 @@ def main() -> int:
     parser.add_argument("--chip", choices=(*sorted(CHIPS), "local"), default="v6e")
     parser.add_argument(
         "--kernel",
-        choices=sorted({*KERNELS, *attention_on_gpu.KERNELS}),
+        choices=sorted({*KERNELS, *attention_on_gpu.KERNELS, attention_on_gpu.SPARSE}),
         action="append",
         help="default: all of the chip",
     )
@@ -368,7 +376,9 @@ def main() -> int:
     args = parser.parse_args()
     local = args.chip == "local"
     listed, known = (
-        (attention_on_gpu.SHAPES, attention_on_gpu.KERNELS) if local else (SHAPES, KERNELS)
+        (attention_on_gpu.SHAPES, (*attention_on_gpu.KERNELS, attention_on_gpu.SPARSE))
+        if local
+        else (SHAPES, KERNELS)
     )
     shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else listed
     kernels = args.kernel or list(known)

@@ -41,7 +41,7 @@ def splash_attention(
     """Compute exact, non-causal softmax attention on one TPU core or one Hopper GPU.
 
     JAX's default device decides which kernel runs. That of a GPU of compute capability 9.0 takes
-    bfloat16 and float16, D up to 128, and no option except `scale`.
+    bfloat16 and float16, D up to 128, and of the options `scale`, `block_lists` and `rule`.
 
     Args:
         q: [..., S, D] bfloat16 or float32. Batch and heads are optional leading axes. D is at most
@@ -74,10 +74,13 @@ def splash_attention(
     """
     check_shapes(q.shape, k.shape, v.shape, window_size)
     if not interpret and runs_on_hopper():
-        refused = (window_size, block_lists, rule, block_sizes, smooth_k or None)
+        refused = (window_size, block_sizes, smooth_k or None)
         if precision != "bf16" or any(option is not None for option in refused):
-            raise ValueError("on a Hopper GPU, splash_attention takes no option except scale")
-        return heads_first_attention(q, k, v, bounds.query_scale(q.shape[-1], scale))
+            raise ValueError(
+                "on a Hopper GPU, splash_attention takes only scale, block_lists and rule"
+            )
+        factor = bounds.query_scale(q.shape[-1], scale)
+        return heads_first_attention(q, k, v, factor, block_lists, rule)
     out = sequence_minor_attention(
         *_sequence_minor(q, k, v, scale),
         window_size=window_size,
@@ -326,18 +329,7 @@ def _list_arguments(
     """
     if window_size is not None or block_sizes is not None or kv_len != keys:
         raise ValueError("block_lists replace window_size, block_sizes and kv_len; pass only one")
-    tiles, chunks = block_lists.chunks.shape[1], block_lists.valid.shape[0]
-    fit = -(-q.shape[-1] // block_lists.block_q), -(-keys // block_lists.chunk)
-    if fit != (tiles, chunks):
-        raise ValueError(
-            f"block_lists are of {tiles} tiles of {block_lists.block_q} queries and {chunks} "
-            f"chunks of {block_lists.chunk} keys; {q.shape[-1]} queries and {keys} keys need {fit}"
-        )
-    heads = q.shape[:-2]
-    if rule is None:
-        rule = jnp.zeros(heads, jnp.int32)
-    if rule.shape != heads:
-        raise ValueError(f"rule is {rule.shape}; q has heads {heads}")
+    rule = block_lists.rule_of_heads(rule, q.shape[:-2], q.shape[-1], keys)
     tables = block_lists.chunks, block_lists.lengths, block_lists.valid
     arrays = (rule.reshape(-1), *map(jnp.asarray, tables))
     return {

@@ -121,6 +121,32 @@ class BlockLists:
         rules, tiles, entries = self.chunks.shape
         return 4 * rules * (-(-tiles // 8) * 8) * (-(-entries // _LANES) * _LANES)
 
+    def rule_of_heads(
+        self, rule: jax.Array | None, heads: tuple[int, ...], queries: int, keys: int
+    ) -> jax.Array:
+        """Check that the lists fit an attention; return the rule of each head.
+
+        Args:
+            rule: as given; None takes the first.
+            heads: shape of the heads.
+            queries, keys: number of each, padding included.
+
+        Raises:
+            ValueError: the lists are of other lengths, or the rules of other heads.
+        """
+        tiles, chunks = self.chunks.shape[1], self.valid.shape[0]
+        fit = -(-queries // self.block_q), -(-keys // self.chunk)
+        if fit != (tiles, chunks):
+            raise ValueError(
+                f"block_lists are of {tiles} tiles of {self.block_q} queries and {chunks} chunks "
+                f"of {self.chunk} keys; {queries} queries and {keys} keys need {fit}"
+            )
+        if rule is None:
+            rule = jnp.zeros(heads, jnp.int32)
+        if rule.shape != heads:
+            raise ValueError(f"rule is {rule.shape}; q has heads {heads}")
+        return rule
+
     def density(self) -> np.ndarray:
         """Return the share of (tile, chunk) pairs that each rule visits: [rules]."""
         return np.asarray(self.lengths).mean(1) / self.valid.shape[0]

@@ -8,8 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from splash_attention.block_lists import BlockLists
 from splash_attention.bounds import bounded_heads
-from splash_attention.hopper.tiles import ROW_MULTIPLE, HopperConfig, last_row_read
+from splash_attention.hopper.tiles import ROW_MULTIPLE, AllKeys, HopperConfig, list_tables
 
 COMPUTE_CAPABILITY = "9.0"
 # By head size; other sizes are padded to the next. Measured on an H100 while the other units added
@@ -45,6 +46,14 @@ def runs_on_hopper() -> bool:
     return device.platform == "gpu" and device.compute_capability == COMPUTE_CAPABILITY
 
 
+def load_runtime() -> None:
+    """Import Mosaic GPU, which names its runtime library to XLA.
+
+    A process that loads a serialized executable with this kernel must do so first.
+    """
+    from splash_attention.hopper import kernel  # noqa: F401
+
+
 def hopper_attention(
     q: jax.Array,
     k: jax.Array,
@@ -54,8 +63,10 @@ def hopper_attention(
     kv_len: int | None = None,
     largest_score: jax.Array | None = None,
     largest_value: jax.Array | None = None,
+    block_lists: BlockLists | None = None,
+    rule: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute exact, non-causal softmax attention on one Hopper GPU.
+    """Compute non-causal softmax attention on one Hopper GPU, exact or over lists of chunks.
 
     Args:
         q: [B, S, N, D] bfloat16 or float16. D is at most 128; sizes other than 64 and 128 are
@@ -70,6 +81,9 @@ def hopper_attention(
             overflows. Default: from the norms of q and k, which are read for it; below 16,384 keys
             no bound, so that all heads take the online path.
         largest_value: [B, N], an upper bound on |v|. Default: v is read for it.
+        block_lists: the chunks of keys that each tile of queries attends to, by rule. They replace
+            `kv_len`. v is copied, with zeros for its padding.
+        rule: [B, N] int32, the rule of each head. Default: the first rule of `block_lists`.
 
     Returns:
         The output [B, S, N, D] in the dtype of `q`, and log2 of the softmax denominators
@@ -77,13 +91,23 @@ def hopper_attention(
 
     Raises:
         TypeError: dtypes are mixed, or are neither bfloat16 nor float16.
-        ValueError: shapes do not fit together, or kv_len or the head size is out of range.
+        ValueError: shapes or lists do not fit together, or kv_len or the head size is out of
+            range.
     """
     from splash_attention.hopper.kernel import hopper_kernel
 
+    if block_lists is not None and kv_len is not None:
+        raise ValueError("block_lists replace kv_len; pass only one of them")
     kv_len = _check(q, k, v, kv_len)
-    head_dim, queries = q.shape[-1], q.shape[1]
+    head_dim, queries, keys = q.shape[-1], q.shape[1], k.shape[1]
     config = choose_config(head_dim)
+    listed, valid_k = {}, k[:, :kv_len]
+    if block_lists is not None:
+        rule = block_lists.rule_of_heads(rule, q.shape[::2], queries, keys)
+        tables = list_tables(block_lists, rule, config.block_kv)
+        listed = {"lists": tables, "block_q": block_lists.block_q}
+        valid = block_lists.valid_keys()[:keys, None, None]
+        valid_k, v = (jnp.where(valid, x, jnp.zeros_like(x)) for x in (k, v))
     if factor <= 0:
         # The running maximum is of q.k, before the factor, which must be positive.
         q, factor = -q if factor else jnp.zeros_like(q), -factor or 1.0
@@ -91,7 +115,7 @@ def hopper_attention(
         bounded = jnp.zeros(q.shape[::2], jnp.int32)
     else:
         if largest_score is None:
-            largest_score = largest_scores(q, k[:, :kv_len]) * factor
+            largest_score = largest_scores(q, valid_k) * factor
         if largest_value is None:
             largest_value = jnp.max(jnp.abs(v[:, :kv_len]), axis=(1, 3))
         bounded = bounded_heads(largest_score, largest_value, kv_len)
@@ -100,15 +124,31 @@ def hopper_attention(
     padded_head_dim = next(size for size in _CONFIGS if head_dim <= size)
     q, k, v = (_pad(x, padded_head_dim) for x in (q, k, v))
     # Masked weights are 0, but 0 times NaN is NaN.
-    v = v.at[:, kv_len : last_row_read(kv_len, config.block_kv)].set(0)
-    out, log_total = hopper_kernel(q, k, v, bounded, kv_len=kv_len, config=config, factor=factor)
+    v = v.at[:, kv_len : AllKeys(kv_len, config.block_kv).end].set(0)
+    out, log_total = hopper_kernel(
+        q, k, v, bounded, kv_len=kv_len, config=config, factor=factor, **listed
+    )
     return out[:, :queries, :, :head_dim], log_total[..., :queries]
 
 
-def heads_first_attention(q: jax.Array, k: jax.Array, v: jax.Array, factor: float) -> jax.Array:
-    """Compute `hopper_attention` of q [..., S, D], k and v [..., K, D]: [..., S, D]."""
+def heads_first_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    factor: float,
+    block_lists: BlockLists | None = None,
+    rule: jax.Array | None = None,
+) -> jax.Array:
+    """Compute `hopper_attention` of q [..., S, D], k and v [..., K, D], rule [...]: [..., S, D]."""
+    if rule is not None and rule.shape != q.shape[:-2]:
+        raise ValueError(f"rule is {rule.shape}; q has heads {q.shape[:-2]}")
     heads = (x.reshape(-1, x.shape[-2], 1, x.shape[-1]) for x in (q, k, v))
-    out, _ = hopper_attention(*heads, factor=factor)
+    out, _ = hopper_attention(
+        *heads,
+        factor=factor,
+        block_lists=block_lists,
+        rule=None if rule is None else rule.reshape(-1, 1),
+    )
     return out.reshape(q.shape)
 
 

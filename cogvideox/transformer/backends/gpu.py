@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cogvideox.transformer.backends.base import Bounds, Listed
 from cogvideox.transformer.backends.xla import XlaBackend
+from cogvideox.transformer.projections import in_order, own_first
 from splash_attention import query_scale
-from splash_attention.hopper.attention import choose_config, hopper_attention
+from splash_attention.hopper.attention import choose_config, hopper_attention, load_runtime
 from splash_attention.hopper.tiles import ROW_MULTIPLE
 
 _TILE = 128  # keys per tile
@@ -22,6 +24,10 @@ class HopperBackend(XlaBackend):
 
     name = "splash"
     token_multiple = ROW_MULTIPLE
+    takes_lists = True
+
+    def __post_init__(self) -> None:
+        load_runtime()
 
     def attend(
         self,
@@ -32,18 +38,24 @@ class HopperBackend(XlaBackend):
         keys: int | Listed,
         bounds: Bounds,
     ) -> jax.Array:
-        assert not isinstance(keys, Listed)  # `takes_lists` says so
+        if isinstance(keys, Listed):
+            q = in_order(q)  # lists are of consecutive queries
         rows = q.shape
         q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
         batch, _, heads, _ = q.shape
+        visible: dict[str, Any] = {"kv_len": keys}
+        if isinstance(keys, Listed):
+            rule = jnp.broadcast_to(keys.rule, (batch, heads))
+            visible = {"block_lists": keys.lists, "rule": rule}
         out, _ = hopper_attention(
             *(q, k, v),
             factor=1.0,
-            kv_len=keys,
             largest_score=jnp.broadcast_to(bounds.scores, (batch, heads)),
             largest_value=bounds.values.reshape(batch, heads, head_dim).max(-1),
+            **visible,
         )
-        return out.reshape(rows)
+        out = out.reshape(rows)
+        return own_first(out) if isinstance(keys, Listed) else out
 
     def query_scale(self, head_dim: int) -> float:
         return query_scale(head_dim)
@@ -74,7 +86,7 @@ class GpuBackend(XlaBackend):
         tokens takes 110.4 ms this way, 119.9 ms in one call, and 116.6 ms with padded and masked
         keys.
         """
-        assert not isinstance(keys, Listed)
+        assert not isinstance(keys, Listed)  # `takes_lists` says so
         rows = q.shape
         q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
         attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
