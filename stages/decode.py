@@ -295,8 +295,7 @@ def write_videos(
             stack.enter_context(atomic_path(files.contact_sheet(video).resolve()))
             for video in videos
         ]
-        samplers = _encode(batches, num_frames, videos, temporaries, options, config)
-        _write_contact_sheets(samplers, sheets, config, options.input_dir)
+        _encode(batches, num_frames, videos, temporaries, sheets, options, config)
         merged = files.merged_config(folder, sections.DECODE, section, inherited=folder)
         merged[sections.DECODE] = with_digests(section, videos, temporaries)
         with reporting_disk_errors(folder / files.CONFIG_FILE):
@@ -310,17 +309,22 @@ def _encode(
     num_frames: int,
     videos: Sequence[Path],
     temporaries: Sequence[Path],
+    sheets: Sequence[Path],
     options: DecodeOptions,
     config: dict[str, Any],
-) -> list[FrameSampler]:
-    """Encodes the frames of each video as they come; returns those for the contact sheets."""
+) -> None:
+    """Encodes the frames of each video as they come, and draws the contact sheets.
+
+    The encoders keep most frames of a video until they have seen the last one. The sheets are drawn
+    while these are encoded.
+    """
     from cogvideox.video.contact_sheet import FrameSampler
     from cogvideox.video.writing import encode_video
 
     fps = config[sections.DECODE]["fps"]
     comment = None if options.no_metadata else json.dumps(config, ensure_ascii=False)
     samplers = [FrameSampler(num_frames) for _ in videos]
-    with contextlib.ExitStack() as stack:
+    with ThreadPoolExecutor(1) as drawing, contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(
                 encode_video(
@@ -338,7 +342,8 @@ def _encode(
             for writer, sampler, own in zip(writers, samplers, frames, strict=True):
                 writer.write(own)
                 sampler.add(own)
-    return samplers
+        drawn = drawing.submit(_write_contact_sheets, samplers, sheets, config, options.input_dir)
+    drawn.result()
 
 
 def _write_contact_sheets(

@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,11 +130,17 @@ def _draw_sheet(frames: np.ndarray, labels: list[str], caption: str) -> Image.Im
     sheet_height = caption_top + caption_height + _MARGIN
     sheet = Image.new("RGB", (sheet_width, sheet_height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for number, (frame, label) in enumerate(zip(frames, labels, strict=True)):
+
+    def shrink(frame: np.ndarray) -> Image.Image:
+        size = (thumb_width, thumb_height)
+        return Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
+
+    with ThreadPoolExecutor() as pool:
+        thumbs = list(pool.map(shrink, frames))
+    for number, (thumb, label) in enumerate(zip(thumbs, labels, strict=True)):
         row, column = divmod(number, columns)
         left = _MARGIN + column * (thumb_width + _GAP)
         top = _MARGIN + row * cell_height
-        thumb = Image.fromarray(frame).resize((thumb_width, thumb_height), Image.Resampling.LANCZOS)
         sheet.paste(thumb, (left, top))
         draw.text((left, top + thumb_height + 3), label, _TEXT_COLOR, label_font)
     top = caption_top
