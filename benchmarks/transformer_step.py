@@ -3,16 +3,18 @@
     python benchmarks/transformer_step.py --topology v6e-8 --mesh dp=2,sp=4 --json
     python benchmarks/transformer_step.py --topology v6e-8 --speed near --json
     python benchmarks/transformer_step.py --topology local --size 768x1360x81 --json
-    python benchmarks/transformer_step.py --topology local --speed near --steps 49 --json
+    python benchmarks/transformer_step.py --topology local --speed fast --steps 4 --json
 
 A named topology compiles for it with libtpu, no TPU needed, and prints what the compiler estimates:
 XLA's cycles of every operation plus the scheduled bundles of the Pallas kernels. Time spent waiting
 for collectives is in neither; their bytes are printed. `local` runs random weights on the devices
 of this machine and prints measured seconds. With lossy options, a topology compiles their programs
-instead, and `local` times a whole run with them beside an exact run.
+instead, and `local` also times a run with at least `--steps` steps of each kind (dense, sparse,
+skipped) and extrapolates both to a video of 50 steps.
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
@@ -313,20 +315,18 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     text = rng.normal(size=(2, 1, denoiser.text_tokens, denoiser.config.text_embed_dim))
     embeddings = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1]}
-    settings = make_settings(arguments, arguments.steps + 1)
-    schedule = make_schedule(
-        settings,
-        SchedulerConfig(
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-            snr_shift_scale=1.0,
-            timestep_spacing="trailing",
-        ),
+    config = SchedulerConfig(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
     )
 
-    def times(lossy: Lossy) -> tuple[list[float], Any, float]:
+    def times(lossy: Lossy, count: int) -> tuple[list[float], Any, float]:
         """Seconds of each step, the last state, and seconds of compilation."""
+        settings = make_settings(arguments, count)
+        schedule = make_schedule(settings, config)
         planned = lossy.apply(schedule)
         parts = denoisers_of(denoiser, lossy, len(schedule.timesteps))
         start = time.perf_counter()
@@ -339,7 +339,7 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
             stamps.append(time.perf_counter())
         return [b - a for a, b in itertools.pairwise(stamps)], state, compiled
 
-    exact, state, compile_seconds = times(Lossy())
+    exact, state, compile_seconds = times(Lossy(), arguments.steps + 1)
     # The first step, which touches all memory for the first time, is not counted.
     seconds = sum(exact[1:]) / arguments.steps
     stats = jax.devices()[0].memory_stats() or {}
@@ -362,9 +362,12 @@ def run_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "latents_std": float(final.std()),
         "jax": jax.__version__,
     }
-    lossy = resolve(cast(Any, arguments), settings, None)
-    if lossy.names:
-        report |= {"lossy": lossy.names} | compare_times(exact, times(lossy)[0], lossy)
+    video = resolve(cast(Any, arguments), make_settings(arguments, PLANNED_STEPS), None)
+    if video.names:
+        of_video = step_kinds(video, PLANNED_STEPS)
+        lossy, kinds = shortest_run(arguments, of_video)
+        measured = times(lossy, len(kinds))[0]
+        report |= {"lossy": video.names} | extrapolate(measured, kinds, of_video, seconds)
     if arguments.compare:
         other = np.load(arguments.compare)
         report["relative_difference"] = float(np.linalg.norm(final - other) / np.linalg.norm(other))
@@ -384,20 +387,52 @@ def black_image(denoiser: Any) -> Any:
     return Conditioning("image", image, image, 1.0)
 
 
-def compare_times(exact: list[float], times: list[float], lossy: Any) -> dict[str, Any]:
-    """Compares the seconds of all steps of an exact and a lossy run."""
-    computed = lossy.mask.computed if lossy.mask else [True] * len(times)
-    guided = lossy.guided_steps or len(times)
-    kinds: dict[str, list[float]] = {}
-    for i, seconds in enumerate(times):
-        kind = ("computed" if computed[i] else "skipped") + ("" if i < guided else ", gated")
-        kinds.setdefault(kind, []).append(seconds)
+def step_kinds(lossy: Lossy, steps: int) -> list[str]:
+    """Returns the kind of each step of a run, such as "sparse"."""
+    from cogvideox.denoising.parts import split_steps
+
+    computed = lossy.mask.computed if lossy.mask else (True,) * steps
+    return [
+        (("sparse" if part.sparse else "dense") if computed[i] else "skipped")
+        + (", gated" if part.gated else "")
+        for part in split_steps(steps, lossy.dense_steps, lossy.guided_steps)
+        for i in range(part.start, part.stop)
+    ]
+
+
+def shortest_run(arguments: argparse.Namespace, video: list[str]) -> tuple[Lossy, list[str]]:
+    """Returns a run with at least `--steps` timed steps of every kind of a video, and its kinds."""
+    for steps in range(arguments.steps + 1, 10 * PLANNED_STEPS):
+        lossy = resolve(cast(Any, arguments), make_settings(arguments, steps), None)
+        kinds = step_kinds(lossy, steps)
+        if all(kinds[1:].count(kind) >= arguments.steps for kind in video):
+            return lossy, kinds
+    raise ValueError(f"no run has {arguments.steps} steps of every kind")
+
+
+def extrapolate(
+    times: list[float], kinds: list[str], video: list[str], exact: float
+) -> dict[str, Any]:
+    """Extrapolates the seconds of a run to those of a whole video.
+
+    Args:
+        times, kinds: of the steps of the run. The first is not counted, as in the exact run.
+        video: the kinds of a video's steps.
+        exact: seconds of an exact step.
+    """
+    of_kinds: dict[str, list[float]] = {}
+    for kind, seconds in zip(kinds[1:], times[1:], strict=True):
+        of_kinds.setdefault(kind, []).append(seconds)
+    means = {kind: statistics.mean(seconds) for kind, seconds in of_kinds.items()}
+    steps = collections.Counter(video)
+    whole = sum(count * means[kind] for kind, count in steps.items())
     return {
-        "seconds_by_kind": {kind: round(statistics.median(x), 4) for kind, x in kinds.items()},
-        "steps_by_kind": {kind: len(x) for kind, x in kinds.items()},
-        "seconds_of_exact_run": round(sum(exact), 2),
-        "seconds_of_lossy_run": round(sum(times), 2),
-        "share_of_exact": round(sum(times) / sum(exact), 4),
+        "seconds_by_kind": {kind: round(mean, 4) for kind, mean in means.items()},
+        "steps_timed": {kind: len(seconds) for kind, seconds in of_kinds.items()},
+        "steps_of_video": dict(steps),
+        "extrapolated_seconds_of_video": round(whole, 2),
+        "extrapolated_seconds_of_exact_video": round(len(video) * exact, 2),
+        "share_of_exact": round(whole / (len(video) * exact), 4),
     }
 
 
