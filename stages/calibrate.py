@@ -255,7 +255,7 @@ def _calibrate(
         f"measuring {len(prompts)} prompt(s) in {count} steps of the transformer, as many as "
         f"{count / steps:.1f} videos have"
     )
-    mark = _mark(options, prompts, model, tokens, target)
+    mark = calibration_mark(options, prompts, model, tokens, target)
     found = _Progress(options.output_dir / PROGRESS_FILE, mark, steps)
     _measure(options, encoding, model, tokens, checked, found)
     ratios, weights = mean_over_videos(found.videos, steps)
@@ -279,7 +279,7 @@ def _calibrate(
     )
 
 
-def _mark(
+def calibration_mark(
     options: CalibrateOptions,
     prompts: list[str],
     model: ModelFolder,

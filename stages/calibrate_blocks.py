@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import checking_input
 from runtime.files import write_json
+from runtime.json_files import read_json_object
 from runtime.open_folder import OpenFolder
 from runtime.progress import progress, working
+from runtime.text import printable
+from runtime.typed_json import from_json
 from runtime.versions import versions
 from stages import denoise, encode, files, sparse, speed
 from stages.calibrate import (
     CalibrateOptions,
+    calibration_mark,
     denoise_options,
     embed_each,
     encode_options,
@@ -22,7 +26,8 @@ from stages.calibrate import (
 from stages.steps import check_takes_lists, compile_steps, load_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import numpy as np
 
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from cogvideox.transformer.block_rules import Rule
 
 RULES_FILE = "block_rules.json"
+PROGRESS_FILE = "block_rules_progress.json"
+_MAX_BYTES = 256 << 20  # 100 KB a prompt
 _PROBED = 3  # steps of each video, from the first that is sparse by default to the last
 
 
@@ -45,22 +52,26 @@ def run(options: CalibrateOptions, alpha: float) -> None:
         prompts = read_prompts(options.prompts)
         encoding = encode_options(options, prompts)
         files.check_executables(options.executables)
-        files.check_output_folder(options.output_dir, RULES_FILE)
+        files.check_output_folder(options.output_dir, RULES_FILE, PROGRESS_FILE)
         model, tokens = encode.check(encoding)
         checked = denoise.check(denoise_options(options), model, 1, tokens)
         check_takes_lists(checked.denoiser)
     print(f"{checked.settings.describe()}\nmesh {dict(checked.denoiser.mesh.shape)}")
-    start = time.monotonic()
     with OpenFolder(options.output_dir) as watched:
-        texts = embed_each(encoding, model, tokens)
-        found = _Found(checked.denoiser)
-        for errors in _measure(options, checked, found.groups, texts):
-            found.add(errors)
-        made = {"prompts": prompts, "seed": options.seed, "seconds": time.monotonic() - start}
+        choice = _Choice(checked.denoiser)
+        target = speed.calibration_target(checked.settings, model)
+        mark = calibration_mark(options, prompts, model, tokens, target)
+        found = _Progress(options.output_dir / PROGRESS_FILE, mark, choice)
+        if len(found.videos) < len(prompts):
+            texts = embed_each(encoding, model, tokens)
+            _measure(options, checked, choice.groups, texts, found)
+        made = {"prompts": prompts, "seed": options.seed, "seconds": round(found.seconds, 1)}
         made = {**made, "dtype": options.dtype, "versions": versions()}
-        written = found.to_json(alpha, checked.settings, model) | {"made_with": made}
+        written = choice.to_json(found.largest(), alpha, checked.settings, model)
+        written |= {"made_with": made}
         path = options.output_dir / RULES_FILE
         write_json(path, written)
+        found.path.unlink(missing_ok=True)
         watched.check()
     print(
         f"{path}: {written['density']:.0%} of the blocks are computed, the largest error of a head "
@@ -68,12 +79,72 @@ def run(options: CalibrateOptions, alpha: float) -> None:
     )
 
 
-class _Found:
-    """The rules to choose from, and the largest error of each.
+@dataclasses.dataclass(frozen=True)
+class _ProgressJson:
+    fingerprint: str
+    rules: dict[str, list[Any]]
+    seconds: float
+    videos: list[list[list[list[float]]]]
+
+
+class _Progress:
+    """The file from which a killed calibration resumes.
+
+    Attributes:
+        videos: the largest errors of the steps of each video, float32 [L, N, R].
+        seconds: that measuring took.
+    """
+
+    def __init__(self, path: Path, mark: str, choice: _Choice) -> None:
+        """
+        Args:
+            mark: identifies the calibration; another's file is ignored.
+        """
+        self.path, self._mark = path, mark
+        self._rules = {name: sparse.reach_of(rule) for name, rule in choice.rules.items()}
+        self.videos: list[np.ndarray] = []
+        self.seconds = 0.0
+        if path.exists():
+            self._read(choice.shape)
+
+    def _read(self, shape: tuple[int, int, int]) -> None:
+        import numpy as np
+
+        try:
+            file = from_json(_ProgressJson, read_json_object(self.path, max_bytes=_MAX_BYTES))
+            if (file.fingerprint, file.rules) != (self._mark, self._rules):
+                raise ValueError("it belongs to another calibration")
+            videos = [np.array(video, np.float32) for video in file.videos]
+            if any(video.shape != shape for video in videos):
+                raise ValueError("it does not hold the errors of every head")
+        except ValueError as error:
+            print(f"ignoring {self.path}: {printable(str(error))}")
+            return
+        self.videos, self.seconds = videos, file.seconds
+        print(f"resuming from {self.path}, {len(videos)} prompt(s) done")
+
+    def save(self, errors: np.ndarray, seconds: float) -> None:
+        """Saves the errors of one more video."""
+        self.videos.append(errors)
+        self.seconds += seconds
+        videos = [video.tolist() for video in self.videos]
+        held = _ProgressJson(self._mark, self._rules, self.seconds, videos)
+        write_json(self.path, dataclasses.asdict(held))
+
+    def largest(self) -> np.ndarray:
+        """Returns the largest error of all videos, [L, N, R]."""
+        import numpy as np
+
+        return np.max(self.videos, 0)
+
+
+class _Choice:
+    """The rules to choose from.
 
     Attributes:
         rules: by name, the sparsest first.
         groups: denoisers that measure all of them in turn.
+        shape: [L, N, R] of the errors.
     """
 
     def __init__(self, exact: Denoiser) -> None:
@@ -89,22 +160,21 @@ class _Found:
         names = sorted(rules, key=lambda name: costs[name])
         self.rules = {name: rules[name] for name in names}
         self.groups = _groups(exact, list(self.rules.values()))
-        self._errors: np.ndarray | None = None
+        self.shape = exact.config.num_layers, exact.config.num_attention_heads, len(names)
 
-    def add(self, errors: np.ndarray) -> None:
-        """Takes errors of one step of one video, [L, N, R]."""
+    def to_json(
+        self, largest: np.ndarray, alpha: float, settings: Any, model: ModelFolder
+    ) -> dict[str, Any]:
+        """Chooses for each head the sparsest rule whose error is at most alpha, else dense.
+
+        Args:
+            largest: errors, [L, N, R].
+        """
         import numpy as np
 
-        self._errors = errors if self._errors is None else np.maximum(self._errors, errors)
-
-    def to_json(self, alpha: float, settings: Any, model: ModelFolder) -> dict[str, Any]:
-        """Chooses for each head the sparsest rule within alpha, else dense."""
-        import numpy as np
-
-        assert self._errors is not None
-        fits = self._errors <= alpha
+        fits = largest <= alpha
         chosen = np.where(fits.any(-1), fits.argmax(-1), len(self.rules))
-        padded = np.concatenate([self._errors, np.zeros_like(self._errors[..., :1])], -1)
+        padded = np.concatenate([largest, np.zeros_like(largest[..., :1])], -1)
         errors = np.take_along_axis(padded, chosen[..., None], -1)[..., 0]
         names = [*self.rules, "dense"]
         heads = [[names[rule] for rule in layer] for layer in chosen]
@@ -141,8 +211,9 @@ def _measure(
     checked: denoise.DenoisingRun,
     groups: Sequence[Denoiser],
     texts: Sequence[Mapping[str, np.ndarray]],
-) -> Iterator[np.ndarray]:
-    """Runs the exact model; yields the errors at some steps of each video."""
+    found: _Progress,
+) -> None:
+    """Runs the exact model for the videos that `found` lacks, and saves the errors of each."""
     import numpy as np
 
     from cogvideox.denoising.block_errors import compile_errors
@@ -156,8 +227,10 @@ def _measure(
         parameters = checked.denoiser.load(options.executables)
         steps = compile_steps(checked.denoisers, checked.schedule, options.executables)
         programs = [(compile_errors(group), place_positions(group)) for group in groups]
-    with progress(total=total * len(texts), what="calibrating") as bar:
-        for index, embeddings in enumerate(texts):
+    done = len(found.videos)
+    with progress(total=total * (len(texts) - done), what="calibrating") as bar:
+        for index, embeddings in enumerate(texts[done:], done):
+            start, of_steps = time.monotonic(), []
             loaded = load_steps(checked.denoisers, steps, parameters, embeddings)
             prompt_embeds = groups[0].prompt_embeds(embeddings)
             seed = options.seed + index
@@ -166,8 +239,9 @@ def _measure(
                 if state.steps in probed:
                     tokens, *_ = to_devices(groups[0], to_host(state))
                     timestep = np.int32(checked.schedule.timesteps[state.steps])
-                    found = [
+                    of_groups = [
                         measure(tokens, parameters, positions, prompt_embeds, timestep)
                         for measure, positions in programs
                     ]
-                    yield np.concatenate(found, -1)
+                    of_steps.append(np.concatenate(of_groups, -1))
+            found.save(np.max(of_steps, 0), time.monotonic() - start)
