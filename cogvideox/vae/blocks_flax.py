@@ -4,7 +4,7 @@
 letters.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +132,24 @@ def named_parameters(modules: Iterable[tuple[str, nnx.Module]]) -> dict[str, nnx
     for name, module in modules:
         add(name, module)
     return named
+
+
+def forward_of[Model: Callable](
+    abstract_model: Callable[[], Model],
+    parameters_of: Callable[[Model], Mapping[str, nnx.Param]],
+    layers: Layers,
+) -> Callable:
+    """Returns (weights by diffusers' names, inputs, caches) -> what the model makes of them.
+
+    Args:
+        abstract_model: makes the model with abstract parameters.
+        parameters_of: returns its parameters by the names of their weights.
+    """
+
+    def forward(weights: Mapping[str, jax.Array], inputs: jax.Array, caches: ConvCache) -> object:
+        model = abstract_model()
+        for name, parameter in parameters_of(model).items():
+            parameter.set_value(weights[name])
+        return model(inputs, caches, layers)
+
+    return forward

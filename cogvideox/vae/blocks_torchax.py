@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import torch
+import torchax
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXCausalConv3d,
     CogVideoXSafeConv3d,
@@ -118,3 +119,20 @@ class MidBlock3D(torch.nn.Module):
                 features, cache = resnet(features, z, cache)
             new.append(cache)
         return features, new
+
+
+def forward_of(build_model: Callable[[], torch.nn.Module]) -> Callable:
+    """Returns (weights by diffusers' names, inputs, caches) -> what the model makes of them.
+
+    Args:
+        build_model: makes the model, with parameters on the meta device.
+    """
+    torchax.default_env()  # makes an array, which must not become part of the traced program
+    model = build_model()
+
+    def forward(
+        weights: dict[str, torch.Tensor], inputs: torch.Tensor, caches: ConvCache
+    ) -> object:
+        return torch.func.functional_call(model, weights, (inputs, caches))
+
+    return interop.jax_view(forward)

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from cogvideox.model.config import VaeConfig
+from cogvideox.vae.batches import AXIS, COLUMNS
 from cogvideox.vae.kinds import DECODERS
-from cogvideox.vae.program import AXIS, COLUMNS, DecodeProgram, Output, frame_batches
+from cogvideox.vae.program import DecodeProgram, Output, frame_batches
 from cogvideox.vae.weights import load_weights
 from runtime.executables import find_or_compile
 from runtime.mesh import place

@@ -4,13 +4,20 @@ The structure follows diffusers' CogVideoXDecoder3D; `cogvideox.vae.layers.Layer
 arithmetic. See `cogvideox.vae.sharding` for the axis letters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 from flax import nnx
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.vae.blocks_flax import Conv, MakeNorm, Resnet, SpatialNorm, named_parameters
+from cogvideox.vae.blocks_flax import (
+    Conv,
+    MakeNorm,
+    Resnet,
+    SpatialNorm,
+    forward_of,
+    named_parameters,
+)
 from cogvideox.vae.layers import (
     ConvCache,
     DecoderCaches,
@@ -147,13 +154,4 @@ def abstract_model(config: VaeConfig) -> VaeDecoder:
 
 def build_forward(config: VaeConfig, layers: Layers) -> Forward:
     """Returns the function that decodes one device's columns; see `Forward`."""
-
-    def forward(
-        weights: Mapping[str, jax.Array], z: jax.Array, caches: DecoderCaches | None
-    ) -> tuple[jax.Array, DecoderCaches]:
-        model = abstract_model(config)
-        for name, parameter in parameters_by_diffusers_name(model).items():
-            parameter.set_value(weights[name])
-        return model(z, caches, layers)
-
-    return forward
+    return forward_of(lambda: abstract_model(config), parameters_by_diffusers_name, layers)

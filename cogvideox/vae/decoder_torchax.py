@@ -11,14 +11,12 @@ from typing import cast
 
 import jax
 import torch
-import torchax
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXCausalConv3d,
     CogVideoXSafeConv3d,
     CogVideoXSpatialNorm3D,
 )
 from diffusers.models.upsampling import CogVideoXUpsample3D
-from torchax import interop
 
 from cogvideox.model.config import VaeConfig
 from cogvideox.vae.blocks_torchax import (
@@ -28,6 +26,7 @@ from cogvideox.vae.blocks_torchax import (
     TorchFeatures,
     call_jax,
     conv_weights,
+    forward_of,
     norm_weights,
 )
 from cogvideox.vae.layers import ConvCache, DecoderCaches, Forward, Layers
@@ -162,12 +161,4 @@ def build_model(config: VaeConfig, layers: Layers) -> AutoencoderDecoder:
 
 def build_forward(config: VaeConfig, layers: Layers) -> Forward:
     """Returns the function that decodes one device's columns; see `Forward`."""
-    torchax.default_env()  # makes an array, which must not become part of the traced program
-    model = build_model(config, layers)
-
-    def forward(
-        weights: dict[str, torch.Tensor], z: torch.Tensor, caches: DecoderCaches | None
-    ) -> tuple[torch.Tensor, DecoderCaches]:
-        return torch.func.functional_call(model, weights, (z, caches))
-
-    return interop.jax_view(forward)
+    return forward_of(lambda: build_model(config, layers))

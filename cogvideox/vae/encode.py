@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from cogvideox.model.config import VaeConfig
+from cogvideox.vae.batches import AXIS, COLUMNS
 from cogvideox.vae.encode_program import EncodeProgram, frame_batches
 from cogvideox.vae.kinds import ENCODERS
-from cogvideox.vae.program import AXIS, COLUMNS
 from cogvideox.vae.weights import load_weights
 from runtime.executables import find_or_compile
 from runtime.mesh import place
@@ -75,7 +75,7 @@ class Encoder:
         for start, end in frame_batches(planes.shape[1]):
             batch = np.pad(planes[:, start:end], ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
             run = compiled[0] if start == 0 else compiled[1]
-            mean, std, finite, caches = run(self.weights, place(batch, columns), caches)
+            (mean, std), finite, caches = run(self.weights, place(batch, columns), caches)
             if not int(finite):
                 raise FloatingPointError(
                     f"the VAE produced NaN or infinity in frames {start} to {end - 1}"

@@ -5,23 +5,16 @@ are per batch, and the causal convolutions pass their last two frames to the nex
 different split would change the latents. See `cogvideox.vae.sharding` for the axis letters.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from functools import cache, cached_property
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from cogvideox.model.config import VaeConfig
-from cogvideox.vae.kinds import VaeKind
+from cogvideox.vae.batches import AXIS, BatchProgram, Lowered
 from cogvideox.vae.layers import EncoderCaches, EncoderForward
-from cogvideox.vae.program import AXIS, COLUMNS, SOURCES, choose_layers
+from cogvideox.vae.program import choose_layers
 from cogvideox.vae.sharding import WidthShards
-from cogvideox.vae.weights import abstract_weights
-from runtime.compiler_options import vae_options
-from runtime.programs import Program, machine_fields
+from runtime.programs import Program
 
 # AutoencoderKLCogVideoX.num_sample_frames_batch_size; not in the config.
 FRAMES_PER_BATCH = 8
@@ -36,26 +29,10 @@ def frame_batches(frames: int) -> list[tuple[int, int]]:
     return [(0, first)] + [(start, start + FRAMES_PER_BATCH) for start in starts]
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodeProgram:
-    """An encoder on a mesh, before compilation.
+class EncodeProgram(BatchProgram[EncoderForward, EncoderCaches]):
+    """An encoder on a mesh, before compilation."""
 
-    Attributes:
-        kind: how the encoder is traced.
-        config: config of the VAE.
-        mesh: has one axis, `AXIS`; its devices may be abstract.
-        dtype: bfloat16 or float32.
-    """
-
-    kind: VaeKind[EncoderForward]
-    config: VaeConfig
-    mesh: Mesh
-    dtype: jnp.dtype
-
-    @cached_property
-    def abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """See `cogvideox.vae.weights.abstract_weights`."""
-        return abstract_weights(self.config, "encoder", self.mesh, self.dtype)
+    part = "encoder"
 
     def shards(self, width: int) -> WidthShards:
         """Returns the split of the latents of frames of `width` pixels."""
@@ -63,7 +40,7 @@ class EncodeProgram:
 
     def lower(
         self, shape: tuple[int, ...], caches: EncoderCaches | None, *, alone: bool
-    ) -> tuple[jax.stages.Lowered, EncoderCaches | None]:
+    ) -> Lowered[EncoderCaches]:
         """Lowers the program for one batch of frames.
 
         Args:
@@ -73,8 +50,8 @@ class EncodeProgram:
                 768x1360 would take 10 GB in float32.
 
         Returns:
-            The program (weights, uint8 planes [B, F, W s, 3, H s], caches) -> (mean and standard
-            deviation [B, Z, T, H, W] float32, int32 1 if all of them are finite, caches), and the
+            The program (weights, uint8 planes [B, F, W s, 3, H s], caches) -> ((mean, standard
+            deviation) [B, Z, T, H, W] float32, int32 1 if all of them are finite, caches), and the
             abstract caches that it returns.
         """
         batch, frames, height, width, colours = shape
@@ -85,7 +62,7 @@ class EncodeProgram:
 
         def encode_columns(
             weights: Mapping[str, jax.Array], planes: jax.Array, caches: EncoderCaches | None
-        ) -> tuple[jax.Array, jax.Array, jax.Array, EncoderCaches | None]:
+        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, EncoderCaches | None]:
             # Source: VaeImageProcessor.pil_to_numpy and normalize.
             video = 2.0 * (planes.astype(jnp.float32) / 255.0) - 1.0
             video = video.astype(self.dtype).swapaxes(3, 4)
@@ -95,43 +72,22 @@ class EncodeProgram:
             mean, log_variance = jnp.split(moments, 2, axis=-1)
             deviation = jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE))
             new_caches = None if alone else new_caches
-            return mean, deviation, jax.lax.pmin(finite, AXIS), new_caches
+            return (mean, deviation), jax.lax.pmin(finite, AXIS), new_caches
 
-        sharded = jax.shard_map(
-            encode_columns,
-            mesh=self.mesh,
-            in_specs=(P(), COLUMNS, COLUMNS),
-            out_specs=(COLUMNS, COLUMNS, P(), COLUMNS),
-            check_vma=False,  # Pallas kernels do not declare which axes their results vary over
-        )
+        sharded = self.over_columns(encode_columns)
 
         def encode_batch(
             weights: Mapping[str, jax.Array], planes: jax.Array, caches: EncoderCaches | None
-        ) -> tuple[jax.Array, jax.Array, jax.Array, EncoderCaches | None]:
-            mean, deviation, finite, new_caches = sharded(weights, planes, caches)
+        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, EncoderCaches | None]:
+            (mean, deviation), finite, new_caches = sharded(weights, planes, caches)
             # Drop the padded columns: [B, T, W, H, Z] -> [B, Z, T, H, W].
             mean, deviation = (
                 v[:, :, : shards.width].transpose(0, 4, 1, 3, 2) for v in (mean, deviation)
             )
-            return mean, deviation, finite, new_caches
+            return (mean, deviation), finite, new_caches
 
-        replicated, columns = (NamedSharding(self.mesh, spec) for spec in (P(), COLUMNS))
-        padded = shards.padded_width * self.config.spatial_scale
-        planes = jax.ShapeDtypeStruct(
-            (batch, frames, padded, colours, height), jnp.uint8, sharding=columns
-        )
-        program = jax.jit(
-            encode_batch,
-            donate_argnums=() if caches is None else (2,),
-            out_shardings=(replicated, replicated, replicated, columns),
-        )
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            lowered = program.lower(self.abstract_weights, planes, caches)
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=columns),
-            lowered.out_info[3],
-        )
-        return lowered, abstract
+        padded = (batch, frames, shards.padded_width * self.config.spatial_scale, colours, height)
+        return self.lower_batch(encode_batch, padded, jnp.uint8, caches)
 
     def programs(self, shape: tuple[int, ...]) -> list[Program]:
         """Returns the programs of the first batch and, if there are more, of all others.
@@ -144,19 +100,9 @@ class EncodeProgram:
         alone = len(sizes) == 1
         first = (batch, sizes[0], height, width, colours)
         later = (batch, FRAMES_PER_BATCH, height, width, colours)
-        lower_first = cache(lambda: self.lower(first, None, alone=alone))
-        fields = {
-            "vae": dataclasses.asdict(self.config),
-            "first_frames": first,
-            "alone": alone,
-            "dtype": jnp.dtype(self.dtype).name,
-            "compiler_options": vae_options(self.mesh.devices.flat[0]),
-            **machine_fields(self.mesh, self.kind.libraries, SOURCES),
-        }
-        name = self.kind.name
-        label = f"{batch}x{sizes[0]}x{height}x{width}-{AXIS}{self.mesh.size}"
-        programs = [Program(f"{name}_first", label, fields, lambda: lower_first()[0])]
-        if not alone:
-            lower_later = lambda: self.lower(later, lower_first()[1], alone=False)[0]  # noqa: E731
-            programs.append(Program(f"{name}_later", label, fields, lower_later))
-        return programs
+        return self.two_programs(
+            f"{batch}x{sizes[0]}x{height}x{width}-{AXIS}{self.mesh.size}",
+            {"first_frames": first, "alone": alone},
+            lambda: self.lower(first, None, alone=alone),
+            None if alone else (lambda caches: self.lower(later, caches, alone=False)),
+        )

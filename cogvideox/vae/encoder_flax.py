@@ -4,13 +4,20 @@ The structure follows diffusers' CogVideoXEncoder3D; `cogvideox.vae.layers.Layer
 arithmetic. See `cogvideox.vae.sharding` for the axis letters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 from flax import nnx
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.vae.blocks_flax import Conv, GroupNorm, MakeNorm, Resnet, named_parameters
+from cogvideox.vae.blocks_flax import (
+    Conv,
+    GroupNorm,
+    MakeNorm,
+    Resnet,
+    forward_of,
+    named_parameters,
+)
 from cogvideox.vae.layers import (
     NORM_EPS,
     ConvCache,
@@ -146,13 +153,4 @@ def abstract_model(config: VaeConfig) -> VaeEncoder:
 
 def build_forward(config: VaeConfig, layers: Layers) -> EncoderForward:
     """Returns the function that encodes one device's columns; see `EncoderForward`."""
-
-    def forward(
-        weights: Mapping[str, jax.Array], video: jax.Array, caches: EncoderCaches | None
-    ) -> tuple[jax.Array, EncoderCaches]:
-        model = abstract_model(config)
-        for name, parameter in parameters_by_diffusers_name(model).items():
-            parameter.set_value(weights[name])
-        return model(video, caches, layers)
-
-    return forward
+    return forward_of(lambda: abstract_model(config), parameters_by_diffusers_name, layers)

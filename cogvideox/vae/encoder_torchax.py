@@ -10,13 +10,11 @@ from typing import cast
 
 import jax
 import torch
-import torchax
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXCausalConv3d,
     CogVideoXSafeConv3d,
 )
 from diffusers.models.downsampling import CogVideoXDownsample3D
-from torchax import interop
 
 from cogvideox.model.config import VaeConfig
 from cogvideox.vae.blocks_torchax import (
@@ -26,6 +24,7 @@ from cogvideox.vae.blocks_torchax import (
     TorchFeatures,
     call_jax,
     conv_weights,
+    forward_of,
     norm_weights,
 )
 from cogvideox.vae.layers import (
@@ -162,12 +161,4 @@ def build_model(config: VaeConfig, layers: Layers) -> AutoencoderEncoder:
 
 def build_forward(config: VaeConfig, layers: Layers) -> EncoderForward:
     """Returns the function that encodes one device's columns; see `EncoderForward`."""
-    torchax.default_env()  # makes an array, which must not become part of the traced program
-    model = build_model(config, layers)
-
-    def forward(
-        weights: dict[str, torch.Tensor], video: torch.Tensor, caches: EncoderCaches | None
-    ) -> tuple[torch.Tensor, EncoderCaches]:
-        return torch.func.functional_call(model, weights, (video, caches))
-
-    return interop.jax_view(forward)
+    return forward_of(lambda: build_model(config, layers))

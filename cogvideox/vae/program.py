@@ -4,40 +4,29 @@ diffusers decodes two latent frames at a time; with an odd number, the first bat
 statistics are per batch, and the causal convolutions pass their last two frames to the next batch.
 So a different split would change the video.
 
-The later program donates its caches. The loop over batches runs on the host, so frames are encoded
+The loop over batches runs on the host, so frames are encoded
 while the next batch decodes. A scan would hold the full video until its end and compile the same
 two bodies. See `cogvideox.vae.sharding` for the axis letters.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from functools import cache, cached_property
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from cogvideox.model.config import VaeConfig
-from cogvideox.vae.kinds import VaeKind
+from cogvideox.vae.batches import AXIS, BatchProgram, Lowered
 from cogvideox.vae.layers import DecoderCaches, Forward, Layers
 from cogvideox.vae.sharding import WidthShards
 from cogvideox.vae.tpu.common import LANES, Interpret
 from cogvideox.vae.tpu.layers import TpuLayers
-from cogvideox.vae.weights import abstract_weights
 from cogvideox.vae.xla.layers import XlaLayers
-from runtime.compiler_options import vae_options
-from runtime.programs import Program, machine_fields
+from runtime.programs import Program
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size; not in the config.
 LATENT_FRAMES_PER_BATCH = 2
-
-# Files traced into the programs, relative to the project.
-SOURCES = ("cogvideox/model/config.py", "cogvideox/vae")
-
-AXIS = "width"
-COLUMNS = P(None, None, AXIS)  # [B, T, W, ...]
 
 Output = Literal["uint8", "float32"]
 
@@ -90,26 +79,10 @@ def to_pixels(video: jax.Array, output: Output) -> jax.Array:
     return jnp.round(video * 255).astype(jnp.uint8) if output == "uint8" else video
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeProgram:
-    """A decoder on a mesh, before compilation.
+class DecodeProgram(BatchProgram[Forward, DecoderCaches]):
+    """A decoder on a mesh, before compilation."""
 
-    Attributes:
-        kind: how the decoder is traced.
-        config: config of the VAE.
-        mesh: has one axis, `AXIS`; its devices may be abstract.
-        dtype: bfloat16 or float32.
-    """
-
-    kind: VaeKind[Forward]
-    config: VaeConfig
-    mesh: Mesh
-    dtype: jnp.dtype
-
-    @cached_property
-    def abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """See `cogvideox.vae.weights.abstract_weights`."""
-        return abstract_weights(self.config, "decoder", self.mesh, self.dtype)
+    part = "decoder"
 
     def shards(self, latents_shape: tuple[int, ...]) -> WidthShards:
         """Returns the split of latents [B, C, T, H, W]."""
@@ -117,7 +90,7 @@ class DecodeProgram:
 
     def lower(
         self, shape: tuple[int, ...], output: Output, caches: DecoderCaches | None
-    ) -> tuple[jax.stages.Lowered, DecoderCaches]:
+    ) -> Lowered[DecoderCaches]:
         """Lowers the program for one batch of latents.
 
         Args:
@@ -144,13 +117,7 @@ class DecodeProgram:
             finite = jnp.isfinite(video).all().astype(jnp.int32)
             return to_pixels(video, output), jax.lax.pmin(finite, AXIS), new_caches
 
-        sharded = jax.shard_map(
-            decode_columns,
-            mesh=self.mesh,
-            in_specs=(P(), COLUMNS, COLUMNS),
-            out_specs=(COLUMNS, P(), COLUMNS),
-            check_vma=False,  # Pallas kernels do not declare which axes their results vary over
-        )
+        sharded = self.over_columns(decode_columns)
 
         def decode_batch(
             weights: Mapping[str, jax.Array], latents: jax.Array, caches: DecoderCaches | None
@@ -159,22 +126,8 @@ class DecodeProgram:
             # Drop the padded columns: [B, F, W, 3, H] -> [B, F, 3, H, W].
             return pixels[:, :, : width * scale].transpose(0, 1, 3, 4, 2), finite, new_caches
 
-        replicated, columns = (NamedSharding(self.mesh, spec) for spec in (P(), COLUMNS))
-        latents = jax.ShapeDtypeStruct(
-            (b, frames, shards.padded_width, height, channels), jnp.float32, sharding=columns
-        )
-        program = jax.jit(
-            decode_batch,
-            donate_argnums=() if caches is None else (2,),
-            out_shardings=(replicated, replicated, columns),
-        )
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            lowered = program.lower(self.abstract_weights, latents, caches)
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=columns),
-            lowered.out_info[2],
-        )
-        return lowered, abstract
+        padded = (b, frames, shards.padded_width, height, channels)
+        return self.lower_batch(decode_batch, padded, jnp.float32, caches)
 
     def programs(self, latents_shape: tuple[int, ...], *, output: Output) -> list[Program]:
         """Returns the programs of the first batch and, if there are more, of all others.
@@ -194,19 +147,9 @@ class DecodeProgram:
         sizes = [end - start for start, end in frame_batches(frames)]
         first = (b, channels, sizes[0], height, width)
         later = (b, channels, LATENT_FRAMES_PER_BATCH, height, width)
-        lower_first = cache(lambda: self.lower(first, output, None))
-        fields = {
-            "vae": dataclasses.asdict(self.config),
-            "first_latents": first,
-            "frames": output,
-            "dtype": jnp.dtype(self.dtype).name,
-            "compiler_options": vae_options(self.mesh.devices.flat[0]),
-            **machine_fields(self.mesh, self.kind.libraries, SOURCES),
-        }
-        name = self.kind.name
-        label = f"{b}x{sizes[0]}x{height}x{width}-{AXIS}{self.mesh.size}-{output}"
-        programs = [Program(f"{name}_first", label, fields, lambda: lower_first()[0])]
-        if len(sizes) > 1:
-            lower_later = lambda: self.lower(later, output, lower_first()[1])[0]  # noqa: E731
-            programs.append(Program(f"{name}_later", label, fields, lower_later))
-        return programs
+        return self.two_programs(
+            f"{b}x{sizes[0]}x{height}x{width}-{AXIS}{self.mesh.size}-{output}",
+            {"first_latents": first, "frames": output},
+            lambda: self.lower(first, output, None),
+            (lambda caches: self.lower(later, output, caches)) if len(sizes) > 1 else None,
+        )

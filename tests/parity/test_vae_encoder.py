@@ -4,16 +4,14 @@ Tolerance: both sides do the same float32 arithmetic in another order. Means of 
 of order 1 and differ by at most 4e-6; 2e-5 leaves room for other CPUs.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import Mesh
 
 from cogvideox.vae.encode import load_encoder
 from cogvideox.vae.encode_program import frame_batches
-from tests.cogvideox.vae.vae_models import random_vae
+from tests.cogvideox.vae.vae_models import mesh_of, random_vaes
 
 TOLERANCE = 2e-5
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -49,10 +47,6 @@ MODELS = {
 }
 
 
-def mesh_of(devices: int) -> Mesh:
-    return Mesh(np.array(jax.devices()[:devices]), ("width",))
-
-
 def random_video(frames: int, height: int, width: int, batch: int = 1) -> np.ndarray:
     random = np.random.default_rng(frames)
     return random.integers(0, 256, (batch, frames, height, width, 3), dtype=np.uint8)
@@ -67,8 +61,7 @@ def reference(vae, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
-    return {name: (random_vae(folder, **MODELS[name]), folder) for name, folder in folders.items()}
+    return random_vaes(MODELS, tmp_path_factory)
 
 
 # An image; a short batch; the remainder in the first batch, odd and even; widths that leave devices

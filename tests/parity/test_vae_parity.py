@@ -4,17 +4,15 @@ Tolerance: both sides do the same float32 arithmetic in another order. Frames in
 models differ by at most 3e-6; 2e-5 leaves room for other CPUs and is 94 dB.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from diffusers.video_processor import VideoProcessor
-from jax.sharding import Mesh
 
 from cogvideox.vae.decode import load_decoder
-from tests.cogvideox.vae.vae_models import random_vae
+from tests.cogvideox.vae.vae_models import mesh_of, random_vaes
 
 TOLERANCE = 2e-5
 
@@ -64,8 +62,7 @@ def reference_frames(vae: AutoencoderKLCogVideoX, latents: np.ndarray) -> np.nda
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
-    return {name: (random_vae(folder, **MODELS[name]), folder) for name, folder in folders.items()}
+    return random_vaes(MODELS, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("decoder", "model", "frames"), CASES)
@@ -73,8 +70,7 @@ def test_decode_equals_diffusers(models, decoder, model, frames):
     vae, folder = models[model]
     shape = (1, vae.config.latent_channels, frames, 4, 5)
     latents = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("dp", "tp"))
-    ours = load_decoder(decoder, folder, mesh, jnp.float32)
+    ours = load_decoder(decoder, folder, mesh_of(1), jnp.float32)
     batches = list(ours.decode(latents, output="float32"))
     assert len(batches) == max(frames // 2, 1)
     np.testing.assert_allclose(
@@ -85,8 +81,7 @@ def test_decode_equals_diffusers(models, decoder, model, frames):
 def test_uint8_frames_are_those_of_diffusers(models):
     vae, folder = models["four_levels"]
     latents = np.random.default_rng(2).standard_normal((2, 16, 1, 3, 4)).astype(np.float32)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
-    decoder = load_decoder("vae_flax", folder, mesh, jnp.float32)
+    decoder = load_decoder("vae_flax", folder, mesh_of(1), jnp.float32)
     (frames,) = decoder.decode(latents, output="uint8")
     expected = (reference_frames(vae, latents) * 255).round().astype(np.uint8)
     assert frames.dtype == np.uint8

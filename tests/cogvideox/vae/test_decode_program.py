@@ -7,10 +7,11 @@ import pytest
 from jax.sharding import Mesh
 
 from cogvideox.model.config import VaeConfig
+from cogvideox.vae.batches import AXIS
 from cogvideox.vae.decode import Decoder
 from cogvideox.vae.kinds import VaeKind
 from cogvideox.vae.layers import DecoderCaches
-from cogvideox.vae.program import AXIS, DecodeProgram, choose_layers, frame_batches
+from cogvideox.vae.program import DecodeProgram, choose_layers, frame_batches
 from cogvideox.vae.sharding import WidthShards
 from cogvideox.vae.tpu.layers import TpuLayers
 from cogvideox.vae.xla.layers import XlaLayers

@@ -1,9 +1,15 @@
-"""Small random VAEs of diffusers for the tests of the decoders."""
+"""Small random VAEs of diffusers for the tests of decoders and encoders."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from jax.sharding import Mesh
 
 
 def random_vae(folder: Path, levels: int, **config) -> AutoencoderKLCogVideoX:
@@ -21,6 +27,19 @@ def random_vae(folder: Path, levels: int, **config) -> AutoencoderKLCogVideoX:
             parameter.add_(noise * torch.randn_like(parameter))
     vae.save_pretrained(folder)
     return vae
+
+
+def random_vaes(
+    models: Mapping[str, dict[str, Any]], folders: pytest.TempPathFactory
+) -> dict[str, tuple[AutoencoderKLCogVideoX, Path]]:
+    """A VAE of each name and the folder that it is saved in; see `random_vae`."""
+    places = {name: folders.mktemp(name) for name in models}
+    return {name: (random_vae(place, **models[name]), place) for name, place in places.items()}
+
+
+def mesh_of(devices: int) -> Mesh:
+    """The first devices, along the width."""
+    return Mesh(np.array(jax.devices()[:devices]), ("width",))
 
 
 def thin_vae(folder: Path, **config) -> AutoencoderKLCogVideoX:
