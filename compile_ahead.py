@@ -11,6 +11,7 @@ import json
 import sys
 
 import utils
+from command_line.condition import add_encoder
 from runtime.errors import InputError, checking_input
 from runtime.exit_codes import run_script
 from stages import ahead
@@ -19,7 +20,7 @@ from stages.speed import SPEEDS
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.ArgumentParser(
-        "Compiles stages 2 and 3 ahead of time. Needs the model's JSON files, no weights, and for "
+        "Compiles the stages ahead of time. Needs the model's JSON files, no weights, and for "
         "a TPU topology no TPU.",
         "  python compile_ahead.py --topology v6e-8 --sizes 768x1360x81 --executables executables\n"
         "  python compile_ahead.py --topology v6e-8 --sizes 768x1360x81 --plan\n"
@@ -28,9 +29,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     parser.add_argument(
-        "--stages", type=_stages, default="2,3", help="which to compile, separated by commas"
+        "--stages",
+        type=_stages,
+        default="2,3",
+        help="which to compile, separated by commas; 1 is the encoder of --encode_on devices, for "
+        "an image or, if the model takes videos, for a video of as many frames",
     )
     utils.add_decoder(parser)
+    add_encoder(parser)
     parser.add_argument(
         "--sizes",
         type=_sizes,
@@ -86,9 +92,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _stages(text: str) -> tuple[int, ...]:
-    stages = tuple(sorted({int(part) for part in text.split(",") if part in ("2", "3")}))
+    stages = tuple(sorted({int(part) for part in text.split(",") if part in ("1", "2", "3")}))
     if not stages or len(stages) != len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 2, 3 or 2,3")
+        raise argparse.ArgumentTypeError(f"{text!r} does not name some of 1, 2 and 3, such as 2,3")
     return stages
 
 
@@ -119,6 +125,8 @@ def run(arguments: argparse.Namespace) -> None:
             with checking_input():
                 if arguments.pull or arguments.push:
                     raise ValueError("--plan writes nothing; leave --pull and --push out")
+                if 1 in options.stages:
+                    raise ValueError("--plan is of stages 2 and 3; leave 1 out of --stages")
                 targets = ahead.make_targets(options)
             plans = ahead.plan_sizes(options, targets)
         from stages.plan import table

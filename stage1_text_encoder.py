@@ -36,10 +36,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_model(parser, default=utils.DEFAULT_MODEL)
     utils.add_dtype(parser)
     utils.add_output_dir(parser)
+    utils.add_executables(parser)
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    utils.copy_trusted_executables(arguments)
     found = condition.options_of(vars(arguments))
     if found is None and (arguments.height or arguments.width):
         raise InputError("--height and --width of stage 1 are for --image or --video")

@@ -32,6 +32,11 @@ def add_condition(parser: ArgumentParser) -> None:
         choices=("cpu", "devices"),
         help="where the VAE encodes (default: an image on the CPU, a video on the devices)",
     )
+    add_encoder(parser)
+
+
+def add_encoder(parser: ArgumentParser) -> None:
+    """Adds the argument that chooses the VAE's encoder."""
     parser.add_argument(
         "--encoder", choices=("torchax", "flax"), default="torchax", help="VAE of stage 1"
     )

@@ -32,7 +32,7 @@ from jobs.records import (
     read_batch,
     warn,
 )
-from jobs.steps import Steps
+from jobs.steps import Steps, planned_steps
 from jobs.superseded import find_superseded
 from runtime.errors import InputError
 from runtime.files import atomic_path
@@ -299,7 +299,7 @@ def _describe(settings: DenoisingSettings) -> str:
     dynamic = " dynamic" if settings.use_dynamic_cfg else ""
     return (
         f"{settings.width}x{settings.height}, {settings.num_frames} frames at "
-        f"{settings.fps} fps, {settings.num_inference_steps} {settings.scheduler} steps,"
+        f"{settings.fps} fps, {planned_steps(settings)} {settings.scheduler} steps,"
         f"{dynamic} guidance {_number(settings.guidance_scale)}, seed {settings.seed}"
     )
 
@@ -311,7 +311,7 @@ def _facts(state: JobState) -> Iterator[tuple[str, str]]:
     yield "frames", f"{settings.num_frames} at {settings.fps} a second"
     dynamic = ", dynamic" if settings.use_dynamic_cfg else ""
     yield "guidance", f"{_number(settings.guidance_scale)}{dynamic}"
-    yield "steps", f"{settings.num_inference_steps} {settings.scheduler}"
+    yield "steps", f"{planned_steps(settings)} {settings.scheduler}"
     if job.lossy.names:
         yield "lossy", "; ".join(job.lossy.names)
     if job.loras:

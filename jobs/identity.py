@@ -77,7 +77,8 @@ def make_job(line: Line, model: ModelFolder, digest: str, library: LoraLibrary) 
     wishes = {name: getattr(own, name) for name in names}
     given = None
     if own.image or own.video:
-        names = {field.name for field in dataclasses.fields(ConditionOptions)} - {"sha256"}
+        names = {field.name for field in dataclasses.fields(ConditionOptions)}
+        names -= {"sha256", "executables"}  # not of a line
         given = ConditionOptions(**{name: getattr(own, name) for name in names})
     elif own.size or own.encode_on:
         raise ValueError("size auto and encode_on are for an image or a video")

@@ -77,7 +77,7 @@ class BatchOptions:
                 output_dir=folder,
                 negative_prompt=job.negative_prompt,
                 max_sequence_length=job.max_sequence_length,
-                condition=start and _condition_options(start, *size),
+                condition=start and self._condition_options(start, *size),
                 allow_unsupported=True,  # the job was checked when it was made
             ),
             denoise=DenoiseOptions(
@@ -113,17 +113,17 @@ class BatchOptions:
             text_tokens=job.max_sequence_length,
         )
 
-
-def _condition_options(start: JobInput, height: int, width: int) -> ConditionOptions:
-    path = Path(start.path)
-    return ConditionOptions(
-        image=path if start.kind == "image" else None,
-        video=path if start.kind == "video" else None,
-        image_fit=start.image_fit,
-        height=height,
-        width=width,
-        allow_unsupported=True,  # the job was checked when it was made
-        encode_on=start.encode_on,
-        encoder=start.encoder,
-        sha256=start.sha256,
-    )
+    def _condition_options(self, start: JobInput, height: int, width: int) -> ConditionOptions:
+        path = Path(start.path)
+        return ConditionOptions(
+            image=path if start.kind == "image" else None,
+            video=path if start.kind == "video" else None,
+            image_fit=start.image_fit,
+            height=height,
+            width=width,
+            allow_unsupported=True,  # the job was checked when it was made
+            encode_on=start.encode_on,
+            encoder=start.encoder,
+            sha256=start.sha256,
+            executables=self.executables,
+        )

@@ -177,7 +177,7 @@ def stage_options(
         output_dir=output_dir,
         negative_prompt=first["negative_prompt"],
         max_sequence_length=first["max_sequence_length"],
-        condition=_condition_options(first, options.input),
+        condition=_condition_options(first, options),
         allow_unsupported=True,  # they were computed once
     )
     denoising = DenoiseOptions(
@@ -215,7 +215,9 @@ def stage_options(
     return encoding, denoising, decoding
 
 
-def _condition_options(section: Mapping[str, Any], moved: Path | None) -> ConditionOptions | None:
+def _condition_options(
+    section: Mapping[str, Any], options: RerunOptions
+) -> ConditionOptions | None:
     """The options of the image or video that stage 1 encoded; None if there was none.
 
     Raises:
@@ -230,7 +232,7 @@ def _condition_options(section: Mapping[str, Any], moved: Path | None) -> Condit
     known = isinstance(path, str) and encoder in ("torchax", "flax") and fit in ("stretch", "crop")
     if not known or where not in ("cpu", "devices"):
         raise ValueError(f"section {ENCODE} does not say how its {found.kind} was encoded")
-    file = moved or Path(path)
+    file = options.input or Path(path)
     if not file.exists():
         raise ValueError(
             f"{file} is not there: the {found.kind} that the video started from (sha256 "
@@ -246,6 +248,7 @@ def _condition_options(section: Mapping[str, Any], moved: Path | None) -> Condit
         encode_on=where,
         encoder=encoder,
         sha256=str(described.get("sha256")),
+        executables=options.executables,
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from jobs.records import STAGES, JobState
+from jobs.steps import planned_steps
 from runtime.text import printable
 
 _HEADINGS = ("job", "status", "stages", "size", "frames", "steps", "seed", "seconds", "what")
@@ -45,7 +46,7 @@ def _row(state: JobState, status: str) -> tuple[str, ...]:
         f"{settings.num_frames}",
         f"{state.steps.done}/{state.steps.total}"
         if state.steps and state.steps.total
-        else f"{settings.num_inference_steps}",
+        else planned_steps(settings),
         f"{settings.seed}",
         f"{state.seconds:.1f}" if state.seconds else "",
     )

@@ -6,11 +6,15 @@ import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.errors import InputError
 from runtime.files import write_json
 from runtime.progress import printing_above_bar, progress
 from runtime.typed_json import from_json, read_object
+
+if TYPE_CHECKING:
+    from cogvideox.model.settings import DenoisingSettings
 
 STEPS_FILE = "progress.json"
 _EVERY_SECONDS = 0.25
@@ -38,6 +42,13 @@ class Steps:
         if made <= 0 or not self.since:
             return None
         return max(now - self.since, 0.0) / made * (self.total - self.done)
+
+
+def planned_steps(settings: DenoisingSettings) -> str:
+    """`DenoisingSettings.shown_steps`, if values of a foreign job.json are of the right types."""
+    steps, strength = settings.num_inference_steps, settings.strength
+    right = type(steps) is int and type(strength) is float and 0 <= strength <= 1
+    return settings.shown_steps if right else str(steps)
 
 
 def show_steps[State](

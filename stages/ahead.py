@@ -1,4 +1,4 @@
-"""Compiles the programs of stages 2 and 3 before they are needed, also for an absent machine."""
+"""Compiles the stages' programs before they are needed, also for an absent machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.chips import MACHINES
 from runtime.devices import start_jax
 from runtime.errors import InputError, RunError
 from runtime.progress import progress
-from stages import decode, denoise, files
+from stages import condition, decode, denoise, files
 from stages.speed import NamedSpeed, resolve
 from stages.steps import denoisers_of, programs_for
 
@@ -31,7 +31,7 @@ class AheadOptions:
     """Options of compile_ahead.py, by the names of the command line.
 
     Attributes:
-        stages: 2, 3 or both.
+        stages: some of 1, 2, 3; of stage 1 it is the encoder of an image or a video.
         sizes: (height, width, frames) each; None takes the model's.
         topology: one of TOPOLOGIES.
         batch: number of prompts.
@@ -46,6 +46,7 @@ class AheadOptions:
     model_id: str
     stages: Sequence[int]
     decoder: str
+    encoder: str
     sizes: Sequence[tuple[int, int, int]] | None
     topology: str
     dp: int | None
@@ -195,11 +196,17 @@ def _make_target(
         input_dir=Path(), dtype=options.dtype, decoder=options.decoder, dp=options.dp, tp=options.tp
     )
     decoder = decode.make_decoder(decoding, model, decode.make_mesh(decoding, devices))
+    # An image-to-video model starts from one frame, another model from a video of all.
+    frames = 1 if model.transformer.image_to_video else settings.num_frames
     return Target(
         settings,
         denoise.saved_shape(latents, padding),
         denoiser=denoiser if 2 in options.stages else None,
         decoder=decoder if 3 in options.stages else None,
+        encoder=condition.encode_program(options.encoder, model, devices, options.dtype)
+        if 1 in options.stages
+        else None,
+        encoded=(1, frames, settings.height, settings.width, 3),
     )
 
 
@@ -217,6 +224,8 @@ def compile_target(options: AheadOptions, target: Target, folder: Path) -> list[
     from runtime.files import open_regular
 
     parts = []
+    if target.encoder:
+        parts.append((target.encoder.programs(target.encoded), 1))
     if target.denoiser:
         parts.append((programs_for(target.denoiser, target.settings, options.speed), 1))
     if target.decoder:

@@ -15,7 +15,7 @@ from stages import files, sections
 from stages.video_digest import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from PIL.Image import Image
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cogvideox.model.presets import Preset
     from cogvideox.model.settings import Condition
     from cogvideox.vae.encode import Encoder
+    from cogvideox.vae.encode_program import EncodeProgram
+    from runtime.jax_types import Device
 
 AUTO = "auto"  # value of --size
 _PREVIEW_SIDE = 256  # pixels
@@ -44,6 +46,7 @@ class ConditionOptions:
         encode_on: "cpu" or "devices"; None encodes an image on the CPU, a video on the devices.
         encoder: "torchax" or "flax".
         sha256: digest that the file must have; None takes any.
+        executables: folder from compile_ahead.py, for an encoder on the devices.
     """
 
     image: Path | None = None
@@ -56,6 +59,7 @@ class ConditionOptions:
     encode_on: Literal["cpu", "devices"] | None = None
     encoder: str = "torchax"
     sha256: str | None = None
+    executables: Path | None = None
 
     @property
     def kind(self) -> Literal["image", "video"]:
@@ -161,6 +165,7 @@ def find_source(options: ConditionOptions | None, model: ModelFolder) -> Source 
     from cogvideox.video.inputs import count_frames, read_image
 
     check_options(options)
+    files.check_executables(options.executables)
     if not options.path.exists():
         raise InputError(f"--{options.kind} {options.path}: there is no such file")
     preset = preset_for(model.transformer, model.vae.spatial_scale)
@@ -203,6 +208,21 @@ def choose_device(options: ConditionOptions | None) -> None:
         insist_on("cpu")
 
 
+def encode_program(
+    encoder: str, model: ModelFolder, devices: Sequence[Device], dtype: str
+) -> EncodeProgram:
+    """Makes the programs of `--encode_on devices`, on the devices of the first host."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from cogvideox.vae.encode import make_encode_program
+
+    own = [device for device in devices if device.process_index == devices[0].process_index]
+    mesh = jax.sharding.Mesh(np.asarray(own), ("devices",))
+    return make_encode_program(f"vae_encoder_{encoder}", model.vae, mesh, jnp.dtype(dtype))
+
+
 def load_encoder(options: ConditionOptions, model: ModelFolder, dtype: str) -> Encoder:
     """Loads the encoder of the model's VAE.
 
@@ -238,10 +258,13 @@ def load_encoder(options: ConditionOptions, model: ModelFolder, dtype: str) -> E
         return encode.load_encoder(name, model.path / "vae", mesh, run_dtype)
 
 
-def encode(encoder: Encoder, frames: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+def encode(
+    encoder: Encoder, frames: np.ndarray, options: ConditionOptions, dtype: str
+) -> dict[str, np.ndarray]:
     """Encodes an image or a video.
 
     Args:
+        encoder: of the options.
         frames: result of `Source.read`.
         dtype: of the result.
 
@@ -251,7 +274,8 @@ def encode(encoder: Encoder, frames: np.ndarray, dtype: str) -> dict[str, np.nda
     import jax.numpy as jnp
 
     with working("encoding the image" if len(frames) == 1 else "encoding the video"):
-        posterior = encoder.encode(frames[None])
+        executables = None if options.on_cpu else options.executables
+        posterior = encoder.encode(frames[None], executables)
     return {name: values.astype(jnp.dtype(dtype)) for name, values in posterior._asdict().items()}
 
 

@@ -118,7 +118,7 @@ def run(options: EncodeOptions) -> None:
             # Before the text encoder is loaded, so that memory never holds both.
             with timings.phase("encode"):
                 encoder = condition.load_encoder(source.options, model, options.dtype)
-                posterior = condition.encode(encoder, pixels, options.dtype)
+                posterior = condition.encode(encoder, pixels, source.options, options.dtype)
                 encoded = condition.Encoded(source, pixels[0], posterior)
                 del encoder
         with timings.phase("load"), working("loading the text encoder"):

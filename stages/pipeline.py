@@ -235,6 +235,7 @@ class Pipeline:
             allow_unsupported=allow_unsupported,
             encode_on=encode_on,
             encoder=self._decoder,
+            executables=self._common["executables"],
         )
         if image is None and video is None:
             raise ValueError("give an image or a video to start from")

@@ -10,6 +10,7 @@ from cogvideox.denoising.parts import split_steps
 from cogvideox.denoising.program import Denoiser
 from cogvideox.model.settings import DenoisingSettings
 from cogvideox.vae.decode import Decoder
+from cogvideox.vae.encode_program import EncodeProgram
 from runtime.jax_types import Device
 from runtime.mesh import fitting_meshes, make_mesh
 from stages.estimates import (
@@ -34,17 +35,21 @@ class Target:
         latents: what stage 3 decodes, [B, C, T, H, W].
         denoiser: on the mesh to compile; None leaves stage 2 out.
         decoder: None leaves stage 3 out.
+        encoder: of stage 1's image or video; None leaves stage 1 out.
+        encoded: what it encodes, [B, F, height, width, 3].
     """
 
     settings: DenoisingSettings
     latents: tuple[int, ...]
     denoiser: Denoiser | None
     decoder: Decoder | None
+    encoder: EncodeProgram | None = None
+    encoded: tuple[int, ...] = ()
 
     @property
     def device(self) -> Device:
         """The first device of the machine."""
-        program = self.denoiser or self.decoder
+        program = self.denoiser or self.decoder or self.encoder
         assert program is not None
         return program.mesh.devices.flat[0]
 

@@ -227,7 +227,7 @@ class Session:
             loaded = condition.load_encoder(source.options, self._model, options.dtype)
             self._encoder = key, loaded
         pixels = source.read()
-        posterior = condition.encode(self._encoder[1], pixels, options.dtype)
+        posterior = condition.encode(self._encoder[1], pixels, source.options, options.dtype)
         return condition.Encoded(source, pixels[0], posterior)
 
     def _prepare_transformer(self, request: VideoRequest) -> None:

@@ -417,6 +417,17 @@ MUTANTS = (
            "return min(int(self.num_inference_steps * self.strength)",
            "return min(round(self.num_inference_steps * self.strength)",
            (f"{TRAPS_OF_CONDITIONS}::test_strength_cuts_the_product_off",)),
+    Mutant("executables of the encoder not read", "stages/condition.py",
+           "executables = None if options.on_cpu else options.executables", "executables = None",
+           ("tests/scripts/test_compile_ahead.py::"
+            "test_the_encoder_that_is_compiled_ahead_is_that_of_stage_1",)),
+    Mutant("all steps shown", "cogvideox/model/settings.py",
+           'f"{self.executed_steps} of {steps}"', 'f"{steps} of {steps}"',
+           ("tests/jobs/test_status.py::test_a_strength_shows_the_steps_that_run",)),
+    Mutant("latents of a video divided by the factor", "cogvideox/denoising/conditioning.py",
+           'inverted = kind == "image" and vae.invert_scale_latents',
+           "inverted = vae.invert_scale_latents",
+           (f"{TRAPS_OF_CONDITIONS}::test_noise_is_added_in_the_dtype_of_the_run",)),
     Mutant("guidance counts all steps", "cogvideox/denoising/scheduler.py",
            "steps = settings.executed_steps  # unlike", "steps = settings.num_inference_steps  #",
            (f"{TRAPS_OF_CONDITIONS}::test_the_first_step_that_runs_draws_once_and_guidance_counts_"

@@ -70,7 +70,7 @@ def _lora(choice: LoraChoice) -> str:
 
 
 def _steps(video: Video) -> tuple[int, int]:
-    total = video.state.job.settings.num_inference_steps
+    total = video.state.job.settings.executed_steps
     steps = video.state.steps
     if steps and steps.total:
         return steps.done, steps.total

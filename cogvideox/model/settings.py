@@ -51,6 +51,12 @@ class DenoisingSettings:
             return self.num_inference_steps
         return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
 
+    @property
+    def shown_steps(self) -> str:
+        """The number of steps for people: "50", or "28 of 50" if a strength leaves some out."""
+        steps = str(self.num_inference_steps)
+        return steps if self.strength is None else f"{self.executed_steps} of {steps}"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the settings by name; a strength only if there is one.
 
@@ -72,7 +78,7 @@ class DenoisingSettings:
         strength = "" if self.strength is None else f"strength {self.strength:g}, "
         return (
             f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps} fps, "
-            f"{self.num_inference_steps} {self.scheduler} steps,{dynamic} guidance "
+            f"{self.shown_steps} {self.scheduler} steps,{dynamic} guidance "
             f"{self.guidance_scale:g}, {strength}seed {self.seed}"
         )
 

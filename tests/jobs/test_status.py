@@ -29,6 +29,13 @@ def test_long_text_is_cut():
     assert row.endswith("…") and len(row) < 200
 
 
+def test_a_strength_shows_the_steps_that_run():
+    settings = dataclasses.replace(JOB.settings, num_inference_steps=50, strength=0.58)
+    job = dataclasses.replace(JOB, settings=settings)
+    (_, row, _) = table([JobState(job, Path(job.folder), {}, False)]).splitlines()
+    assert " 28 of 50 " in row
+
+
 def test_superseded_jobs_are_marked():
     states = [
         JobState(dataclasses.replace(JOB, id=id_), Path(id_), {}, claimed)

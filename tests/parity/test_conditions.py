@@ -81,13 +81,14 @@ def run_stages(
     return load_file(folder / "stage2_latents.safetensors")["latents"][0]
 
 
-# 1.5: `ofs`, 3 latent frames padded to 4, an odd number of patches across, RGBA, latents divided
-# by the factor. 1.0: learned positions, a turned grey picture.
+# 1.5: `ofs`, 3 latent frames padded to 4, portrait, odd numbers of patches, RGBA, latents divided
+# by the factor. The large sample size is for diffusers, which cuts positions of higher grids out of
+# a table. 1.0: learned positions, a turned grey picture.
 IMAGES = {
     "1.5": (
-        {"generation": "1.5", "invert_scale_latents": True},
+        {"generation": "1.5", "invert_scale_latents": True, "sample_height": 20},
         ("picture.png", "RGBA", (50, 70), False),
-        {"height": 24, "width": 40, "num_frames": 9, "use_dynamic_cfg": True},
+        {"height": 40, "width": 24, "num_frames": 9, "use_dynamic_cfg": True},
         *("dpm", "222"),
     ),
     "1.0": (
@@ -120,21 +121,35 @@ def test_image_to_video_equals_diffusers(case: str, tmp_path: Path):
     assert preview.size == (size["width"], size["height"])
 
 
-def test_video_to_video_equals_diffusers(tmp_path: Path):
-    """Strength 0.58 of 5 steps runs 2. 13 frames make 4 latent frames, which make 16 frames."""
-    model = save_tiny_model(tmp_path / "model", invert_scale_latents=True, **SMALL)
+# 1.5: strength 0.58 of 5 steps runs 2; 13 frames make 4 latent frames, which make 16 frames; the
+# latents are multiplied by the factor although the VAE says to divide. 2b: sincos positions, an odd
+# number of latent frames; strength 1 starts from noise that is drawn after the posterior's sample.
+VIDEOS = {
+    "1.5": ({"generation": "1.5", "invert_scale_latents": True}, 13, "dpm", 5, 0.58, True, "222"),
+    "2b": (
+        {"generation": "1.0-sincos", "sample_height": 6, "sample_width": 10, "sample_frames": 9},
+        *(9, "ddim", 2, 1.0, False, "114"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VIDEOS)
+def test_video_to_video_equals_diffusers(case: str, tmp_path: Path):
+    config, length, scheduler, steps, strength, dynamic, mesh = VIDEOS[case]
+    model = save_tiny_model(tmp_path / "model", **SMALL, **config)
     random = np.random.default_rng(4)
-    frames = random.random((13, 20, 30, 3))
+    frames = random.random((length, 20, 30, 3))
     np.save(tmp_path / "video.npy", frames)
     pictures = [
         Image.fromarray((frame.astype(np.float32) * 255).round().astype(np.uint8))
         for frame in frames
     ]
-    settings = {"height": 24, "width": 40, "guidance_scale": 5.0, "num_inference_steps": 5}
-    settings |= {"strength": 0.58, "use_dynamic_cfg": True}
-    latents, _ = reference(model, {"video": pictures}, "dpm", settings)
+    settings = {"height": 24, "width": 40, "guidance_scale": 5.0, "num_inference_steps": steps}
+    settings |= {"strength": strength, "use_dynamic_cfg": dynamic}
+    latents, _ = reference(model, {"video": pictures}, scheduler, settings)
     given = ["--video", tmp_path / "video.npy", "--height", 24, "--width", 40]
     given += ["--encoder=flax", "--encode_on=cpu"]
-    options = ["--steps=5", "--guidance_scale=5", "--strength=0.58", "--use_dynamic_cfg"]
-    ours = run_stages(tmp_path / "out", model, given, [*options, "--scheduler=dpm"], "222")
+    options = [f"--steps={steps}", "--guidance_scale=5", f"--strength={strength}"]
+    options += [f"--scheduler={scheduler}", *["--use_dynamic_cfg"] * dynamic]
+    ours = run_stages(tmp_path / "out", model, given, options, mesh)
     assert relative_error(ours, latents) < 1e-4

@@ -15,6 +15,7 @@ import compile_ahead
 import stage1_text_encoder as stage1
 import stage2_transformer as stage2
 import stage3_vae_decoder as stage3
+import utils
 from cogvideox.model.folder import stored_tensors
 from runtime.errors import InputError, RunError
 from runtime.exit_codes import run_main
@@ -103,6 +104,32 @@ def test_several_sizes_share_a_folder_and_are_made_once(configs, tmp_path, capsy
     assert len(list(tmp_path.glob("stage2_transformer-*.json"))) == 2
 
 
+def test_the_encoder_that_is_compiled_ahead_is_that_of_stage_1(
+    model, configs, tmp_path, monkeypatch
+):
+    class Asked(Exception):
+        pass
+
+    def ask(programs, folder, *, devices):
+        raise Asked([program.manifest_name for program in programs], folder)
+
+    size = ["--allow_unsupported", "--encoder=flax", FLOAT]
+    arguments = compile_ahead.parse_arguments(
+        [f"--model_id={configs}", "--stages=1", "--sizes=16x32x5", *size]
+    )
+    (target,) = ahead.make_targets(utils.options(ahead.AheadOptions, arguments))
+    assert target.encoder is not None and target.denoiser is None
+    names = [program.manifest_name for program in target.encoder.programs(target.encoded)]
+
+    np.save(tmp_path / "video.npy", np.zeros((5, 20, 30, 3), np.uint8))
+    monkeypatch.setattr("cogvideox.vae.encode.find_or_compile", ask)
+    given = [f"--model_id={model}", f"--video={tmp_path / 'video.npy'}", "--encode_on=devices"]
+    given += ["--prompt=A kite", "--height=16", "--width=32", f"--output_dir={tmp_path}"]
+    with pytest.raises(Asked) as asked:
+        stage1.run(stage1.parse_arguments([*given, *size, f"--executables={tmp_path}"]))
+    assert asked.value.args == (names, tmp_path)
+
+
 def test_a_plan_is_json_and_writes_nothing(configs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--model_id", str(configs), FLOAT, "--plan", "--json", "--dp=2", "--tp=2"]
@@ -141,8 +168,9 @@ def test_derived_weights_are_those_of_a_compiled_mesh(configs, capsys):
         (["--sizes", "64x80"], "64x80' is not height x width x frames"),
         (["--sizes", "64xax17"], "is not height x width x frames"),
         (["--sizes", "65x80x17"], "--height 65"),
-        (["--stages", "1"], "'1' is not 2, 3 or 2,3"),
-        (["--stages", "2,"], "is not 2, 3 or 2,3"),
+        (["--stages", "4"], "'4' does not name some of 1, 2 and 3"),
+        (["--stages", "2,"], "does not name some of 1, 2 and 3"),
+        (["--stages", "1", "--plan"], "leave 1 out"),
         (["--topology", "v9"], "invalid choice: 'v9'"),
         (["--plan", "--push", "x"], "--plan writes nothing"),
         (["--json"], "--json and --compile_all are for --plan"),
