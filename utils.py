@@ -15,6 +15,7 @@ from pathlib import Path
 
 from command_line.condition import add_condition
 from command_line.parser import ArgumentParser, RaisingParser, integer, number
+from command_line.precision import add_precision
 from runtime import processes
 from runtime.devices import PLATFORMS, insist_on
 from runtime.errors import InputError, checking_input
@@ -171,6 +172,7 @@ def add_speed(parser: ArgumentParser) -> None:
         type=integer(0),
         help="first layers that never attend sparsely (default: 1)",
     )
+    add_precision(parser)
 
 
 def add_previews(parser: ArgumentParser) -> None:

@@ -51,6 +51,7 @@ SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("near mask", {"step_mask": "near"}),
     ("fast mask", {"step_mask": "fast"}),
     ("sparse attention", {"sparse_attention": "fast"}),
+    ("int8 attention", {"attention_precision": "int8_qk"}),
     ("guidance reused from half on", {"guidance_until": 0.5}),
 )
 
@@ -524,6 +525,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[list[Any]],
     rows = [row for row in rows if any(text in row.name for text in texts)]
     if not runner.exact.denoiser.backend.takes_lists:
         rows = [row for row in rows if "sparse_attention" not in row.options]
+    known = runner.exact.denoiser.backend.attention_precisions
+    rows = [row for row in rows if row.options.get("attention_precision", "bf16") in known]
     ratios = read_calibration(arguments.calibration).ratios if arguments.calibration else None
     reports, pictures = [], []
     for report, videos in measure(runner, rows, prompts, ratios):

@@ -226,9 +226,11 @@ def kernel_cycles(denoiser: Any) -> dict[str, int]:
     rows_of_device = denoiser.layout.padded // (shards * shape["tp"])
     residual = (batch, rows_of_device, config.width)
     steps = math.prod(Tiles(*split).grid)
+    names = {"norm_q": "norm_and_rotate", "norm_k": "norm_and_rotate"}
+    if denoiser.backend.precision.attention == "int8_qk":
+        names = {name: name for name in ("key_statistics", "quantize_keys", "quantize_queries")}
     kernels = {
-        "norm_q": ("norm_and_rotate", split, steps),
-        "norm_k": ("norm_and_rotate", split, steps),
+        **{kind: (name, split, steps) for kind, name in names.items()},
         "norm1": ("norm_and_modulate", residual, math.prod(grid(residual))),
     }
     if shards > 1:
@@ -253,9 +255,12 @@ def attention_cycles(denoiser: Any, batch: int, heads: int) -> int:
     from attention_kernel import lists_schedule, row
 
     head_dim, sparse = denoiser.config.attention_head_dim, denoiser.sparse_step
+    quantized = denoiser.backend.precision.attention == "int8_qk"
     if sparse is None:
-        return row("v6e", "bounded", batch * heads, denoiser.layout.tokens, head_dim)["cycles"]
-    found = lists_schedule("v6e", "sparse", sparse.lists, batch * heads, head_dim)
+        kernel = "int8_qk_beside" if quantized else "bounded"
+        return row("v6e", kernel, batch * heads, denoiser.layout.tokens, head_dim)["cycles"]
+    kernel = "sparse_int8_qk_beside" if quantized else "sparse"
+    found = lists_schedule("v6e", kernel, sparse.lists, batch * heads, head_dim)
     of_tiles = -(-np.asarray(sparse.lists.lengths) // sparse.lists.unroll)
     bodies = of_tiles.sum(1)[sparse.tables.rule]  # [L, N]
     of_devices = bodies.reshape(len(bodies), -1, heads).sum(-1).max(-1)
@@ -267,6 +272,7 @@ def lower_kernel(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int
     import jax
     import jax.numpy as jnp
 
+    from cogvideox.transformer.backends.tpu.int8_heads import quantize_heads
     from cogvideox.transformer.backends.tpu.modulated_norm import norm_and_modulate
     from cogvideox.transformer.backends.tpu.token_shards import (
         join_values,
@@ -290,10 +296,13 @@ def lower_kernel(sharding: Any, kind: str, shape: tuple[int, ...], head_dim: int
         return jax.jit(part_tokens, static_argnums=1).lower(joined, shards)
     norm = abstract((head_dim,), jnp.float32)
     table = abstract((head_dim // 2, shards * tokens), jnp.float32)
+    x = abstract(shape, jnp.bfloat16)
+    if kind not in ("norm_q", "norm_k"):
+        valid = abstract((shards * tokens,), jnp.bool_)
+        norms = (norm, norm), (norm, norm)
+        return jax.jit(quantize_heads).lower(x, x, *norms, (table, table), valid)
     function = jax.jit(norm_and_rotate, static_argnames="transposed")
-    return function.lower(
-        abstract(shape, jnp.bfloat16), norm, norm, (table, table), transposed=kind == "norm_k"
-    )
+    return function.lower(x, norm, norm, (table, table), transposed=kind == "norm_k")
 
 
 def run_here(arguments: argparse.Namespace) -> dict[str, Any]:

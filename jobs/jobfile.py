@@ -37,6 +37,7 @@ TYPES: dict[str, type] = {
     **{"scheduler": str, "seed": int, "quality": int, "no_metadata": bool},
     **{"speed": str, "step_mask": str, "mask_steps": int, "guidance_until": float},
     **{"sparse_attention": str, "dense_steps": int, "dense_layers": int},
+    **{"attention_precision": str},
     **{"image": str, "video": str, "image_fit": str, "size": str, "strength": float},
     **{"encode_on": str, "encoder": str},
 }
@@ -79,6 +80,7 @@ class LineSettings:
     sparse_attention: str | None
     dense_steps: int | None
     dense_layers: int | None
+    attention_precision: str | None
     lora: Sequence[str] | None
     image: Path | None
     video: Path | None

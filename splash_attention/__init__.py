@@ -9,6 +9,7 @@ from splash_attention.block_lists import BlockLists
 from splash_attention.block_sizes import BlockSizes
 from splash_attention.bounds import query_scale
 from splash_attention.hopper.attention import hopper_attention
+from splash_attention.quantized import quantized_attention
 from splash_attention.reference import reference_attention
 from splash_attention.sharded import ring_attention, sharded_attention
 
@@ -17,6 +18,7 @@ __all__ = [
     "BlockSizes",
     "attention_part",
     "hopper_attention",
+    "quantized_attention",
     "query_scale",
     "reference_attention",
     "ring_attention",

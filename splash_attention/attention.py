@@ -5,22 +5,21 @@ D head size.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from splash_attention import bounds
+from splash_attention.arguments import HEAD_DIM_STEP, flatten_heads, how_to_run, list_arguments
 from splash_attention.block_lists import BlockLists
-from splash_attention.block_sizes import BlockSizes, choose_block_sizes, current_chip
+from splash_attention.block_sizes import BlockSizes
 from splash_attention.hopper.attention import heads_first_attention, runs_on_hopper
-from splash_attention.kernel import attention_kernel, can_lie_side_by_side
+from splash_attention.kernel import attention_kernel
 from splash_attention.quantize import quantize
 from splash_attention.reference import check_shapes
 
 _MAX_HEAD_DIM = 256
-_HEAD_DIM_STEP = 64
 _PRECISIONS = ("bf16", "int8_qk")
 
 
@@ -106,7 +105,7 @@ def _sequence_minor(
     if v.shape[-1] != head_dim:
         raise ValueError(f"v has head size {v.shape[-1]}, q and k have {head_dim}")
     _check_head_dim(head_dim)
-    padding = (0, 0), (0, 0), (0, -head_dim % _HEAD_DIM_STEP)
+    padding = (0, 0), (0, 0), (0, -head_dim % HEAD_DIM_STEP)
     q = (q.astype(jnp.float32) * bounds.query_scale(head_dim, scale)).astype(q.dtype)
     q, k, v = (
         jnp.pad(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), padding) for x in (q, k, v)
@@ -148,7 +147,7 @@ def attention_part(
         most_valid=keys,
         out_dtype=jnp.float32,
         with_log_total=True,
-        **_how_to_run(block_sizes, head_dim, q.shape[-2], keys, q.dtype, interpret),
+        **how_to_run(block_sizes, head_dim, q.shape[-2], keys, q.dtype, interpret),
     )
     out = out.swapaxes(1, 2)[..., : q.shape[-1]].reshape(q.shape)
     return out, log_total.reshape(*q.shape[:-1], 1)
@@ -200,17 +199,17 @@ def sequence_minor_attention(
         window_size = None
     listed = {}
     if block_lists is not None:
-        listed = _list_arguments(
-            block_lists, rule, q, k.shape[-2], kv_len, window_size, block_sizes
-        )
-    q, k, v = _flatten_heads(q, k, v, beside)
+        listed = list_arguments(block_lists, rule, q, k.shape[-2], kv_len, window_size, block_sizes)
+    q, k, v = flatten_heads(q, k, v, beside)
+    valid = jnp.arange(k.shape[1]) < kv_len
     bounds_given = largest_score is not None and largest_value is not None
     if block_lists is not None and (precision != "bf16" or smooth_k or not bounds_given):
         k, v = _clear_padding(block_lists, k, v)
+        valid = block_lists.valid_keys()
     if precision == "int8_qk":
         k = k.astype(jnp.float32)  # smoothed keys are rounded once, to int8
     if smooth_k:
-        k = bounds.smooth(k, kv_len)
+        k = bounds.smooth(k, valid)
     bounded = _bounded(q, k, v, kv_len, largest_score, largest_value, smooth_k)
     out_dtype, q_scale, padded_head_dim = q.dtype, None, q.shape[1]
     if precision == "int8_qk":
@@ -228,7 +227,7 @@ def sequence_minor_attention(
         window_size=window_size,
         **listed,
         out_dtype=out_dtype,
-        **_how_to_run(
+        **how_to_run(
             block_sizes if block_lists is None else block_lists.block_sizes,
             *(padded_head_dim, q_len, kv_len, q.dtype, interpret),
         ),
@@ -313,51 +312,6 @@ def _clear_padding(
     return jnp.pad(k, ((0, 0), (0, block_lists.keys - k.shape[1]), (0, 0))), v
 
 
-def _list_arguments(
-    block_lists: BlockLists,
-    rule: jax.Array | None,
-    q: jax.Array,
-    keys: int,
-    kv_len: int,
-    window_size: int | None,
-    block_sizes: BlockSizes | None,
-) -> dict[str, Any]:
-    """Check lists of chunks; return the kernel's keyword arguments lists and listed_valid.
-
-    Raises:
-        ValueError: the lists are of other lengths, or combined with an option they replace.
-    """
-    if window_size is not None or block_sizes is not None or kv_len != keys:
-        raise ValueError("block_lists replace window_size, block_sizes and kv_len; pass only one")
-    rule = block_lists.rule_of_heads(rule, q.shape[:-2], q.shape[-1], keys)
-    tables = block_lists.chunks, block_lists.lengths, block_lists.valid
-    arrays = (rule.reshape(-1), *map(jnp.asarray, tables))
-    return {
-        "lists": tuple(array.astype(jnp.int32) for array in arrays),
-        "listed_valid": block_lists.least_valid,
-    }
-
-
-def _flatten_heads(
-    q: jax.Array, k: jax.Array, v: jax.Array, beside: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Reshape checked operands to q [N, D, S], k [N / beside, K, beside x D] and v [N, D, K].
-
-    D is padded with zeros to a multiple of 64. Keys that cannot be read side by side become
-    [N, K, D].
-    """
-    head_dim = q.shape[-2]
-    q, v = (x.reshape(-1, head_dim, x.shape[-1]) for x in (q, v))
-    k = k.reshape(-1, k.shape[-2], beside, head_dim)
-    missing = -head_dim % _HEAD_DIM_STEP
-    if missing:
-        q, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (q, v))
-        k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, missing)))
-    if beside > 1 and not can_lie_side_by_side(q.shape[1], beside):
-        k = k.swapaxes(1, 2).reshape(len(q), k.shape[1], -1)
-    return q, k.reshape(*k.shape[:2], -1), v
-
-
 def _check_head_dim(head_dim: int) -> None:
     if head_dim > _MAX_HEAD_DIM:
         raise ValueError(f"head size is {head_dim}; at most {_MAX_HEAD_DIM} is supported")
@@ -369,24 +323,3 @@ def _check_dtypes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             "q, k and v must all be bfloat16 or all float32; "
             f"got {q.dtype.name}, {k.dtype.name}, {v.dtype.name}"
         )
-
-
-def _how_to_run(
-    block_sizes: BlockSizes | None,
-    head_dim: int,
-    q_len: int,
-    kv_len: int,
-    dtype: jnp.dtype,
-    interpret: bool | pltpu.InterpretParams,
-) -> dict[str, Any]:
-    """Return the kernel's keyword arguments block_sizes, vmem_limit_bytes and interpret."""
-    chip = current_chip(interpret=bool(interpret))
-    if not isinstance(block_sizes, BlockSizes | None):
-        raise TypeError(f"block_sizes is {block_sizes!r}; it must be a BlockSizes or None")
-    if block_sizes is None:
-        block_sizes = choose_block_sizes(chip, head_dim, q_len, kv_len, dtype)
-    return {
-        "block_sizes": block_sizes,
-        "vmem_limit_bytes": chip.require_vmem(block_sizes, head_dim, dtype),
-        "interpret": pltpu.InterpretParams() if interpret is True else interpret,
-    }

@@ -18,15 +18,22 @@ def query_scale(head_dim: int, scale: float | None = None) -> float:
     return (1 / math.sqrt(head_dim) if scale is None else scale) * math.log2(math.e)
 
 
-def smooth(k: jax.Array, kv_len: int) -> jax.Array:
-    """Subtract from k [B, K, N x D] the mean of its first `kv_len` keys, keeping its dtype.
+def smooth(k: jax.Array, valid: jax.Array) -> jax.Array:
+    """Subtract from k [B, K, N x D] the mean of its valid keys, keeping its dtype.
+
+    Other keys become zeros.
 
     q.(k - mean) differs from q.k by the same number for every key, so softmax does not change.
 
     Source: SageAttention (arXiv 2410.02367).
+
+    Args:
+        valid: bool [K].
     """
-    mean = jnp.mean(k[:, :kv_len].astype(jnp.float32), axis=1, keepdims=True)
-    return (k.astype(jnp.float32) - mean).astype(k.dtype)
+    valid = valid[:, None]
+    k32 = jnp.where(valid, k.astype(jnp.float32), 0)
+    mean = jnp.sum(k32, axis=1, keepdims=True) / jnp.sum(valid)
+    return jnp.where(valid, k32 - mean, 0).astype(k.dtype)
 
 
 def largest_scores(q: jax.Array, k: jax.Array, kv_len: int) -> jax.Array:

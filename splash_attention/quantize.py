@@ -12,8 +12,10 @@ DIGITS = 2
 # Rows of an int8 tile. Keys that end inside a tile cost 64 more load instructions per chunk.
 _TILE = 32
 _MOST = 127
+# The step of an all-zero operand, so that nothing divides by zero.
+_TINY = 2.0**-60
 
-# The share of the first digit in the second, and the factor on a product of two pairs; see _digits.
+# The share of the first digit in the second, and the factor on a product of pairs; see `digits`.
 _SHARE = 1 / 4
 _GAIN = 1 + _SHARE**2
 
@@ -36,21 +38,36 @@ def quantize(q: jax.Array, k: jax.Array, kv_len: int) -> tuple[jax.Array, jax.Ar
     heads, head_dim, _ = q.shape
     q = q.astype(jnp.float32)
     k = k.astype(jnp.float32).reshape(*k.shape[:2], -1, head_dim)
-    # The step of an all-zero operand, so that nothing divides by zero.
-    tiny = jnp.float32(2.0**-60)
-    k_step = jnp.max(jnp.abs(k[:, :kv_len]), axis=(1, 3), keepdims=True) / _MOST
-    q_step = jnp.max(jnp.abs(q), axis=1, keepdims=True) / _MOST
-    k_step, q_step = jnp.maximum(k_step, tiny), jnp.maximum(q_step, tiny)
-    k_step_of_head = k_step.reshape(heads, 1, 1)
-    scale = jnp.exp2(jnp.ceil(jnp.log2(q_step * k_step_of_head / _GAIN)))
-    q8 = _digits(q * (k_step_of_head / (scale * _GAIN)), axis=1)
-    k8 = _digits(k / k_step, axis=3).reshape(*k.shape[:2], -1)
+    step = key_step(jnp.max(jnp.abs(k[:, :kv_len]), axis=(1, 3), keepdims=True))
+    largest = jnp.max(jnp.abs(q), axis=1, keepdims=True)
+    factor, scale = score_scale(largest, step.reshape(heads, 1, 1))
+    q8 = digits(q * factor, axis=1).astype(jnp.int8)
+    k8 = digits(k / step, axis=3).astype(jnp.int8).reshape(*k.shape[:2], -1)
     k8 = jnp.pad(k8, ((0, 0), (0, -k.shape[1] % _TILE), (0, 0)))
     return q8, k8, scale.astype(jnp.bfloat16)
 
 
-def _digits(x: jax.Array, axis: int) -> jax.Array:
-    """Split |x| <= 127 into two int8 digits: a = round(x), and s a + g / s (x - a), rounded.
+def key_step(largest: jax.Array) -> jax.Array:
+    """Return the step of keys of this largest magnitude."""
+    return jnp.maximum(largest / _MOST, _TINY)
+
+
+def score_scale(largest: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the factor on queries before `digits`, and the scale of their products with keys.
+
+    Args:
+        largest: magnitude of each query.
+        step: of the keys; broadcasts.
+    """
+    q_step = jnp.maximum(largest / _MOST, _TINY)
+    scale = jnp.exp2(jnp.ceil(jnp.log2(q_step * step / _GAIN)))
+    return step / (scale * _GAIN), scale
+
+
+def digits(x: jax.Array, axis: int) -> jax.Array:
+    """Split |x| <= 127 into two digits: a = round(x), and s a + g / s (x - a), rounded.
+
+    Both are whole numbers of at most 127 in magnitude, in float32.
 
     s is _SHARE and g is _GAIN = 1 + s^2. For x and y with first digits a and b, the products of the
     first and of the second digits add up to
@@ -62,4 +79,4 @@ def _digits(x: jax.Array, axis: int) -> jax.Array:
     """
     first = jnp.round(x)
     second = jnp.round(_SHARE * first + _GAIN / _SHARE * (x - first))
-    return jnp.concatenate([first, second], axis=axis).astype(jnp.int8)
+    return jnp.concatenate([first, second], axis=axis)

@@ -21,8 +21,8 @@ class DenoiseOptions:
         allow_unsupported: also compute sizes that the model was not trained for.
         attention: "auto", "splash", "cudnn" or "reference".
         checkpoint_every: steps between two saves of the loop's state; None saves none.
-        speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers:
-            see `speed.SpeedOptions`.
+        speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers,
+            attention_precision: see `speed.SpeedOptions`.
         strength: of video-to-video, the share of the steps that run.
         lossy: what the options of speed resolve to, if it is known.
         lora: files, each as FILE or FILE=WEIGHT.
@@ -58,6 +58,7 @@ class DenoiseOptions:
     sparse_attention: str | None = None
     dense_steps: int | None = None
     dense_layers: int | None = None
+    attention_precision: str | None = None
     strength: float | None = None
     lossy: speed.Lossy | None = None
     lora: Sequence[str] | None = None

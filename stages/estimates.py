@@ -26,8 +26,11 @@ from runtime.programs import Program
 
 # XLA has no estimate for Pallas kernels. These rates come from their schedules at
 # 768x1360x81 on v6e-8 (benchmarks/transformer_step.py, benchmarks/vae_decode.py); at 720x1280x81
-# attention takes 0.6% less. Attention: 31.48M cycles, 12 heads of 45,106 tokens.
-_CYCLES_PER_SCORE = 31.48e6 / (12 * 45_106**2)
+# attention takes 0.6% less. Attention: 31.48M cycles, 12 heads of 45,106 tokens, by precision.
+_CYCLES_PER_SCORE = {
+    precision: cycles / (12 * 45_106**2)
+    for precision, cycles in {"bf16": 31.48e6, "int8_qk": 25.85e6}.items()
+}
 # The decoder of the published VAEs: 644M cycles, 21 latent frames of 96 x 22 columns on each chip.
 _PUBLISHED_VAE = (128, 256, 256, 512)
 _CYCLES_PER_LATENT = 644.2e6 / (21 * 96 * 22)
@@ -146,10 +149,11 @@ def derive_step(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Est
     return Estimate("derived", fits, hbm, cycles, _received(denoiser))
 
 
-def derive_sparse(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Estimate:
-    """Derives the estimates of a sparse step from those of the dense step on the same mesh.
+def derive_lossy(denoiser: Denoiser, known: Estimate, known_for: Denoiser) -> Estimate:
+    """Derives the estimates of a step with sparse or int8 attention from those of the exact step.
 
-    Attention is counted by the lists; everything else scales with the rows.
+    Both are on the same mesh. Attention is counted by its lists and precision; everything else
+    scales with the rows.
     """
     rows = denoiser.layout.padded / known_for.layout.padded
     hbm = {
@@ -290,24 +294,28 @@ def _kernel_cycles(denoiser: Denoiser) -> float:
     shards = denoiser.mesh.shape["sp"] * denoiser.mesh.shape["tp"]
     heads = denoiser.config.num_attention_heads // shards
     if denoiser.sparse_step is None:
-        attention = heads * denoiser.layout.tokens**2 * _CYCLES_PER_SCORE
+        rate = _CYCLES_PER_SCORE[denoiser.backend.precision.attention]
+        attention = heads * denoiser.layout.tokens**2 * rate
     else:
-        attention = sparse_cycles(denoiser.sparse_step, heads)
+        attention = sparse_cycles(denoiser.sparse_step, heads, denoiser.backend.precision.attention)
     attention *= _samples(denoiser)
     # Memory limits the four norms and, with sp, the two kernels that join and split its shards.
     kernels = 6 if denoiser.mesh.shape["sp"] > 1 else 4
+    if denoiser.backend.precision.attention == "int8_qk":
+        kernels += 5  # as long take the statistics of k and the arithmetic of quantising
     moved = kernels * 2 * _tokens_bytes(denoiser) // denoiser.mesh.shape["tp"]
     return attention + moved / chip.hbm_bytes_per_second * chip.clock_hz
 
 
-def sparse_cycles(step: SparseStep, heads: int) -> float:
+def sparse_cycles(step: SparseStep, heads: int, precision: str = "bf16") -> float:
     """Cycles of sparse attention of one sample in a block, the mean of all blocks.
 
     Args:
         heads: of a chip; the chip with the most work counts.
+        precision: of attention.
     """
     lists, rule = step.lists, step.tables.rule
     bodies = -(-np.asarray(lists.lengths) // lists.unroll)
     of_devices = bodies.sum(1)[rule].reshape(len(rule), -1, heads).sum(-1).max(-1)
     scores = of_devices.mean() * lists.unroll * lists.block_q * lists.chunk
-    return float(scores * _CYCLES_PER_SCORE)
+    return float(scores * _CYCLES_PER_SCORE[precision])

@@ -68,7 +68,8 @@ class Settings:
     Attributes:
         strength: of a run that starts from a video: the share of the steps that run.
         allow_unsupported: also compute sizes that the model was not trained for.
-        speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers:
+        speed, step_mask, mask_steps, guidance_until, sparse_attention, dense_steps, dense_layers,
+        attention_precision:
             lossy; see docs/speed.md.
         lora: files, each as FILE or FILE=WEIGHT; another choice compiles nothing.
     """
@@ -91,6 +92,7 @@ class Settings:
     sparse_attention: str | None = None
     dense_steps: int | None = None
     dense_layers: int | None = None
+    attention_precision: str | None = None
 
 
 class Step:

@@ -18,7 +18,7 @@ from stages.estimates import (
     Estimate,
     decoder_programs,
     derive_decode,
-    derive_sparse,
+    derive_lossy,
     derive_step,
     estimate_decode,
     estimate_step,
@@ -148,8 +148,8 @@ def _seconds_of_all_steps(
         denoisers = denoisers_of(denoiser, lossy, steps)
         total = 0.0
         for part, one in zip(parts, denoisers, strict=True):
-            ungated = dataclasses.replace(denoiser, sparse=one.sparse)
-            estimate = derive_sparse(ungated, step, denoiser) if part.sparse else step
+            ungated = dataclasses.replace(denoiser, sparse=one.sparse, backend=one.backend)
+            estimate = step if ungated == denoiser else derive_lossy(ungated, step, denoiser)
             if part.gated:
                 estimate = derive_step(one, estimate, ungated)
             runs = sum(computed[part.start : part.stop])

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from cogvideox.transformer.precision import Precision
 from runtime.progress import working
 from stages import condition, decode, denoise, encode, files
 from stages.lora import LoraLibrary, Loras
@@ -53,12 +54,14 @@ class Shape(NamedTuple):
     gated: bool = False
     sparse: SparseAttention | None = None
     parts: tuple[tuple[bool, bool], ...] = ()
+    precision: Precision = Precision()
 
     def __str__(self) -> str:
         parts = [f"{self.height}x{self.width}x{self.num_frames}"]
         parts += [] if self.guided else ["no guidance"]
         parts += ["step mask"] * self.masked + ["guidance reused"] * self.gated
         parts += ["sparse attention"] * (self.sparse is not None)
+        parts += self.precision.options.values()
         return ", ".join(parts)
 
 

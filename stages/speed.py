@@ -1,6 +1,7 @@
-"""Lossy options of stage 2: what a run skips, and how its settings record it.
+"""Lossy options of stage 2: what a run skips or rounds, and how its settings record it.
 
-The step mask, sparse attention and the guidance gate change the result beyond rounding. `resolve`
+The step mask, sparse attention, the guidance gate and products of few bits change the result beyond
+rounding to the run's dtype. `resolve`
 makes them of the options; `Lossy` is what is in force and what generation_config.json and jobs
 record. A run without any is exact.
 """
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from cogvideox.transformer.precision import PRECISIONS, Precision, read_precision
 from runtime import processes
 from runtime.json_files import read_json_object
 from runtime.text import printable
@@ -71,6 +73,7 @@ class SpeedOptions(Protocol):
         sparse_attention: one of NAMED_MASKS or a file of rules.
         dense_steps: the steps from this one on attend sparsely.
         dense_layers: the first layers that attend densely in all steps.
+        attention_precision: see `Precision`.
     """
 
     @property
@@ -87,6 +90,8 @@ class SpeedOptions(Protocol):
     def dense_steps(self) -> int | None: ...
     @property
     def dense_layers(self) -> int | None: ...
+    @property
+    def attention_precision(self) -> str | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +105,7 @@ class NamedSpeed:
     sparse_attention: None = None
     dense_steps: None = None
     dense_layers: None = None
+    attention_precision: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +119,7 @@ class Lossy:
         calibrated: whether the mask was measured for this model.
         sparse: what attention keeps in sparse steps; None keeps everything in all.
         dense_steps: the steps from this one on are sparse; None if there are none.
+        precision: of the products in all steps.
     """
 
     mask: StepMask | None = None
@@ -120,6 +127,7 @@ class Lossy:
     calibrated: bool = False
     sparse: SparseAttention | None = None
     dense_steps: int | None = None
+    precision: Precision = Precision()
 
     @property
     def names(self) -> list[str]:
@@ -133,7 +141,7 @@ class Lossy:
             found.append(f"guidance reused after step {self.guided_steps}")
         if self.sparse:
             found.append(f"sparse attention after step {self.dense_steps}")
-        return found
+        return found + [f"--{name} {value}" for name, value in self.precision.options.items()]
 
     def describe(self) -> str:
         """Returns "exact", or the options in one line."""
@@ -159,11 +167,11 @@ class Lossy:
 
     def decides_programs(
         self, steps: int
-    ) -> tuple[bool, bool, SparseAttention | None, tuple[tuple[bool, bool], ...]]:
+    ) -> tuple[bool, bool, SparseAttention | None, tuple[tuple[bool, bool], ...], Precision]:
         """Returns what the programs of a run depend on, as `session.Shape` takes it.
 
-        These are: whether there is a mask, and a gate, the rules, and for each part of the run
-        whether it is sparse and gated, if any is sparse.
+        These are: whether there is a mask, and a gate, the rules, for each part of the run whether
+        it is sparse and gated, if any is sparse, and the precision.
         """
         from cogvideox.denoising.parts import split_steps
 
@@ -171,7 +179,8 @@ class Lossy:
         if self.sparse:
             parts = split_steps(steps, self.dense_steps, self.guided_steps)
             kinds = tuple((part.sparse, part.gated) for part in parts)
-        return self.mask is not None, self.guided_steps is not None, self.sparse, kinds
+        masked, gated = self.mask is not None, self.guided_steps is not None
+        return masked, gated, self.sparse, kinds, self.precision
 
     def to_json(self) -> str | dict[str, Any]:
         """Returns "exact", or an object with each option in force."""
@@ -186,7 +195,7 @@ class Lossy:
         if self.sparse:
             recorded = sparse_files.to_json(self.sparse)
             found["sparse_attention"] = {**recorded, "dense_steps": self.dense_steps}
-        return found or EXACT
+        return found | self.precision.options or EXACT
 
     def apply(self, schedule: Schedule) -> Schedule:
         """Returns the schedule with these options.
@@ -213,13 +222,13 @@ def read_lossy(value: object) -> Lossy:
     if value == EXACT:
         return Lossy()
     try:
-        known = {"step_mask", "guided_steps", "sparse_attention"}
+        known = {"step_mask", "guided_steps", "sparse_attention", *PRECISIONS}
         if not isinstance(value, dict) or value.keys() - known:
             raise ValueError("unknown lossy options")
         mask, guided = value.get("step_mask"), value.get("guided_steps")
         if not (guided is None or (type(guided) is int and guided > 0)):
             raise ValueError(f"guided_steps is {guided!r}")
-        lossy = Lossy(guided_steps=guided)
+        lossy = Lossy(guided_steps=guided, precision=read_precision(value))
         if "sparse_attention" in value:
             recorded = value["sparse_attention"]
             sparse, dense_steps = sparse_files.from_json(recorded), recorded["dense_steps"]
@@ -260,8 +269,12 @@ def resolve(options: SpeedOptions, settings: DenoisingSettings, model: ModelFold
     sparse, dense_steps = _resolve_sparse(options, speed, settings, model)
     return Lossy(
         *(mask, guided_steps if gated else None, calibrated and mask is not None),
-        *(sparse, dense_steps),
+        *(sparse, dense_steps, _resolve_precision(options)),
     )
+
+
+def _resolve_precision(options: SpeedOptions) -> Precision:
+    return Precision(options.attention_precision or Precision().attention)
 
 
 def _resolve_sparse(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cogvideox.denoising.reuse import Reuse
     from cogvideox.denoising.scheduler import Schedule
     from cogvideox.model.settings import DenoisingSettings
+    from cogvideox.transformer.precision import Precision
     from runtime.programs import Program
 
 # Shares from which on a run says that sparse attention does not pay.
@@ -34,10 +35,15 @@ def denoisers_of(exact: Denoiser, lossy: Lossy, steps: int) -> list[Denoiser]:
         exact: without lossy options.
 
     Raises:
-        ValueError: attention cannot be sparse on these devices, or not by these rules.
+        ValueError: attention cannot be sparse on these devices, or not by these rules, or they
+            lack products of this precision.
     """
     from cogvideox.denoising.parts import split_steps
 
+    if lossy.precision.options:
+        check_precision(exact, lossy.precision)
+        backend = dataclasses.replace(exact.backend, precision=lossy.precision)
+        exact = dataclasses.replace(exact, backend=backend)
     if lossy.sparse:
         check_takes_lists(exact)
     guided = dataclasses.replace(exact, difference="keep") if lossy.guided_steps else exact
@@ -48,6 +54,21 @@ def denoisers_of(exact: Denoiser, lossy: Lossy, steps: int) -> list[Denoiser]:
         if part.sparse:
             _ = found[-1].sparse_step  # raises ValueError
     return found
+
+
+def check_precision(denoiser: Denoiser, precision: Precision) -> None:
+    """Checks that the devices have the products.
+
+    Raises:
+        ValueError: they do not.
+    """
+    backend = denoiser.backend
+    if precision.attention not in backend.attention_precisions:
+        raise ValueError(
+            f"--attention_precision {precision.attention} needs a TPU, or --attention reference, "
+            f"which is slow; --attention {backend.name} on this device has "
+            f"{', '.join(backend.attention_precisions)}"
+        )
 
 
 def check_takes_lists(denoiser: Denoiser) -> None:

@@ -118,8 +118,8 @@ class Denoiser:
     @cached_property
     def sparse_step(self) -> SparseStep | None:
         """What attention keeps on this mesh, if it is sparse."""
-        devices = self.mesh.shape["tp"], self.mesh.shape["sp"]
-        return self.sparse and make_sparse_step(self.sparse, self.config, self.layout, *devices)
+        how = self.mesh.shape["tp"], self.mesh.shape["sp"], self.backend.precision.attention
+        return self.sparse and make_sparse_step(self.sparse, self.config, self.layout, *how)
 
     @cached_property
     def positions(self) -> PositionTables:
@@ -196,27 +196,24 @@ class Denoiser:
             "guided": self.guided,
             "dtype": self.dtype,
             "attention": self.backend.name,
+            **self.backend.precision.options,
             "block_sizes": self._block_sizes,
             **({"sparse": self.sparse_step.fields} if self.sparse_step else {}),
             "compiler_options": transformer_options(self.mesh.devices),
             **reuses,
             **machine_fields(self.mesh, ("torch", "torchax", "diffusers"), SOURCES),
         }
-        sparse = ["_sparse"] if self.sparse else []
-        reused = (f"_{how}_{what}" for what, how in reuses.items())
-        name = "".join(["stage2_transformer", *sparse, *reused])
+        kinds = ["sparse"] * bool(self.sparse) + list(self.backend.precision.options.values())
+        kinds += [f"{how}_{what}" for what, how in reuses.items()]
+        name = "_".join(["stage2_transformer", *kinds])
         return Program(name, f"{b}x{t}x{h}x{w}{mesh}", fields, partial(self.lower, residual))
 
     @property
     def _block_sizes(self) -> dict[str, int]:
         """Returns the attention kernel's tile sizes; they depend on chip and shapes."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return self.backend.block_sizes(
-                self.config.attention_head_dim,
-                self.layout.padded,
-                self.layout.tokens,
-                self.dtype,
-            )
+            lengths = self.layout.padded, self.layout.tokens
+            return self.backend.block_sizes(self.config.attention_head_dim, *lengths, self.dtype)
 
     @staticmethod
     def arguments_of[Value](residual: Reuse, arrays: Mapping[str, Value]) -> dict[str, Value]:

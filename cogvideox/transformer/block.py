@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from cogvideox.transformer.activations import ACTIVATIONS
-from cogvideox.transformer.backends.base import Backend, Bounds, Listed
+from cogvideox.transformer.backends.base import Backend, Bounds, Listed, Queries
 from cogvideox.transformer.collectives import gather_over_tp, own_heads, row_indices, sum_over_tp
 from cogvideox.transformer.linear import linear, linear_to_tokens_first
 from cogvideox.transformer.norms import Rotary, longest_row
@@ -131,18 +131,18 @@ class Block:
             scale = self.backend.query_scale(self.head_dim)
             weight_q, bias_q = weight_q * scale, bias_q * scale
             scores = longest_row(weight_q, bias_q) * longest_row(weight_k, bias_k)
-            q = self.backend.queries(q, weight_q, bias_q, rotary)
-            k = self.backend.keys(k, weight_k, bias_k, rotary)
+            keys = self.tokens if sparse is None else self._listed(sparse)
+            norms = (weight_q, bias_q), (weight_k, bias_k)
+            q, k = self.backend.queries_and_keys(q, k, *norms, rotary, keys)
             v, values = self.backend.values(v)
         with jax.named_scope("attention"):
-            keys = self.tokens if sparse is None else self._listed(sparse)
             out = self._attend(q, k, v, keys, Bounds(scores, values))
         with jax.named_scope("out"):
             out = self.backend.project_out(out, parameters["attn1.to_out.0.weight"])
             return sum_over_tp(out) + parameters["attn1.to_out.0.bias"]
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, keys: int | Listed, bounds: Bounds
+        self, q: Queries, k: jax.Array, v: jax.Array, keys: int | Listed, bounds: Bounds
     ) -> jax.Array:
         return self.backend.attend(q, k, v, self.head_dim, keys, bounds)
 

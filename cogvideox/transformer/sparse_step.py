@@ -55,7 +55,12 @@ class SparseStep:
 
 
 def make_sparse_step(
-    sparse: SparseAttention, config: TransformerConfig, layout: TokenLayout, tp: int, sp: int
+    sparse: SparseAttention,
+    config: TransformerConfig,
+    layout: TokenLayout,
+    tp: int,
+    sp: int,
+    precision: str = "bf16",
 ) -> SparseStep:
     """Makes the lists, and orders the heads such that devices work equally.
 
@@ -63,6 +68,7 @@ def make_sparse_step(
         layout: with a tiling.
         tp: devices along tp; heads stay with theirs.
         sp: devices along sp; each gets as many heads of a device along tp.
+        precision: of attention.
 
     Raises:
         ValueError: the rules are of a model with other layers or heads, or too many.
@@ -70,7 +76,7 @@ def make_sparse_step(
     assert layout.tiling is not None
     rules = sparse.table(config.num_layers, config.num_attention_heads)
     heads = np.bincount(rules.reshape(-1), minlength=len(sparse.all_rules))
-    lists = make_lists(sparse.all_rules, layout.tiling, layout.padded, heads.tolist())
+    lists = make_lists(sparse.all_rules, layout.tiling, layout.padded, heads.tolist(), precision)
     if lists.scalar_bytes > SCALAR_MEMORY:
         raise ValueError(
             f"the lists of {len(sparse.all_rules)} rules, of dense layers too, take "
@@ -96,7 +102,11 @@ def make_sparse_step(
 
 
 def make_lists(
-    rules: Sequence[Rule], tiling: Tiling, rows: int, heads: Sequence[int] | None = None
+    rules: Sequence[Rule],
+    tiling: Tiling,
+    rows: int,
+    heads: Sequence[int] | None = None,
+    precision: str = "bf16",
 ) -> BlockLists:
     """Returns the lists of each rule for the attention kernel.
 
@@ -105,6 +115,7 @@ def make_lists(
     Args:
         rows: length of the sequence, at least `tiling.rows`. Tiles past the tiling's visit text.
         heads: how many heads follow each rule.
+        precision: of attention.
     """
     tiles, chunks = -(-rows // tiling.block_q), -(-rows // tiling.chunk)
     valid = [*tiling.valid, *[0] * (chunks - len(tiling.valid))]
@@ -119,7 +130,12 @@ def make_lists(
         after = tiles - len(of_text) - len(visited)
         lists.append([*of_text, *visited, *[text or every] * after])
     return BlockLists.from_lists(
-        lists, block_q=tiling.block_q, chunk=tiling.chunk, valid=valid, heads=heads
+        lists,
+        block_q=tiling.block_q,
+        chunk=tiling.chunk,
+        valid=valid,
+        precision=precision,
+        heads=heads,
     )
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from splash_attention import splash_attention
+from splash_attention import reference_attention, splash_attention
 from splash_attention.quantize import quantize
+from tests.splash_attention.rounding import exp2_as_on_a_tpu
 from tests.splash_attention.softmax import relative_error
 
 
@@ -40,6 +41,17 @@ def test_error_without_smoothing():
     """An offset of 8 deviations leaves a third of the steps for what tells keys apart."""
     smooth = error(8, precision="int8_qk", smooth_k=True)
     assert 1.3 * smooth < error(8, precision="int8_qk") <= 2e-2
+
+
+@pytest.mark.parametrize("smooth_k", [False, True])
+def test_the_kernel_rounds_as_the_reference(smooth_k):
+    """Both round to int8 and bfloat16 in the same places, so only sums in float32 differ."""
+    options = {"precision": "int8_qk", "smooth_k": smooth_k}
+    q, k, v = (x.astype(jnp.float32) for x in inputs(8, 1))
+    with exp2_as_on_a_tpu():
+        out = splash_attention(q, k, v, interpret=True, **options)
+    expected = np.asarray(reference_attention(q, k, v, **options), np.float64)
+    assert relative_error(out, expected) < 1e-6
 
 
 def test_smoothing_leaves_bfloat16_as_it_is():

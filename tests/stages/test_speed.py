@@ -17,11 +17,14 @@ from cogvideox.denoising import loop_checkpoint
 from cogvideox.denoising.step_mask import budget_of, default_mask
 from cogvideox.model.folder import ModelFolder, find_model
 from cogvideox.model.settings import DenoisingSettings
+from cogvideox.transformer.backends import HopperBackend
+from cogvideox.transformer.precision import Precision
 from cogvideox.video import contact_sheet
 from stages import files as stage_files
 from stages import speed
 from stages.sections import DENOISE, fingerprint
 from stages.speed import Lossy, read_lossy, resolve
+from stages.steps import denoisers_of
 from tests.tiny_models import save_tiny_model
 
 STEPS = 7
@@ -37,6 +40,7 @@ class Options:
     sparse_attention: str | None = None
     dense_steps: int | None = None
     dense_layers: int | None = None
+    attention_precision: str | None = None
 
 
 def settings(steps: int = 50, guidance_scale: float = 6.0) -> DenoisingSettings:
@@ -99,6 +103,27 @@ def test_the_cost_of_lossy_runs_is_counted_in_exact_steps(model):
     assert Lossy(None, 25).computed_steps(50) == 37.5
     early = sum(mask.computed[:25])
     assert Lossy(mask, 25).computed_steps(50) == early + (29 - early) / 2
+
+
+def test_precision_is_recorded_and_decides_programs(model):
+    lossy = resolve(Options(attention_precision="int8_qk"), settings(), model)
+    assert lossy.describe() == "lossy: --attention_precision int8_qk"
+    assert lossy.to_json() == {"attention_precision": "int8_qk"}
+    assert read_lossy(lossy.to_json()) == lossy
+    assert lossy.decides_programs(50) != Lossy().decides_programs(50)
+    by_hand = resolve(Options("turbo", attention_precision="int8_qk"), settings(), model)
+    assert by_hand.precision == Precision("int8_qk") and by_hand.guided_steps
+    with pytest.raises(ValueError, match="attention_precision is 'int4'"):
+        read_lossy({"attention_precision": "int4"})
+
+
+def test_precision_is_refused_where_there_is_no_kernel():
+    class Gpu:
+        backend = HopperBackend()
+
+    said = "--attention_precision int8_qk needs a TPU, or --attention reference.*splash.* has bf16"
+    with pytest.raises(ValueError, match=said):
+        denoisers_of(Gpu, Lossy(precision=Precision("int8_qk")), 50)
 
 
 def test_a_mask_of_a_file(model, mask_file):

@@ -8,6 +8,7 @@ from unittest import mock
 import cogvideox.transformer.backends as backends
 import cogvideox.vae.program as vae_program
 from cogvideox.transformer.backends import TpuBackend
+from tests.splash_attention.rounding import exp2_as_on_a_tpu
 
 
 @contextlib.contextmanager
@@ -17,5 +18,6 @@ def tpu_path() -> Iterator[None]:
     with (
         mock.patch.object(backends, "choose_backend", lambda *_: TpuBackend(interpret=True)),
         mock.patch.object(vae_program, "choose_layers", choose_layers),
+        exp2_as_on_a_tpu(),
     ):
         yield

@@ -109,6 +109,17 @@ def test_bad_command_line():
         assert said in done.stderr
 
 
+def test_int8_attention_equals_the_cpu_path(case: Case):
+    """A dense layer and a sparse one; from the exact step both are 1.8e-3 away.
+
+    The last bit of a norm moves some numbers to the next step of int8, which makes 3e-4.
+    """
+    options = ("--attention_precision=int8_qk", "--sparse_attention=fast", "--dense_steps=0")
+    options += ("--num_inference_steps=1",)
+    cpu, ours = (case.latents("float32", (1, 1, 1), *options, tpu=tpu) for tpu in (False, True))
+    assert 0 < relative_error(ours, cpu) < 5e-4
+
+
 def test_sparse_attention_equals_the_cpu_path(case: Case):
     """Heads of unequal work: sp moves them."""
     rules = case.folder / "rules.json"

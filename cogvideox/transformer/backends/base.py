@@ -20,7 +20,20 @@ from typing import ClassVar, NamedTuple
 import jax
 
 from cogvideox.transformer.norms import Rotary
+from cogvideox.transformer.precision import Precision
 from splash_attention import BlockLists
+
+Norm = tuple[jax.Array, jax.Array]  # weight and bias of a norm, [D] float32
+
+
+class QuantizedQueries(NamedTuple):
+    """q for int8 products; see `splash_attention.quantized_attention`."""
+
+    values: jax.Array
+    scale: jax.Array
+
+
+Queries = jax.Array | QuantizedQueries
 
 
 class Listed(NamedTuple):
@@ -42,15 +55,20 @@ class Backend(abc.ABC):
     """Runs the parts of a block that differ between kinds of hardware.
 
     Attributes:
+        precision: of the matrix products.
         name: name of its attention kernel, as in --attention.
         token_multiple: the number of tokens on a device must be a multiple of this.
         takes_lists: whether `attend` can be sparse.
+        attention_precisions: those that `attend` has.
         tokens_last: whether the output of `attend` is [b, R, S]; else it is [b, S, R].
     """
+
+    precision: Precision = Precision()
 
     name: ClassVar[str]
     token_multiple: ClassVar[int] = 1
     takes_lists: ClassVar[bool] = False
+    attention_precisions: ClassVar[tuple[str, ...]] = ("bf16",)
     tokens_last: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -86,6 +104,17 @@ class Backend(abc.ABC):
     ) -> jax.Array:
         """Applies norm and rotation to the k of `project`."""
 
+    def queries_and_keys(
+        self, q: jax.Array, k: jax.Array, norm_q: Norm, norm_k: Norm, rotary: Rotary | None,
+        keys: int | Listed,
+    ) -> tuple[Queries, jax.Array]:  # fmt: skip
+        """Applies norm and rotation to the q and k of `project`, as `attend` takes them.
+
+        Args:
+            keys: which are not padding, as in `attend`.
+        """
+        return self.queries(q, *norm_q, rotary), self.keys(k, *norm_k, rotary)
+
     @abc.abstractmethod
     def values(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Lays out the v of `project`; also returns the largest magnitude of each row, [b, R]."""
@@ -93,7 +122,7 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def attend(
         self,
-        q: jax.Array,
+        q: Queries,
         k: jax.Array,
         v: jax.Array,
         head_dim: int,
@@ -103,6 +132,9 @@ class Backend(abc.ABC):
         """Computes softmax attention over the first `keys` keys, or over the listed ones.
 
         The other keys are masked.
+
+        Args:
+            q, k: results of `queries_and_keys`.
         """
 
     @abc.abstractmethod

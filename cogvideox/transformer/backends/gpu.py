@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cogvideox.transformer.backends.base import Bounds, Listed
+from cogvideox.transformer.backends.base import Bounds, Listed, Queries
 from cogvideox.transformer.backends.xla import XlaBackend
 from cogvideox.transformer.projections import in_order, own_first
 from splash_attention import query_scale
@@ -31,13 +31,14 @@ class HopperBackend(XlaBackend):
 
     def attend(
         self,
-        q: jax.Array,
+        q: Queries,
         k: jax.Array,
         v: jax.Array,
         head_dim: int,
         keys: int | Listed,
         bounds: Bounds,
     ) -> jax.Array:
+        assert isinstance(q, jax.Array)
         if isinstance(keys, Listed):
             q = in_order(q)  # lists are of consecutive queries
         rows = q.shape
@@ -73,7 +74,7 @@ class GpuBackend(XlaBackend):
 
     def attend(
         self,
-        q: jax.Array,
+        q: Queries,
         k: jax.Array,
         v: jax.Array,
         head_dim: int,
@@ -87,6 +88,7 @@ class GpuBackend(XlaBackend):
         keys.
         """
         assert not isinstance(keys, Listed)  # `takes_lists` says so
+        assert isinstance(q, jax.Array)
         rows = q.shape
         q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q, k, v))
         attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")

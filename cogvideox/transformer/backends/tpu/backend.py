@@ -6,7 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cogvideox.transformer.backends.base import Backend, Bounds, Listed
+from cogvideox.transformer.backends.base import (
+    Backend,
+    Bounds,
+    Listed,
+    Norm,
+    QuantizedQueries,
+    Queries,
+)
+from cogvideox.transformer.backends.tpu.int8_heads import quantize_heads
 from cogvideox.transformer.backends.tpu.modulated_norm import norm_and_modulate
 from cogvideox.transformer.backends.tpu.token_shards import (
     join_values,
@@ -15,7 +23,13 @@ from cogvideox.transformer.backends.tpu.token_shards import (
 )
 from cogvideox.transformer.linear import linear_to_tokens_first, linear_tokens_last
 from cogvideox.transformer.norms import Rotary
-from splash_attention import BlockSizes, query_scale, sequence_minor_attention
+from cogvideox.transformer.precision import ATTENTION
+from splash_attention import (
+    BlockSizes,
+    quantized_attention,
+    query_scale,
+    sequence_minor_attention,
+)
 from splash_attention.block_sizes import chip_named, choose_block_sizes, current_chip
 
 
@@ -39,6 +53,7 @@ class TpuBackend(Backend):
     name = "splash"
     token_multiple = 128  # lanes; a shorter last tile would be padded in every array
     takes_lists = True
+    attention_precisions = ATTENTION
     tokens_last = True
 
     def norm_and_modulate(
@@ -61,6 +76,22 @@ class TpuBackend(Backend):
     ) -> jax.Array:
         return norm_and_rotate(k, weight, bias, rotary, transposed=True, interpret=self.interpret)
 
+    def queries_and_keys(
+        self, q: jax.Array, k: jax.Array, norm_q: Norm, norm_k: Norm, rotary: Rotary | None,
+        keys: int | Listed,
+    ) -> tuple[Queries, jax.Array]:  # fmt: skip
+        if self.precision.attention != "int8_qk":
+            return super().queries_and_keys(q, k, norm_q, norm_k, rotary, keys)
+        tokens = k.shape[1] * k.shape[3]
+        if isinstance(keys, Listed):
+            valid = keys.lists.valid_keys()[:tokens]
+        else:
+            valid = jnp.arange(tokens) < keys
+        q8, k8, scale = quantize_heads(
+            *(q, k, norm_q, norm_k, rotary, valid), interpret=self.interpret
+        )
+        return QuantizedQueries(q8, scale), k8
+
     def values(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         if v.shape[1] > 1:
             return join_values(v, interpret=self.interpret)
@@ -68,30 +99,35 @@ class TpuBackend(Backend):
 
     def attend(
         self,
-        q: jax.Array,
+        q: Queries,
         k: jax.Array,
         v: jax.Array,
         head_dim: int,
         keys: int | Listed,
         bounds: Bounds,
     ) -> jax.Array:
-        q, v = (x.reshape(x.shape[0], -1, head_dim, x.shape[-1]) for x in (q, v))
-        visible: dict[str, Any]
+        v = v.reshape(v.shape[0], -1, head_dim, v.shape[-1])
+        heads = v.shape[:2]
+        options: dict[str, Any] = {
+            "largest_score": jnp.broadcast_to(bounds.scores, heads),
+            "largest_value": bounds.values.reshape(*heads, head_dim).max(-1),
+            "interpret": self.interpret,
+        }
         if isinstance(keys, Listed):
-            rule = jnp.broadcast_to(keys.rule, q.shape[:2])
-            visible = {"block_lists": keys.lists, "rule": rule}
+            rule = jnp.broadcast_to(keys.rule, heads)
+            options |= {"block_lists": keys.lists, "rule": rule}
         else:
-            visible = {"kv_len": keys}
+            options["kv_len"] = keys
             if self.chip is not None:
-                sizes = self._block_sizes(head_dim, q.shape[-1], keys, q.dtype)
-                visible["block_sizes"] = sizes
-        out = sequence_minor_attention(
-            *(q, k, v),
-            largest_score=jnp.broadcast_to(bounds.scores, q.shape[:2]),
-            largest_value=bounds.values.reshape(*q.shape[:2], head_dim).max(-1),
-            interpret=self.interpret,
-            **visible,
-        )
+                sizes = self._block_sizes(head_dim, v.shape[-1], keys, v.dtype)
+                options["block_sizes"] = sizes
+        if isinstance(q, QuantizedQueries):
+            q, scale = q
+            options["largest_score"] *= 2  # of smoothed keys: |q.mean| is at most that of |q.k|
+            out = quantized_attention(q.reshape(*heads, -1, q.shape[-1]), k, v, scale, **options)
+        else:
+            q = q.reshape(*heads, head_dim, q.shape[-1])
+            out = sequence_minor_attention(q, k, v, **options)
         return out.reshape(out.shape[0], -1, out.shape[-1])
 
     def project_out(self, out: jax.Array, weight: jax.Array) -> jax.Array:
@@ -111,6 +147,8 @@ class TpuBackend(Backend):
 
     def _block_sizes(self, head_dim: int, queries: int, keys: int, dtype: jnp.dtype) -> BlockSizes:
         chip = chip_named(self.chip) if self.chip else current_chip(interpret=self.interpret)
+        if self.precision.attention == "int8_qk":
+            dtype = jnp.dtype("int8")
         return choose_block_sizes(chip, head_dim, queries, keys, dtype)
 
 

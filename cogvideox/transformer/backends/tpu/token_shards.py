@@ -19,7 +19,7 @@ from cogvideox.transformer.norms import Rotary, norm_heads
 
 # Tokens in registers at once, by 128 rows (the lanes of a transposed tile).
 _ROWS, _CHUNK = 128, 1280
-_LANES = 128
+LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _norm_kernel(x_ref, weight_ref, bias_ref, *refs, transposed: bool) -> None:
         else:
             out_ref[0, :, tokens] = out
 
-    _by_chunks(x_ref.shape[-1], chunk)
+    by_chunks(x_ref.shape[-1], chunk)
 
 
 def join_values(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -164,11 +164,11 @@ def join_values(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, ja
         in_specs=[tiles.apart],
         out_specs=[
             tiles.joined,
-            pl.BlockSpec((1, 1, tiles.rows, _LANES), lambda b, i, t, r: (b, i, r, 0)),
+            pl.BlockSpec((1, 1, tiles.rows, LANES), lambda b, i, t, r: (b, i, r, 0)),
         ],
         out_shape=[
             jax.ShapeDtypeStruct((batch, tiles.all_rows, shards * tiles.shard_tokens), x.dtype),
-            jax.ShapeDtypeStruct((batch, shards, tiles.all_rows, _LANES), x.dtype),
+            jax.ShapeDtypeStruct((batch, shards, tiles.all_rows, LANES), x.dtype),
         ],
         interpret=interpret,
     )
@@ -180,10 +180,10 @@ def _join_kernel(x_ref, out_ref, largest_ref) -> None:
     largest_ref[...] = jnp.zeros(largest_ref.shape, largest_ref.dtype)
 
     def column(i: jax.Array, _: None) -> None:
-        x = jnp.abs(x_ref[0, 0, :, pl.ds(pl.multiple_of(i * _LANES, _LANES), _LANES)])
+        x = jnp.abs(x_ref[0, 0, :, pl.ds(pl.multiple_of(i * LANES, LANES), LANES)])
         largest_ref[0, 0] = jnp.maximum(largest_ref[0, 0], x)
 
-    jax.lax.fori_loop(0, x_ref.shape[-1] // _LANES, column, None)
+    jax.lax.fori_loop(0, x_ref.shape[-1] // LANES, column, None)
 
 
 def part_tokens(x: jax.Array, shards: int, *, interpret: bool = False) -> jax.Array:
@@ -205,13 +205,13 @@ def _part_kernel(x_ref, out_ref) -> None:
     out_ref[0, 0] = x_ref[0]
 
 
-def _by_chunks(tokens: int, chunk: Callable[[pl.Slice], None]) -> None:
-    """Calls `chunk` on consecutive slices of at most _CHUNK that cover `tokens`."""
-    whole, rest = divmod(tokens, _CHUNK)
+def by_chunks(tokens: int, chunk: Callable[[pl.Slice], None], size: int = _CHUNK) -> None:
+    """Calls `chunk` on consecutive slices of at most `size` that cover `tokens`."""
+    whole, rest = divmod(tokens, size)
 
     def body(i: jax.Array, _: None) -> None:
-        chunk(pl.ds(pl.multiple_of(i * _CHUNK, _CHUNK), _CHUNK))
+        chunk(pl.ds(pl.multiple_of(i * size, size), size))
 
     jax.lax.fori_loop(0, whole, body, None)
     if rest:
-        chunk(pl.ds(whole * _CHUNK, rest))
+        chunk(pl.ds(whole * size, rest))
