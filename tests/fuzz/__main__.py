@@ -43,7 +43,7 @@ KINDS: dict[str, Callable[[World], Kind]] = {
     "tags": Tags,
 }
 FULL_COUNTS = {"stage_files": 500, "configs": 500, "models": 200, "jobs": 200, "tags": 100}
-SLICE_COUNTS = {"stage_files": 30, "configs": 14, "models": 10, "jobs": 7, "tags": 5}
+SLICE_COUNTS = {"stage_files": 30, "configs": 30, "models": 20, "jobs": 15, "tags": 10}
 _SHOWN_CASES = 4  # of one problem
 
 
