@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cogvideox.video.metrics import mean_squared_error, psnr
 from toyworld.captions import Prompt, held_out_captions
 from toyworld.reader import largest_of, read_video, truth_of
 from toyworld.world import render, scenes_of
@@ -35,7 +36,7 @@ def held_out_pairs(n: int, seed: int = 0) -> list[Pair]:
 
 def judge(video: np.ndarray, pair: Pair) -> Judgement:
     """Compares a video [F, H, W, 3] of floats in 0..1 with its pair."""
-    error = np.square(video[0] - pair.picture / np.float32(255)).mean(dtype=np.float64)
+    error = mean_squared_error(video[0], pair.picture / 255)
     seen, truth = largest_of(read_video(video)), truth_of(pair.prompt.scene)
     right = {name: seen[name] == truth[name] for name in ("color", "shape", "motion", "background")}
-    return Judgement(float(-10 * np.log10(max(error, 1e-10))), right)
+    return Judgement(psnr(error), right)

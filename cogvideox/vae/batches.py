@@ -119,6 +119,7 @@ class BatchProgram[AnyForward, Caches]:
         name = self.kind.name
         programs = [Program(f"{name}_first", label, fields, lambda: once()[0])]
         if lower_later is not None:
-            lower = lambda: lower_later(once()[1])[0]  # noqa: E731
-            programs.append(Program(f"{name}_later", label, fields, lower))
+            programs.append(
+                Program(f"{name}_later", label, fields, lambda: lower_later(once()[1])[0])
+            )
         return programs
